@@ -1,0 +1,1 @@
+"""The methods' mathematics and their files, in plain torch: no ComfyUI, no diffusers."""

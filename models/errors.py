@@ -1,0 +1,5 @@
+"""The one exception for what a user can mend."""
+
+
+class PersonalizeError(ValueError):
+    """Bad input. The message is one sentence, says both values and what to do, and is shown as it is."""

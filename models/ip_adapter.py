@@ -1,0 +1,281 @@
+"""IP-Adapter files: recognising them from their tensors, and the K' and V' they give for a set of references.
+
+Layout of a file: `image_proj.*`, the image projection, and `ip_adapter.N.to_k_ip.weight` / `to_v_ip.weight`, W'_k
+and W'_v of every cross-attention layer (N: see `blocks`). A .safetensors file is flat, a .bin is nested.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+
+from .aggregation import AGGREGATIONS, log_weights, select_references
+from .errors import PersonalizeError
+from .projection import FullFaceProjection, LinearProjection, Resampler
+from .references import ENCODER_NAMES, References
+from .weight_files import read_weights
+
+BASE_MODELS = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
+"""Base model by the width of its text features."""
+
+POOLING_STAGES = ("before projection", "after projection")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a file's tensors say about it."""
+
+    kind: str
+    """ "base" (and light, ViT-G), "plus" (and Plus-Face) or "full-face"."""
+    encoder_width: int
+    """Width of the image features it takes."""
+    cross_width: int
+    """Width of its tokens, equal to the base model's text features."""
+    layers: int
+    """Cross-attention layers it has K' and V' for."""
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it takes the pooled image embedding rather than the patch tokens."""
+        return self.kind == "base"
+
+    @property
+    def base_model(self) -> str:
+        return BASE_MODELS.get(self.cross_width, f"a model with text features of width {self.cross_width}")
+
+    @property
+    def encoder(self) -> str:
+        """The image encoder it was trained with."""
+        names = ENCODER_NAMES["pooled" if self.pooled else "patches"]
+        return names.get(self.encoder_width, f"an encoder with features of width {self.encoder_width}")
+
+    def __str__(self) -> str:
+        return f"IP-Adapter {self.kind} for {self.base_model}"
+
+
+def read_ip_adapter(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Read and recognise a file: {"image_proj": {...}, "ip_adapter": {...}}.
+
+    Raises:
+        PersonalizeError: not readable, or not an IP-Adapter that is supported; the message names the file.
+    """
+    state = nest(read_weights(path))
+    recognise(state, path.name)
+    return state
+
+
+def nest(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Group flat names by their first part; `adapter_modules` is an alias of `ip_adapter`."""
+    nested: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            nested.setdefault(key, {}).update(value)
+        else:
+            part, _, rest = key.partition(".")
+            nested.setdefault(part, {})[rest] = value
+    if "adapter_modules" in nested:
+        nested.setdefault("ip_adapter", nested.pop("adapter_modules"))
+    return nested
+
+
+def recognise(state: Mapping[str, Mapping[str, Tensor]], name: str) -> Variant:
+    """Tell the variant from the tensors, never from the file's name.
+
+    Raises:
+        PersonalizeError: not an IP-Adapter, or one that is not supported.
+    """
+    image_proj, ip_adapter = state.get("image_proj"), state.get("ip_adapter")
+    if not image_proj or not ip_adapter:
+        raise PersonalizeError(f"{name} is {_what_else(state)}")
+    if any(".to_q_lora." in key for key in ip_adapter) or any("perceiver_resampler" in key for key in image_proj):
+        raise PersonalizeError(
+            f"{name} is a FaceID adapter, which is not supported yet: use Plus-Face or Full-Face, which need no "
+            "face recognition model."
+        )
+    layers = _layers(ip_adapter)
+    if not layers or any(pair is None for pair in layers):
+        raise PersonalizeError(f"{name} lacks to_k_ip or to_v_ip of some layers: download it again.")
+    shape = {key: tuple(value.shape) for key, value in image_proj.items()}
+    if "latents" in shape and "proj_in.weight" in shape:
+        kind, width = "plus", shape["proj_in.weight"][1]
+    elif "proj.3.weight" in shape:
+        kind, width = "full-face", shape["proj.0.weight"][1]
+    elif "proj.weight" in shape and "norm.weight" in shape:
+        kind, width = "base", shape["proj.weight"][1]
+    elif "proj.2.weight" in shape:
+        raise PersonalizeError(
+            f"{name} is a FaceID portrait adapter (it takes face embeddings of width {shape['proj.0.weight'][1]}), "
+            "which is not supported yet: use Plus-Face or Full-Face, which need no face recognition model."
+        )
+    else:
+        raise PersonalizeError(
+            f"{name} has an image projection of an unknown kind ({', '.join(sorted(shape)[:3])}, ...): base, light, "
+            "ViT-G, Plus, Plus-Face and Full-Face adapters of SD1.5 and SDXL are supported."
+        )
+    return Variant(kind, width, ip_adapter["1.to_k_ip.weight"].shape[1], len(layers))
+
+
+def _layers(ip_adapter: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+    numbers = sorted({int(key.split(".")[0]) for key in ip_adapter if key.split(".")[0].isdigit()})
+    if numbers != list(range(1, 2 * len(numbers), 2)):
+        return []
+    pairs = ((ip_adapter.get(f"{n}.to_k_ip.weight"), ip_adapter.get(f"{n}.to_v_ip.weight")) for n in numbers)
+    return [None if k is None or v is None else (k, v) for k, v in pairs]
+
+
+def _what_else(state: Mapping[str, Any]) -> str:
+    """What a file that is no IP-Adapter seems to be, and where it belongs."""
+    keys = [f"{part}.{rest}" for part, inner in state.items() for rest in inner] or list(state)
+    if any("lora" in key.lower() for key in keys):
+        return "a LoRA, not an IP-Adapter: move it to models/loras and load it with a LoRA loader."
+    if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
+        return "a checkpoint, not an IP-Adapter: move it to models/checkpoints."
+    if any("vision_model." in key or key.startswith("visual.") for key in keys):
+        return "an image encoder, not an IP-Adapter: move it to models/clip_vision."
+    if any("control" in key for key in keys):
+        return "a ControlNet, not an IP-Adapter: move it to models/controlnet."
+    shown = f" (it begins with {keys[0]})" if keys else ""
+    return f"not an IP-Adapter: it has no image_proj and ip_adapter tensors{shown}."
+
+
+@dataclass(frozen=True)
+class ImagePrompt:
+    """K' and V' of one set of references for every layer, in the order of the file.
+
+    The references do not change while a picture is made, so they are projected once, and the weights W'_k, W'_v
+    need not stay in the accelerator's memory.
+    """
+
+    keys: tuple[Tensor, ...]
+    """[T, C] for each layer."""
+    values: tuple[Tensor, ...]
+    """[T, C] for each layer."""
+    bias: Tensor | None
+    """[T], log of the reference weights; None where they are equal."""
+
+
+class IPAdapter:
+    """An adapter ready to turn references into image prompts."""
+
+    def __init__(self, variant: Variant, image_proj: nn.Module, layers: Sequence[tuple[Tensor, Tensor]], name: str):
+        self.variant = variant
+        self.image_proj = image_proj
+        self.layers = tuple(layers)
+        self.name = name
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Mapping[str, Tensor]], name: str = "the IP-Adapter") -> "IPAdapter":
+        """Build from {"image_proj", "ip_adapter"} tensors, without copying or initialising anything.
+
+        Raises:
+            PersonalizeError: see `recognise`; or a tensor of the projection is missing or of a wrong shape.
+        """
+        variant = recognise(state, name)
+        kinds = {"base": LinearProjection, "plus": Resampler, "full-face": FullFaceProjection}
+        try:
+            with torch.device("meta"):
+                image_proj = kinds[variant.kind].from_shapes(state["image_proj"])  # type: ignore[attr-defined]
+            image_proj.load_state_dict(dict(state["image_proj"]), assign=True)
+        except (RuntimeError, KeyError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise PersonalizeError(
+                f"{name} has an incomplete image projection ({detail}): download it again."
+            ) from None
+        layers = [pair for pair in _layers(state["ip_adapter"]) if pair is not None]
+        return cls(variant, image_proj.requires_grad_(False), layers, name)
+
+    def features(self, references: References) -> Tensor:
+        """The features this adapter takes: [n, 1, D] pooled or [n, T, D] patch tokens.
+
+        Raises:
+            PersonalizeError: the references were encoded with another image encoder than the adapter needs.
+        """
+        features = references.pooled[:, None] if self.variant.pooled else references.patches
+        self._check_encoder(features.shape[-1], references)
+        return features
+
+    def _check_encoder(self, width: int, references: References) -> None:
+        if width != self.variant.encoder_width:
+            raise PersonalizeError(
+                f"{self.name} ({self.variant}) takes image features of width {self.variant.encoder_width}, but the "
+                f"references were encoded with {references.encoder} and have width {width}: encode them with "
+                f"{self.variant.encoder}."
+            )
+
+    @torch.no_grad()
+    def tokens(self, features: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Image projection in float32: [n, T, D] -> [n, tokens, cross_width], on `device`."""
+        weights = {key: value.to(device, torch.float32) for key, value in self.image_proj.state_dict().items()}
+        return torch.func.functional_call(self.image_proj, weights, (features.to(device, torch.float32),))
+
+    def image_prompt(
+        self,
+        references: References,
+        aggregation: str = "concatenate",
+        pooling: str = "before projection",
+        device: torch.device | str = "cpu",
+    ) -> ImagePrompt:
+        """c_i = G(references), then K' = c_i W'_k and V' = c_i W'_v of every layer.
+
+        Args:
+            references: n references of this adapter's encoder.
+            aggregation: a name in AGGREGATIONS.
+            pooling: whether to aggregate the encoder's features or the projected tokens.
+            device: where to compute; the result is on the CPU, in float32.
+
+        Raises:
+            PersonalizeError: wrong encoder, no references, bad weights.
+        """
+        aggregate = AGGREGATIONS[aggregation]
+        features, weights = select_references(self.features(references), references.weights)
+        if pooling == "before projection":
+            features, weights = aggregate(features, weights)
+            tokens = self.tokens(features, device)
+        else:
+            tokens, weights = aggregate(self.tokens(features, device), weights.to(device))
+        return self._project(tokens.flatten(0, 1), log_weights(weights, tokens.shape[1]))
+
+    def empty_prompt(self, references: References, device: torch.device | str = "cpu") -> ImagePrompt:
+        """The image prompt of "no picture", for the negative side of guidance, as the adapters were trained:
+        a zero embedding, or for patch tokens the encoder's features of an all-zero input."""
+        if self.variant.pooled:
+            features = references.pooled.new_zeros(1, 1, self.variant.encoder_width)
+        else:
+            features = references.zero_patches[None]
+            self._check_encoder(features.shape[-1], references)
+        return self._project(self.tokens(features, device)[0], None)
+
+    @torch.no_grad()
+    def _project(self, tokens: Tensor, bias: Tensor | None) -> ImagePrompt:
+        def project(weight: Tensor) -> Tensor:
+            return (tokens @ weight.to(tokens.device, torch.float32).T).cpu()
+
+        keys, values = zip(*((project(k), project(v)) for k, v in self.layers), strict=True)
+        return ImagePrompt(keys, values, None if bias is None else bias.float().cpu())
+
+
+def stack_prompts(prompts: Sequence[ImagePrompt], layer: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """K', V' and logit bias of several prompts as one batch: [G, T, C], [G, T, C], [G, T] or None.
+
+    A shorter prompt without bias whose length divides the longest is repeated, which softmax cannot tell from
+    the prompt itself and which needs no mask; any other shorter prompt is padded and the padding masked.
+    """
+    length = max(prompt.keys[layer].shape[0] for prompt in prompts)
+    masked = any(prompt.bias is not None or length % prompt.keys[layer].shape[0] for prompt in prompts)
+    keys, values, biases = [], [], []
+    for prompt in prompts:
+        key, value, size = prompt.keys[layer], prompt.values[layer], prompt.keys[layer].shape[0]
+        if not masked:
+            keys.append(repeat(key, "t c -> (n t) c", n=length // size))
+            values.append(repeat(value, "t c -> (n t) c", n=length // size))
+            continue
+        bias = key.new_full((length,), float("-inf"))
+        bias[:size] = 0 if prompt.bias is None else prompt.bias
+        biases.append(bias)
+        keys.append(torch.cat((key, key.new_zeros(length - size, key.shape[1]))))
+        values.append(torch.cat((value, value.new_zeros(length - size, value.shape[1]))))
+    return torch.stack(keys), torch.stack(values), torch.stack(biases) if masked else None

@@ -1,0 +1,179 @@
+"""Reading photographs as people have them, and framing them for an image encoder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import PersonalizeError
+
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
+MASK_ENDING = "-masklabel"
+"""`photo-masklabel.png` beside `photo.jpg` is its mask (white is the subject)."""
+SMALLEST_SIDE = 16
+"""Pixels; below this there is nothing to recognise."""
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+FRAMINGS = ("crop", "pad")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A photograph, and optionally where its subject is."""
+
+    pixels: Tensor
+    """[H, W, 3], RGB, 0..1."""
+    mask: Tensor | None
+    """[H, W], 0..1, 1 is the subject."""
+    name: str
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder in alphabetical order, without hidden files and masks.
+
+    Raises:
+        PersonalizeError: the folder does not exist or has no pictures.
+    """
+    if not folder.is_dir():
+        raise PersonalizeError(f"The folder {folder} does not exist.")
+    paths = [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.stem.endswith(MASK_ENDING)
+    ]
+    if not paths:
+        raise PersonalizeError(f"The folder {folder} has no pictures ({', '.join(sorted(SUFFIXES))}).")
+    return sorted(paths, key=lambda path: path.name.casefold())
+
+
+def read_picture(path: Path) -> Picture:
+    """Read a photograph upright (EXIF orientation) as RGB; its mask is its alpha channel or its mask file.
+
+    Grey, palette, CMYK and 16-bit files are converted; of an animation the first picture is taken.
+
+    Raises:
+        PersonalizeError: the file cannot be read; the message names it.
+    """
+    try:
+        with Image.open(path) as file:
+            image = _eight_bit(ImageOps.exif_transpose(file))
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            array = np.asarray(image.convert("RGBA" if has_alpha else "RGB"), dtype=np.float32) / 255
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).split("'")[0].strip() or type(error).__name__
+        raise PersonalizeError(f"{path.name} in {path.parent} cannot be read as a picture ({reason}).") from None
+    pixels = torch.from_numpy(array[..., :3].copy())
+    mask = torch.from_numpy(array[..., 3].copy()) if has_alpha else None
+    companion = path.with_name(f"{path.stem}{MASK_ENDING}.png")
+    if companion.is_file():
+        mask = read_picture(companion).pixels.mean(dim=-1)
+    return make_picture(pixels, mask, path.name)
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    return image
+
+
+def make_picture(pixels: Tensor, mask: Tensor | None, name: str) -> Picture:
+    """Check a picture and its mask and bring them together.
+
+    Args:
+        pixels: [H, W, 3], or [H, W, 4] whose fourth channel is used as mask where none is given.
+        mask: [h, w] of the same aspect; it is resized; one that is zero or one everywhere is no mask.
+        name: for messages.
+
+    Raises:
+        PersonalizeError: too small, not finite, or a mask of another aspect.
+    """
+    height, width = pixels.shape[:2]
+    if min(height, width) < SMALLEST_SIDE:
+        raise PersonalizeError(
+            f"{name} is {width}x{height} pixels: a reference needs at least {SMALLEST_SIDE} on each side."
+        )
+    if not bool(torch.isfinite(pixels).all()):
+        raise PersonalizeError(f"{name} has values that are not numbers (NaN or infinite): check the node before.")
+    if pixels.shape[-1] == 4 and mask is None:
+        mask = pixels[..., 3]
+    pixels = pixels[..., :3].float().clamp(0, 1)
+    if mask is not None and bool((mask == mask.flatten()[0]).all()) and float(mask.flatten()[0]) in (0.0, 1.0):
+        mask = None
+    if mask is not None:
+        mask = _fit_mask(mask.float(), height, width, name)
+    return Picture(pixels, mask, name)
+
+
+def _fit_mask(mask: Tensor, height: int, width: int, name: str) -> Tensor:
+    if not bool(torch.isfinite(mask).all()):
+        raise PersonalizeError(f"The mask of {name} has values that are not numbers (NaN or infinite).")
+    if not same_aspect(mask.shape[0], mask.shape[1], height, width):
+        raise PersonalizeError(
+            f"The mask of {name} is {mask.shape[1]}x{mask.shape[0]} but the picture is {width}x{height}: a mask must "
+            "have its picture's aspect."
+        )
+    resized = F.interpolate(mask[None, None], (height, width), mode="bilinear", antialias=True)
+    return resized[0, 0].clamp(0, 1)
+
+
+def same_aspect(height: int, width: int, other_height: int, other_width: int, cell: int = 1) -> bool:
+    """Whether two sizes are scaled versions of each other, give or take rounding to `cell` on either."""
+    scale = max(other_height / height, other_width / width, 1.0)
+    slack = cell * max(scale, 1.0) + 1
+    wanted_height, wanted_width = other_width * height / width, other_height * width / height
+    return abs(wanted_height - other_height) <= slack or abs(wanted_width - other_width) <= slack
+
+
+def frame_picture(
+    picture: Picture, framing: str, size: int, fill: tuple[float, ...] | list[float] = CLIP_MEAN
+) -> Tensor:
+    """What the image encoder sees: a square of `size` pixels, [size, size, 3].
+
+    Args:
+        picture: with a mask, everything but the subject is painted in `fill` and the subject is centred and fills
+            the square.
+        framing: "crop", the largest centred square; "pad", the whole picture with borders of `fill`.
+        size: pixels.
+        fill: RGB; the encoder's mean colour becomes zero when it normalises.
+    """
+    colour = torch.tensor(fill, dtype=torch.float32)
+    pixels, margin = picture.pixels, 0.0
+    if picture.mask is not None:
+        pixels, margin = _isolate(pixels, picture.mask, colour), 0.05
+    elif framing == "crop":
+        return _centre_crop(pixels, size)
+    height, width = pixels.shape[:2]
+    side = max(height, width) + 2 * round(margin * max(height, width))
+    canvas = colour.expand(side, side, 3).clone()
+    top, left = (side - height) // 2, (side - width) // 2
+    canvas[top : top + height, left : left + width] = pixels
+    return _resize(canvas, size, size)
+
+
+def _isolate(pixels: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
+    """The subject's bounding box, on a plain background."""
+    pixels = pixels * mask[..., None] + colour * (1 - mask[..., None])
+    inside = mask > 0.5 * mask.max()
+    rows, columns = inside.any(dim=1).nonzero().flatten(), inside.any(dim=0).nonzero().flatten()
+    return pixels[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+
+
+def _centre_crop(pixels: Tensor, size: int) -> Tensor:
+    """Shorter side to `size`, then the centre: the preprocessing of CLIP."""
+    height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    resized = _resize(pixels, round(scale * height), round(scale * width))
+    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
+    return resized[top : top + size, left : left + size]
+
+
+def _resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    batch = rearrange(pixels, "h w c -> 1 c h w")
+    resized = F.interpolate(batch, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+    return rearrange(resized, "1 c h w -> h w c")

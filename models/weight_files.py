@@ -1,0 +1,76 @@
+"""Reading and writing weight files: safetensors, and the pickles of published adapters (tensors only)."""
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import PersonalizeError
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file.
+
+    Raises:
+        PersonalizeError: the file is missing, damaged or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise PersonalizeError(f"{path.name} is not in {path.parent}.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise PersonalizeError(
+            f"{path.name} in {path.parent} is damaged or cut short ({size} bytes; {error}): download it again."
+        ) from None
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """Tensors of a .safetensors file (flat) or of a pickle (.bin, .pt, .pth, .ckpt; as nested as it was saved).
+
+    Pickles are read with `weights_only`: a file that holds anything but tensors is refused, not executed.
+
+    Raises:
+        PersonalizeError: the file is missing, damaged, cut short, or not tensors only.
+    """
+    if path.suffix.lower() in (".safetensors", ".sft"):
+        return read_safetensors(path)[0]
+    if not path.is_file():
+        raise PersonalizeError(f"{path.name} is not in {path.parent}.")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise PersonalizeError(
+            f"{path.name} in {path.parent} is not a file of tensors only (it is damaged or holds Python code, which "
+            "was not run): use a .safetensors version of it."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise PersonalizeError(
+            f"{path.name} in {path.parent} is damaged or cut short ({path.stat().st_size} bytes; {first}): "
+            "download it again."
+        ) from None
+    if not isinstance(weights, dict):
+        raise PersonalizeError(f"{path.name} in {path.parent} holds a {type(weights).__name__}, not named tensors.")
+    return weights
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write atomically: a temporary file beside it, fsync, rename. The folder is made if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,240 @@
+"""Decoupled cross-attention inside ComfyUI's UNet.
+
+A DIFFUSION_MODEL wrapper composes `patches_replace["attn2"]` at each model call, over whatever other patches are
+there by then, so that the order of nodes does not matter and nothing shared is changed. What belongs to one
+sampling (which conditioning is negative, what was moved to the device) lives in a `Sampling` that a SAMPLER_SAMPLE
+wrapper puts into that sampling's own options; the patch itself never changes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+import torch
+import torch.nn.functional as F
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..models.attention import decoupled_attention
+from ..models.blocks import Layer, UNetLayout
+from ..models.errors import PersonalizeError
+from ..models.ip_adapter import ImagePrompt, stack_prompts
+from ..models.pictures import same_aspect
+
+KEY = "personalize_ip_adapter"
+
+
+def unet_layout(model: ModelPatcher) -> tuple[UNetLayout, list[tuple[int, int]]]:
+    """The cross-attention layers of a MODEL: their layout, and (C, context width) of each in file order.
+
+    Raises:
+        PersonalizeError: the model is not a Stable Diffusion UNet.
+    """
+    unet = model.get_model_object("diffusion_model")
+    if not hasattr(unet, "input_blocks"):
+        raise PersonalizeError(
+            f"IP-Adapter needs an SD1.5 or SDXL model, but this MODEL is {type(model.model).__name__}."
+        )
+
+    def transformers(blocks):
+        return [
+            (number, module.transformer_blocks)
+            for number, block in enumerate(blocks)
+            for module in block
+            if hasattr(module, "transformer_blocks")
+        ]
+
+    middle = transformers([unet.middle_block or []])
+    sections = transformers(unet.input_blocks), transformers(unet.output_blocks), middle
+    layout = UNetLayout(
+        input=tuple((number, len(blocks)) for number, blocks in sections[0]),
+        output=tuple((number, len(blocks)) for number, blocks in sections[1]),
+        middle=sum(len(blocks) for _, blocks in middle),
+    )
+    layers = [block.attn2.to_k for section in sections for _, blocks in section for block in blocks]
+    return layout, [(layer.out_features, layer.in_features) for layer in layers]
+
+
+@dataclass
+class Sampling:
+    """What is known during one run of a sampler, and what may be kept until it ends."""
+
+    negative: Mapping[UUID, bool] = field(default_factory=dict)
+    """Whether a conditioning belongs to the negative prompt; those that stand on both sides are left out."""
+    areas: Mapping[UUID, tuple[int, ...]] = field(default_factory=dict)
+    """Conditionings of a part of the picture: (height, width, top, left) in latent cells."""
+    latent: tuple[int, int] | None = None
+    """Height and width of the whole latent."""
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, guider: Any, noise: Tensor) -> "Sampling":
+        sides: dict[UUID, set[bool]] = {}
+        areas = {}
+        for name, conds in guider.conds.items():
+            for cond in conds or ():
+                if "uuid" in cond:
+                    sides.setdefault(cond["uuid"], set()).add("negative" in name)
+                    if isinstance(cond.get("area"), tuple) and len(cond["area"]) == 4:
+                        areas[cond["uuid"]] = cond["area"]
+        negative = {uuid: side.pop() for uuid, side in sides.items() if len(side) == 1}
+        height, width = noise.shape[-2:]
+        return cls(negative, areas, (height, width))
+
+
+@dataclass(frozen=True)
+class DecoupledAttentionPatch:
+    """One adapter applied to one set of references."""
+
+    positive: ImagePrompt
+    negative: ImagePrompt
+    layout: UNetLayout
+    weights: Mapping[Layer, float]
+    """lambda of every layer that takes part."""
+    sigma_start: float
+    sigma_end: float
+    mask: Tensor | None
+    """[M, H, W]: where in the picture the references act; one for all pictures, or one for each."""
+
+    def apply_to(self, model: ModelPatcher) -> ModelPatcher:
+        """A clone of the model with this patch."""
+        patched = model.clone()
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.around_sampler)
+        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self.around_unet)
+        return patched
+
+    def around_sampler(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
+        """Begin a sampling: look at its conditionings and check the mask against its size."""
+        options = extra_args["model_options"].setdefault("transformer_options", {})
+        if KEY not in options:
+            options[KEY] = Sampling.of(guider, noise)
+        self._check_mask(noise)
+        return executor(guider, sigmas, extra_args, callback, noise, *args, **kwargs)
+
+    def _check_mask(self, noise: Tensor) -> None:
+        if self.mask is None:
+            return
+        count, height, width = self.mask.shape
+        pictures, (rows, columns) = noise.shape[0], noise.shape[-2:]
+        if count not in (1, pictures):
+            raise PersonalizeError(
+                f"Apply IP-Adapter has {count} masks for a batch of {pictures} pictures: give one mask, or one for each."
+            )
+        if not same_aspect(rows, columns, height, width, cell=-(-height // rows)):
+            raise PersonalizeError(
+                f"The mask of Apply IP-Adapter is {width}x{height} but the picture is {columns * 8}x{rows * 8}: make the "
+                "mask with the picture's aspect."
+            )
+
+    def around_unet(
+        self, executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs
+    ):
+        """One model call: compose our image branch over the attention patches that are there."""
+        options = dict(transformer_options or {})
+        if self._active(options):
+            options["patches_replace"] = self._compose(options, x)
+        return executor(x, timesteps, context, y, control, options, **kwargs)
+
+    def _active(self, options: Mapping[str, Any]) -> bool:
+        sigmas = options.get("sigmas")
+        if sigmas is None or (self.sigma_start == float("inf") and self.sigma_end == 0.0):
+            return True
+        return self.sigma_end < float(sigmas[0]) <= self.sigma_start  # the one device synchronisation of a step
+
+    def _compose(self, options: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
+        sampling: Sampling = options.get(KEY) or Sampling()
+        uuids = tuple(options.get("uuids", ()))
+        sides = self._sides(sampling, uuids, options.get("cond_or_uncond", [0]))
+        tensors = self._on_device(sampling, sides, x)
+        masks = None if self.mask is None else _Masks(self.mask, sampling, uuids, x, len(sides))
+        replace = dict(options.get("patches_replace", {}))
+        attn2 = dict(replace.get("attn2", {}))
+        for layer, weight in self.weights.items():
+            below = attn2.get(tuple(layer), attn2.get((layer.block, layer.id)))
+            attn2[tuple(layer)] = _LayerPatch(below, *tensors[layer], weight, masks)
+        replace["attn2"] = attn2
+        return replace
+
+    @staticmethod
+    def _sides(sampling: Sampling, uuids: tuple[UUID, ...], indices: list[int]) -> tuple[bool, ...]:
+        """For each conditioning in the batch, whether it is negative."""
+        if len(uuids) != len(indices):
+            return tuple(index == 1 for index in indices)
+        return tuple(sampling.negative.get(uuid, index == 1) for uuid, index in zip(uuids, indices, strict=True))
+
+    def _on_device(
+        self, sampling: Sampling, sides: tuple[bool, ...], x: Tensor
+    ) -> dict[Layer, tuple[Tensor, Tensor, Tensor | None]]:
+        """K', V' and bias of every layer for this arrangement of conditionings; moved once a sampling."""
+        key = (id(self), sides, x.device, x.dtype)
+        if key not in sampling.cache:
+            prompts = [self.negative if negative else self.positive for negative in sides]
+            sampling.cache[key] = moved = {}
+            for index, layer in enumerate(self.layout.file_order()):
+                if layer in self.weights:
+                    k, v, bias = stack_prompts(prompts, index)
+                    bias = None if bias is None else bias.to(x.device, x.dtype)
+                    moved[layer] = (k.to(x.device, x.dtype), v.to(x.device, x.dtype), bias)
+        return sampling.cache[key]
+
+
+@dataclass(frozen=True)
+class _LayerPatch:
+    """The attn2 replacement of one layer: what was there before, plus the image branch."""
+
+    below: Any
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    weight: float
+    masks: "_Masks | None"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        heads = extra_options["n_heads"]
+        if self.below is not None:
+            text = self.below(q, k, v, extra_options)
+        else:
+            text = optimized_attention(
+                q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
+            )
+        mask = None if self.masks is None else self.masks.at(*extra_options["activations_shape"][-2:])
+        return decoupled_attention(
+            text,
+            q,
+            self.key.to(q.dtype),
+            self.value.to(q.dtype),
+            heads=heads,
+            weight=self.weight,
+            bias=self.bias,
+            mask=mask,
+        )
+
+
+class _Masks:
+    """A mask at the resolutions of the UNet's layers, made once for each."""
+
+    def __init__(self, mask: Tensor, sampling: Sampling, uuids: tuple[UUID, ...], x: Tensor, chunks: int):
+        self.mask, self.sampling, self.uuids, self.chunks = mask, sampling, uuids, chunks
+        self.pictures, self.shape, self.device, self.dtype = x.shape[0] // chunks, x.shape[-2:], x.device, x.dtype
+
+    def at(self, rows: int, columns: int) -> Tensor:
+        """[chunks * pictures, rows * columns, 1]."""
+        areas = tuple(self.sampling.areas.get(uuid) for uuid in self.uuids) or (None,) * self.chunks
+        key = (id(self.mask), areas, self.pictures, tuple(self.shape), rows, columns, self.device, self.dtype)
+        if key not in self.sampling.cache:
+            parts = [self._resized(area, rows, columns) for area in areas]
+            self.sampling.cache[key] = torch.cat(parts).flatten(1)[..., None].to(self.device, self.dtype)
+        return self.sampling.cache[key]
+
+    def _resized(self, area: tuple[int, ...] | None, rows: int, columns: int) -> Tensor:
+        mask = self.mask[:, None].float()
+        whole = self.sampling.latent
+        if area is not None and whole is not None and tuple(self.shape) != whole:
+            height, width, top, left = area
+            mask = F.interpolate(mask, whole, mode="bilinear", antialias=True)
+            mask = mask[..., top : top + height, left : left + width]
+        mask = F.interpolate(mask, (rows, columns), mode="bilinear", antialias=True)
+        return mask[:, 0].expand(self.pictures, -1, -1)

@@ -1,0 +1,186 @@
+"""IP-Adapter: load an adapter file, apply it to a model with references."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..models.aggregation import AGGREGATIONS
+from ..models.blocks import LAYER_CHOICES, layer_weights
+from ..models.errors import PersonalizeError
+from ..models.ip_adapter import BASE_MODELS, POOLING_STAGES, IPAdapter, nest, read_ip_adapter
+from ..models.references import References
+from .attention_patch import DecoupledAttentionPatch, unet_layout
+from .folders import find_model
+from .schema import ADVANCED, IPAdapterType, ReferencesType, schema
+
+
+class LoadIPAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadIPAdapter",
+            display_name="Load IP-Adapter",
+            description="Loads an IP-Adapter file of any SD1.5 or SDXL variant; the variant is told from its tensors.",
+            search_aliases=["ipadapter model loader", "ip-adapter loader", "ip adapter plus"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list("ipadapter"),
+                    tooltip="A file in models/ipadapter: base, light, ViT-G, Plus, Plus-Face or Full-Face.",
+                )
+            ],
+            outputs=[IPAdapterType.Output(display_name="ip_adapter", tooltip="To Apply IP-Adapter.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        return io.NodeOutput(read_ip_adapter(find_model("ipadapter", file)))
+
+
+class ApplyIPAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeApplyIPAdapter",
+            display_name="Apply IP-Adapter",
+            description="Makes a model follow reference pictures: decoupled cross-attention with weight λ.",
+            search_aliases=["ipadapter advanced", "ip-adapter", "image prompt", "style transfer", "face", "reference"],
+            inputs=[
+                io.Model.Input("model", tooltip="An SD1.5 or SDXL model. Several Apply IP-Adapter nodes add up."),
+                IPAdapterType.Input("ip_adapter", tooltip="From Load IP-Adapter, made for the same base model."),
+                ReferencesType.Input("references", tooltip="Pictures of the subject, from Encode References."),
+                io.Float.Input(
+                    "weight",
+                    display_name="weight (λ)",
+                    default=0.8,
+                    min=-1.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="λ, the decoupled cross-attention weight: 0 ignores the references, 1 follows them fully; a "
+                    "lower weight leaves more to the prompt.",
+                ),
+                io.Combo.Input(
+                    "aggregation",
+                    options=list(AGGREGATIONS),
+                    default="concatenate",
+                    tooltip="How several references become one: concatenate (all tokens side by side), average or max.",
+                ),
+                io.Combo.Input(
+                    "pooling",
+                    options=list(POOLING_STAGES),
+                    default=POOLING_STAGES[0],
+                    tooltip="Average and max: over the image encoder's features, or over the tokens after the adapter's "
+                    "projection.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling the references begin to act: 0 is the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the sampling the references stop to act: 1 is the last step.",
+                ),
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYER_CHOICES),
+                    default="all",
+                    tooltip="Which layers follow the references: all, those of the style, of the composition, both, or the "
+                    "ones in layer_list.",
+                    extra_dict=ADVANCED,
+                ),
+                io.String.Input(
+                    "layer_list",
+                    default="",
+                    tooltip='For layers = list: transformer indices with a factor on λ, for example "3:2.5, 6". SD1.5 has 0 '
+                    "to 15, SDXL 0 to 10.",
+                    extra_dict=ADVANCED,
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where in the new picture the references act (white), of the picture's aspect; a batch gives "
+                    "each picture its own.",
+                ),
+                ReferencesType.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Pictures to move away from: they stand on the negative prompt's side.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="To a sampler, or to another Apply IP-Adapter.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        ip_adapter,
+        references: References,
+        weight: float,
+        aggregation: str = "concatenate",
+        pooling: str = POOLING_STAGES[0],
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        layers: str = "all",
+        layer_list: str = "",
+        mask=None,
+        negative: References | None = None,
+    ) -> io.NodeOutput:
+        adapter = IPAdapter.from_state(_tensors_of(ip_adapter))
+        layout, widths = unet_layout(model)
+        _check_base_model(adapter, widths)
+        factors = layer_weights(layout, layers, layer_list)
+        device = comfy.model_management.get_torch_device()
+        # Made outside inference mode, so that methods that need gradients through the UNet work on top of it.
+        with torch.inference_mode(False):
+            prompt = adapter.image_prompt(references, aggregation, pooling, device)
+            if negative is None:
+                negative_prompt = adapter.empty_prompt(references, device)
+            else:
+                negative_prompt = adapter.image_prompt(negative, aggregation, pooling, device)
+        if weight == 0 or start_percent >= end_percent:
+            return io.NodeOutput(model)
+        sampling = model.get_model_object("model_sampling")
+        patch = DecoupledAttentionPatch(
+            positive=prompt,
+            negative=negative_prompt,
+            layout=layout,
+            weights={layer: weight * factor for layer, factor in factors.items() if factor != 0},
+            sigma_start=float("inf") if start_percent <= 0 else float(sampling.percent_to_sigma(start_percent)),
+            sigma_end=0.0 if end_percent >= 1 else float(sampling.percent_to_sigma(end_percent)),
+            mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).cpu(),
+        )
+        return io.NodeOutput(patch.apply_to(model))
+
+
+def _tensors_of(ip_adapter: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tensors on the wire: ours, or those of ComfyUI_IPAdapter_plus (raw, or its unified loader's pipeline)."""
+    if "ipadapter" in ip_adapter:
+        ip_adapter = (ip_adapter["ipadapter"] or {}).get("model") or {}
+    return nest(ip_adapter)
+
+
+def _check_base_model(adapter: IPAdapter, widths: list[tuple[int, int]]) -> None:
+    wanted = [tuple(key.shape) for key, _ in adapter.layers]
+    if wanted == widths:
+        return
+    context = widths[0][1] if widths else 0
+    base = BASE_MODELS.get(context, f"text features of width {context}")
+    raise PersonalizeError(
+        f"This adapter is made for {adapter.variant.base_model} ({len(wanted)} cross-attention layers, text width "
+        f"{adapter.variant.cross_width}), but the model is {base} ({len(widths)} layers, text width {context}): use "
+        f"an adapter made for {base}, or a {adapter.variant.base_model} checkpoint."
+    )

@@ -1,0 +1,194 @@
+"""References: photographs of one subject, encoded; and their files."""
+
+from pathlib import Path
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..models.errors import PersonalizeError
+from ..models.pictures import FRAMINGS, Picture, frame_picture, list_pictures, make_picture, read_picture
+from ..models.references import References, parse_weights
+from .encoder import encode, encode_zero, input_size
+from .folders import find_model, find_pictures, references_folder
+from .schema import ADVANCED, ReferencesType, schema
+
+
+class EncodeReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        picture = io.Image.Input("image", tooltip="A picture, or a batch of pictures, of the subject. Any size.")
+        mask = io.Mask.Input(
+            "mask", tooltip="Where the subject is (white) in the picture of the same number; the rest is painted out."
+        )
+        return schema(
+            node_id="PersonalizeEncodeReferences",
+            display_name="Encode References",
+            description="Encodes any number of photographs of one subject for IP-Adapter.",
+            search_aliases=["ip-adapter encoder", "reference images", "image prompt", "clip vision encode batch"],
+            inputs=[
+                io.ClipVision.Input(
+                    "clip_vision",
+                    tooltip="The image encoder the adapter was trained with: ViT-H for nearly all of them.",
+                ),
+                io.Autogrow.Input(
+                    "images",
+                    template=io.Autogrow.TemplatePrefix(picture, prefix="image", min=0, max=50),
+                    tooltip="Pictures of the subject; a new input appears as you connect one.",
+                ),
+                io.Autogrow.Input(
+                    "masks",
+                    template=io.Autogrow.TemplatePrefix(mask, prefix="mask", min=0, max=50),
+                    tooltip="Optional masks: mask0 belongs to image0, mask1 to image1.",
+                ),
+                io.String.Input(
+                    "folder",
+                    default="",
+                    tooltip="A folder of pictures, instead of or besides connected ones: a folder inside ComfyUI's input "
+                    "folder or a full path. An alpha channel, or photo-masklabel.png beside photo.jpg, is the mask.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip="Weight of each picture in order, for example 1, 1, 0.5. Empty: all 1. 2 counts a picture "
+                    "twice, 0 leaves it out.",
+                ),
+                io.Combo.Input(
+                    "framing",
+                    options=list(FRAMINGS),
+                    default="crop",
+                    tooltip="How a picture becomes square: crop its centre, or pad it so that all of it is seen. "
+                    "A picture with a mask is centred on its subject either way.",
+                ),
+            ],
+            outputs=[
+                ReferencesType.Output(display_name="references", tooltip="To Apply IP-Adapter or Save References."),
+                io.Image.Output(display_name="seen", tooltip="The pictures as the image encoder sees them."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder="", **_) -> str:
+        try:
+            files = [(path.name, path.stat().st_mtime_ns) for path in find_pictures(folder).iterdir()] if folder else []
+        except PersonalizeError:
+            return folder
+        return repr(sorted(files))
+
+    @classmethod
+    def execute(cls, clip_vision, images=None, masks=None, folder="", weights="", framing="crop") -> io.NodeOutput:
+        size = input_size(clip_vision)
+        pictures = _connected(images or {}, masks or {})
+        if folder.strip():
+            pictures += [read_checked(path) for path in list_pictures(find_pictures(folder.strip()))]
+        if not pictures:
+            raise PersonalizeError("There are no reference pictures: connect an image, or write a folder of pictures.")
+        names = tuple(picture.name for picture in pictures)
+        weight_of_each = parse_weights(weights, names)
+        framed = [frame_picture(picture, framing, size, clip_vision.image_mean) for picture in pictures]
+        pooled, patches = encode(clip_vision, framed)
+        references = References(pooled, patches, encode_zero(clip_vision), torch.tensor(weight_of_each), names)
+        return io.NodeOutput(references, torch.stack(framed))
+
+
+def read_checked(path: Path) -> Picture:
+    picture = read_picture(path)
+    return make_picture(picture.pixels, picture.mask, picture.name)
+
+
+def _connected(images: dict, masks: dict) -> list[Picture]:
+    """The pictures of the growing inputs in their order, each batch taken apart."""
+    pictures = []
+    for slot, batch in sorted(images.items(), key=lambda item: _number(item[0])):
+        if batch is None:
+            continue
+        mask = masks.get(f"mask{_number(slot)}")
+        if mask is not None and mask.shape[0] not in (1, batch.shape[0]):
+            raise PersonalizeError(
+                f"mask{_number(slot)} has {mask.shape[0]} masks but {slot} has {batch.shape[0]} pictures: give one mask "
+                "for all, or one for each."
+            )
+        for index, pixels in enumerate(batch.cpu()):
+            name = slot if batch.shape[0] == 1 else f"{slot}[{index}]"
+            own = None if mask is None else mask[index % mask.shape[0]].cpu()
+            pictures.append(make_picture(pixels, own, name))
+    unused = [slot for slot in masks if images.get(f"image{_number(slot)}") is None and masks[slot] is not None]
+    if unused:
+        raise PersonalizeError(f"{unused[0]} has no picture: connect image{_number(unused[0])}, or remove the mask.")
+    return pictures
+
+
+def _number(slot: str) -> int:
+    return int("".join(character for character in slot if character.isdigit()))
+
+
+class SaveReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeSaveReferences",
+            display_name="Save References",
+            description="Saves encoded references, so that they load without the pictures and the image encoder.",
+            search_aliases=["save embeds", "ipadapter save embeds"],
+            is_output_node=True,
+            inputs=[
+                ReferencesType.Input("references", tooltip="From Encode References."),
+                io.String.Input(
+                    "filename",
+                    default="my_subject",
+                    tooltip="Saved as output/references/<filename>.safetensors; an existing file is kept, and the "
+                    "new one gets a number.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    def execute(cls, references: References, filename: str) -> io.NodeOutput:
+        folder = references_folder()
+        path = folder / f"{filename.strip()}.safetensors"
+        if not filename.strip() or not path.resolve().is_relative_to(folder.resolve()):
+            raise PersonalizeError(f'"{filename}" is not a file name inside {folder}.')
+        number = 2
+        while path.exists():
+            path = folder / f"{filename.strip()}_{number:02}.safetensors"
+            number += 1
+        references.save(path)
+        return io.NodeOutput(ui={"text": (f"Saved {len(references)} references to {path}",)})
+
+
+class LoadReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadReferences",
+            display_name="Load References",
+            description="Loads references that Save References wrote.",
+            search_aliases=["load embeds", "ipadapter load embeds"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list("references"),
+                    tooltip="A file in output/references or models/references.",
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    tooltip="New weights, one for each reference, for example 1, 1, 0.5. Empty: as they were saved.",
+                    extra_dict=ADVANCED,
+                ),
+            ],
+            outputs=[ReferencesType.Output(display_name="references", tooltip="To Apply IP-Adapter.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_) -> str:
+        path = folder_paths.get_full_path("references", file)
+        return f"{file} {Path(path).stat().st_mtime_ns}" if path else file
+
+    @classmethod
+    def execute(cls, file: str, weights: str = "") -> io.NodeOutput:
+        references = References.load(find_model("references", file))
+        if weights.strip():
+            references = references.with_weights(parse_weights(weights, references.names))
+        return io.NodeOutput(references)

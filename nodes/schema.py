@@ -1,0 +1,19 @@
+"""What the nodes' schemas share: wire types, and fields that only newer hosts have."""
+
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "Personalize"
+ADVANCED = {"advanced": True}
+
+# The wire of ComfyUI_IPAdapter_plus: the file's tensors, {"image_proj": {...}, "ip_adapter": {...}}.
+IPAdapterType = io.Custom("IPADAPTER")
+ReferencesType = io.Custom("REFERENCES")
+
+
+def schema(search_aliases: list[str], **fields: Any) -> io.Schema:
+    """An io.Schema; search aliases are given to hosts that know them."""
+    if "search_aliases" in io.Schema.__dataclass_fields__:
+        fields["search_aliases"] = search_aliases
+    return io.Schema(category=CATEGORY, **fields)

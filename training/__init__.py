@@ -1,0 +1,1 @@
+"""Headless: python -m training.<method>. Never imports ComfyUI or the nodes."""

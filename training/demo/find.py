@@ -1,0 +1,24 @@
+"""Find the ComfyUI of this machine. Standard library only: set-up runs this before anything is installed."""
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The repository."""
+
+
+def find_comfyui() -> Path | None:
+    """COMFYUI_PATH; the ComfyUI whose custom_nodes holds this repository; ~/ComfyUI; None where there is none."""
+    places = [Path.home() / "ComfyUI"]
+    if ROOT.parent.name == "custom_nodes":
+        places.insert(0, ROOT.parent.parent)
+    if os.environ.get("COMFYUI_PATH"):
+        places.insert(0, Path(os.environ["COMFYUI_PATH"]).expanduser())
+    return next((place.resolve() for place in places if (place / "main.py").is_file()), None)
+
+
+def comfyui_version(comfyui: Path) -> str:
+    """Its version, read from its files."""
+    scope: dict[str, str] = {}
+    exec((comfyui / "comfyui_version.py").read_text(), scope)
+    return scope["__version__"]
