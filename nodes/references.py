@@ -80,7 +80,7 @@ class EncodeReferences(io.ComfyNode):
         size = input_size(clip_vision)
         pictures = _connected(images or {}, masks or {})
         if folder.strip():
-            pictures += [read_checked(path) for path in list_pictures(find_pictures(folder.strip()))]
+            pictures += [read_picture(path) for path in list_pictures(find_pictures(folder.strip()))]
         if not pictures:
             raise PersonalizeError("There are no reference pictures: connect an image, or write a folder of pictures.")
         names = tuple(picture.name for picture in pictures)
@@ -89,11 +89,6 @@ class EncodeReferences(io.ComfyNode):
         pooled, patches = encode(clip_vision, framed)
         references = References(pooled, patches, encode_zero(clip_vision), torch.tensor(weight_of_each), names)
         return io.NodeOutput(references, torch.stack(framed))
-
-
-def read_checked(path: Path) -> Picture:
-    picture = read_picture(path)
-    return make_picture(picture.pixels, picture.mask, picture.name)
 
 
 def _connected(images: dict, masks: dict) -> list[Picture]:

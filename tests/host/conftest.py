@@ -1,79 +1,29 @@
 """ComfyUI in this process, and as a server."""
 
-import asyncio
-import importlib
-import sys
-from types import SimpleNamespace
-
 import pytest
+from inprocess import Host
 from structural import checkpoints
-
-
-class Host:
-    """ComfyUI loaded in process on the CPU, with the pack loaded by ComfyUI's own custom-node loader."""
-
-    def __init__(self, comfyui, base, root):
-        for folder in ("custom_nodes", "models", "input", "output"):
-            (base / folder).mkdir(parents=True, exist_ok=True)
-        sys.path.insert(0, str(comfyui))
-        import comfy.options
-
-        comfy.options.enable_args_parsing(False)
-        from comfy.cli_args import args
-
-        args.cpu = True
-        args.base_directory = str(base)
-        # utils.extra_config first: once nodes is imported, comfy/utils.py shadows ComfyUI's own utils
-        for name in ("utils.extra_config", "execution", "folder_paths", "nodes"):
-            importlib.import_module(name)
-        import execution
-        import folder_paths
-
-        import nodes
-
-        self.base, self.nodes, self.folder_paths = base, nodes, folder_paths
-        loop = asyncio.new_event_loop()
-        loop.run_until_complete(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-        assert loop.run_until_complete(nodes.load_custom_node(str(root), module_parent="custom_nodes"))
-        self.loop = loop
-        checkpoints.register()
-        self.server = SimpleNamespace(client_id=None, last_node_id=None, last_prompt_id=None, sent=[])
-        self.server.send_sync = lambda event, data, client_id=None: self.server.sent.append((event, data))
-        self.server.prompt_queue = SimpleNamespace()
-        self.execution = execution
-        self.executor = execution.PromptExecutor(
-            self.server, cache_type=execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0.0, "ram_inactive": 0.0}
-        )
-
-    def node(self, name):
-        """A node's class, as ComfyUI loaded it."""
-        return self.nodes.NODE_CLASS_MAPPINGS[name]
-
-    def module(self, name):
-        """A module of the pack, as ComfyUI loaded it: `models.references`, say."""
-        package = self.node("PersonalizeApplyIPAdapter").__module__.rsplit(".nodes.", 1)[0]
-        return sys.modules[f"{package}.{name}"]
-
-    def run(self, prompt, outputs=None):
-        """Validate and execute an API prompt as the server does; returns the ui outputs by node id.
-
-        Raises HostError with the node's own message.
-        """
-        valid = self.loop.run_until_complete(self.execution.validate_prompt("test", prompt, outputs))
-        if not valid[0]:
-            raise HostError(f"{valid[1]} {valid[3]}")
-        self.server.sent.clear()
-        self.loop.run_until_complete(self.executor.execute_async(prompt, "test", {}, valid[2]))
-        for event, data in self.executor.status_messages:
-            if event == "execution_error":
-                raise HostError(data["exception_message"].strip())
-        return self.executor.history_result["outputs"]
-
-
-class HostError(Exception):
-    """What ComfyUI shows the user."""
 
 
 @pytest.fixture(scope="session")
 def host(comfyui, root, tmp_path_factory):
     return Host(comfyui, tmp_path_factory.mktemp("host"), root)
+
+
+@pytest.fixture(scope="session")
+def models(host):
+    """Miniature model files in the host's model folders, by their names."""
+    folder = host.base / "models"
+    for name in ("checkpoints", "clip_vision", "ipadapter"):
+        (folder / name).mkdir(exist_ok=True)
+    checkpoints.miniature_checkpoint(folder / "checkpoints" / "miniature.safetensors")
+    checkpoints.small_image_encoder(folder / "clip_vision" / "small.safetensors")
+    for kind in ("base", "plus", "full-face"):
+        checkpoints.miniature_adapter(kind, folder / "ipadapter" / f"{kind}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_vision(host, models):
+    """The small image encoder as a CLIP_VISION."""
+    return host.nodes.NODE_CLASS_MAPPINGS["CLIPVisionLoader"]().load_clip("small.safetensors")[0]

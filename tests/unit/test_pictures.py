@@ -1,0 +1,185 @@
+"""Photographs as people have them."""
+
+import numpy as np
+import pytest
+import torch
+from pack.models.errors import PersonalizeError
+from pack.models.pictures import CLIP_MEAN, frame_picture, list_pictures, make_picture, read_picture
+from pack.models.references import parse_weights
+from PIL import Image
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def halves(width=60, height=40):
+    """Red above, blue below."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (0, height // 2, width, height))
+    return image
+
+
+def is_upright(picture, tolerance=0.1):
+    top, bottom = picture.pixels[2].mean(dim=0), picture.pixels[-3].mean(dim=0)
+    expected = torch.tensor([[1.0, 0, 0], [0, 0, 1.0]])
+    return torch.allclose(torch.stack((top, bottom)), expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = halves()
+    inverse = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}.get(orientation, [])
+    for operation in inverse:
+        stored = stored.transpose(Image.Transpose(operation))
+    stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    assert ImageOps is not None
+    picture = read_picture(tmp_path / "photo.jpg")
+    assert picture.pixels.shape == (40, 60, 3)
+    assert is_upright(picture)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("RGB", "a.png"),
+        ("P", "a.gif"),
+        ("P", "a.png"),
+        ("CMYK", "a.jpg"),
+        ("RGB", "a.webp"),
+        ("RGB", "a.tiff"),
+        ("RGB", "a.bmp"),
+    ],
+)
+def test_modes_and_types(tmp_path, mode, name):
+    halves().convert(mode).save(tmp_path / name)
+    assert is_upright(read_picture(tmp_path / name), tolerance=0.15)
+
+
+def test_grey_and_sixteen_bit(tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((ramp / 257).round().astype(np.uint8)).save(tmp_path / "grey.png")
+    deep, grey = read_picture(tmp_path / "deep.png"), read_picture(tmp_path / "grey.png")
+    torch.testing.assert_close(deep.pixels, grey.pixels, atol=1e-6, rtol=0)
+    assert float(deep.pixels.max()) > 0.99
+
+
+def test_the_first_picture_of_an_animation(tmp_path):
+    halves().save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (60, 40))])
+    assert is_upright(read_picture(tmp_path / "a.gif"))
+
+
+def test_alpha_and_mask_files_are_masks(tmp_path):
+    image = halves().convert("RGBA")
+    image.putalpha(Image.new("L", image.size, 0))
+    image.paste(RED, (20, 10, 40, 30))
+    image.save(tmp_path / "a.png")
+    mask = read_picture(tmp_path / "a.png").mask
+    assert mask.sum() == 20 * 20
+    halves().save(tmp_path / "b.jpg")
+    halves().convert("L").point(lambda value: 255 if value > 50 else 0).save(tmp_path / "b-masklabel.png")
+    mask = read_picture(tmp_path / "b.jpg").mask
+    assert float(mask[:20].min()) == 1
+    assert float(mask[20:].max()) == 0
+    assert [path.name for path in list_pictures(tmp_path)] == ["a.png", "b.jpg"]
+
+
+def test_hidden_and_other_files_are_left_out(tmp_path):
+    for name in ("._1.jpg", ".hidden.png", "notes.txt", "B.PNG", "a é.jpeg"):
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in list_pictures(tmp_path)] == ["a é.jpeg", "B.PNG"]
+
+
+def test_bad_folders_and_files(tmp_path):
+    with pytest.raises(PersonalizeError, match="does not exist"):
+        list_pictures(tmp_path / "none")
+    with pytest.raises(PersonalizeError, match="has no pictures"):
+        list_pictures(tmp_path)
+    halves().save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    for name, content in {"cut.jpg": data[: len(data) // 2], "text.jpg": b"hello", "empty.png": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(PersonalizeError, match=f"{name} in .* cannot be read") as error:
+            read_picture(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_bad_pixels():
+    with pytest.raises(PersonalizeError, match="image0 is 1x1 pixels: a reference needs at least 16"):
+        make_picture(torch.zeros(1, 1, 3), None, "image0")
+    broken = torch.zeros(20, 20, 3)
+    broken[3, 4, 1] = float("nan")
+    with pytest.raises(PersonalizeError, match="image0 has values that are not numbers"):
+        make_picture(broken, None, "image0")
+
+
+def test_masks():
+    pixels = torch.rand(40, 60, 3)
+    with pytest.raises(PersonalizeError, match="mask of image0 is 40x40 but the picture is 60x40"):
+        make_picture(pixels, torch.rand(40, 40), "image0")
+    with pytest.raises(PersonalizeError, match="mask of image0 has values that are not numbers"):
+        make_picture(pixels, torch.full((40, 60), float("nan")), "image0")
+    assert make_picture(pixels, torch.rand(20, 30), "image0").mask.shape == (40, 60)
+    assert make_picture(pixels, torch.zeros(64, 64), "image0").mask is None, "Load Image gives this where there is none"
+    assert make_picture(pixels, torch.ones(40, 60), "image0").mask is None
+    assert make_picture(torch.rand(40, 60, 4), None, "image0").mask.shape == (40, 60)
+
+
+def test_crop_is_the_preprocessing_of_clip():
+    """Shorter side to the encoder's size, centre crop: transformers' CLIPImageProcessor without normalisation."""
+    picture = make_picture(torch.rand(50, 90, 3), None, "a")
+    framed = frame_picture(picture, "crop", 32)
+    whole = torch.nn.functional.interpolate(
+        picture.pixels.permute(2, 0, 1)[None], (32, 58), mode="bicubic", antialias=True
+    )
+    torch.testing.assert_close(framed, whole[0, :, :, 13:45].permute(1, 2, 0).clamp(0, 1))
+
+
+def test_pad_shows_everything_on_the_mean_colour():
+    framed = frame_picture(make_picture(torch.ones(30, 60, 3), None, "a"), "pad", 60)
+    assert framed.shape == (60, 60, 3)
+    torch.testing.assert_close(framed[0, 0], torch.tensor(CLIP_MEAN))
+    torch.testing.assert_close(framed[30, 0], torch.ones(3))
+
+
+@pytest.mark.parametrize("framing", ["crop", "pad"])
+def test_a_mask_isolates_and_centres_the_subject(framing):
+    pixels = torch.rand(100, 100, 3)
+    pixels[60:80, 70:90] = 1.0
+    mask = torch.zeros(100, 100)
+    mask[60:80, 70:90] = 1
+    framed = frame_picture(make_picture(pixels, mask, "a"), framing, 44)
+    torch.testing.assert_close(framed[0, 0], torch.tensor(CLIP_MEAN), atol=0.01, rtol=0)
+    torch.testing.assert_close(framed[22, 22], torch.ones(3))
+    white = (framed > 0.99).all(dim=-1).float().mean()
+    assert 0.7 < float(white) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", [1, 1, 1]), ("0.5", [0.5] * 3), ("1, 0;2", [1, 0, 2]), ("1\n1 3", [1, 1, 3])]
+)
+def test_weights(text, expected):
+    assert parse_weights(text, "abc") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("1, 2", "2 weights for 3 references"), ("1, x, 2", "not numbers"), ("1,-1,1", "0 or more"), ("nan", "0 or more")],
+)
+def test_bad_weights(text, sentence):
+    with pytest.raises(PersonalizeError, match=sentence):
+        parse_weights(text, "abc")
+
+
+def test_the_real_photographs(photographs):
+    pictures = [read_picture(path) for path in list_pictures(photographs / "mixed" / "dog")]
+    assert [picture.name for picture in pictures] == [
+        "grey.webp",
+        "IMG_0001.JPG",
+        "IMG_0002.jpeg",
+        "portrait with alpha.png",
+        "tiny été.png",
+    ]
