@@ -32,6 +32,7 @@ def input_size(clip_vision) -> int:
     return int(clip_vision.image_size)
 
 
+@torch.no_grad()
 def encode(clip_vision, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Encode framed pictures, each [S, S, 3] of the encoder's size: pooled [n, D] and patches [n, T, H].
 
@@ -58,6 +59,7 @@ def encode(clip_vision, pictures: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.stack([found[d][0] for d in digests]), torch.stack([found[d][1] for d in digests])
 
 
+@torch.no_grad()
 def encode_zero(clip_vision) -> Tensor:
     """Penultimate hidden states of an all-zero input, [T, H]: "no picture" as Plus adapters were trained.
 

@@ -177,10 +177,10 @@ def _check_base_model(adapter: IPAdapter, widths: list[tuple[int, int]]) -> None
     wanted = [tuple(key.shape) for key, _ in adapter.layers]
     if wanted == widths:
         return
-    context = widths[0][1] if widths else 0
+    wide, context = widths[0] if widths else (0, 0)
     base = BASE_MODELS.get(context, f"text features of width {context}")
     raise PersonalizeError(
-        f"This adapter is made for {adapter.variant.base_model} ({len(wanted)} cross-attention layers, text width "
-        f"{adapter.variant.cross_width}), but the model is {base} ({len(widths)} layers, text width {context}): use "
-        f"an adapter made for {base}, or a {adapter.variant.base_model} checkpoint."
+        f"This adapter is made for {adapter.variant.base_model} ({len(wanted)} cross-attention layers, the first "
+        f"{wanted[0][0]} wide, text width {wanted[0][1]}), but the model is {base} ({len(widths)} layers, the first {wide} "
+        f"wide, text width {context}): use an adapter made for this model, or a {adapter.variant.base_model} checkpoint."
     )

@@ -33,22 +33,23 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "host: needs a real ComfyUI")
 
 
-def pytest_terminal_summary(terminalreporter):
-    def count(outcome):
-        return len({r.nodeid for r in terminalreporter.getreports(outcome) if "tests/host/" in r.nodeid})
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session):
+    """Say last of all how many host tests ran, or loudly that none could."""
+    result = yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+
+    def count(*outcomes):
+        reports = [report for outcome in outcomes for report in reporter.getreports(outcome)]
+        return len({report.nodeid for report in reports if "tests/host/" in report.nodeid})
 
     if COMFYUI is None:
-        terminalreporter.write_line("")
-        terminalreporter.write_line(
-            f"NO COMFYUI FOUND: {count('skipped')} host tests were SKIPPED. Set COMFYUI_PATH to a ComfyUI to run them.",
-            yellow=True,
-            bold=True,
-        )
+        sentence = f"NO COMFYUI FOUND: {count('skipped')} host tests were SKIPPED. Set COMFYUI_PATH to run them."
+        reporter.write_line(sentence, yellow=True, bold=True)
     else:
-        ran = count("passed") + count("failed")
-        terminalreporter.write_line(
-            f"Host tests run on ComfyUI {comfyui_version(COMFYUI)} ({COMFYUI}): {ran}, skipped: {count('skipped')}."
-        )
+        found = f"ComfyUI {comfyui_version(COMFYUI)} ({COMFYUI})"
+        reporter.write_line(f"Host tests run on {found}: {count('passed', 'failed')}, skipped: {count('skipped')}.")
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ which changes no time. Both packs get the same adapter tensors, image features, 
 Every round samples each variant once, and the order turns from round to round, so that noise of the machine meets all
 of them. A ratio is taken within a round; printed are the median of the rounds and (lowest to highest). The bare model
 stands twice in a round: how far its ratio to itself is from 1 is what this machine cannot resolve. The time of a
-sampling counts whole, with what happens once in it.
+sampling counts whole, with what happens once in it. Finer is "added": the queries, keys and values of all
+cross-attention layers of one step are recorded, each variant's attention is replayed on them, and the host's own
+attention is taken off.
 
 The other pack addresses the middle block by a number that ComfyUI does not use, so its middle layers do nothing; our
 variant "without middle" does the same work, and its pictures must be the other pack's.
@@ -32,6 +34,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before torch: threads that spin while they wait lose whole time slices to any neighbour (5 times slower, measured).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,7 +49,8 @@ CASES = {
     "128 tokens (Plus adapter, 8 references concatenated)": ("plus", 1280, 8),
 }
 WEIGHT = 0.8
-OURS, OURS_WITHOUT_MIDDLE, THEIRS = "ours", "ours without middle", "ComfyUI_IPAdapter_plus"
+BARE, AGAIN = ("", "bare model"), ("", "bare model, again")
+OURS, SAME_WORK, THEIRS = "ours", "ours without middle", "IPAdapter_plus"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -137,23 +143,68 @@ class Bench:
         variants: dict[str, Callable[[], Any]] = {OURS: ours}
         if self.theirs:
             listed = ", ".join(map(str, outside))
-            variants |= {OURS_WITHOUT_MIDDLE: lambda: ours(layers="list", layer_list=listed), THEIRS: theirs}
+            variants |= {SAME_WORK: lambda: ours(layers="list", layer_list=listed), THEIRS: theirs}
         return variants
 
-    def sample(self, model: Any) -> torch.Tensor:
+    def sample(self, model: Any, steps: int | None = None) -> torch.Tensor:
         import comfy.sample
 
-        positive, negative = self.conds
-        arguments = (self.noise, self.steps, 5.0, "euler", "normal", positive, negative, self.latent)
+        arguments = (self.noise, steps or self.steps, 5.0, "euler", "normal", *self.conds, self.latent)
         return comfy.sample.sample(model, *arguments, disable_pbar=True, seed=0).cpu()
 
-    def timed(self, call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    def record(self) -> list[tuple[Any, ...]]:
+        """(layer, q, k, v, options) of every cross-attention layer in one step."""
+        from comfy.ldm.modules.attention import optimized_attention
+
+        calls = []
+
+        def recorder(layer: Any) -> Callable[..., torch.Tensor]:
+            def attention(q, k, v, options):
+                calls.append((tuple(layer), q, k, v, dict(options)))
+                return optimized_attention(q, k, v, options["n_heads"])
+
+            return attention
+
+        model = self.model.clone()
+        for layer in self.layout.file_order():
+            model.set_model_attn2_replace(recorder(layer), layer.block, layer.id, layer.depth)
+        self.sample(model, steps=1)
+        return calls
+
+    def replacements(self, model: Any) -> dict[Any, Callable[..., torch.Tensor]]:
+        """The attention that the UNet of a patched model finds, by layer or block."""
+        from comfy.patcher_extension import WrappersMP
+
+        found: dict[Any, Any] = {}
+
+        def look(executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **kwargs):
+            found.update((transformer_options or {}).get("patches_replace", {}).get("attn2", {}))
+            return executor(x, timesteps, context, y, control, transformer_options, **kwargs)
+
+        model = model.clone()
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "look", look)
+        self.sample(model, steps=1)
+        return found
+
+    @staticmethod
+    def replay(calls: list[tuple[Any, ...]], replacements: dict[Any, Any]) -> None:
+        from comfy.ldm.modules.attention import optimized_attention
+
+        for layer, q, k, v, options in calls:
+            attention = replacements.get(layer) or replacements.get(layer[:2])
+            if attention is None:
+                optimized_attention(q, k, v, options["n_heads"])
+            else:
+                attention(q, k, v, options)
+
+    def timed(self, call: Callable[..., Any], *arguments: Any) -> float:
+        """Milliseconds."""
         gc.collect()
         self.synchronize()
         start = time.perf_counter()
-        result = call(*arguments)
+        call(*arguments)
         self.synchronize()
-        return time.perf_counter() - start, result
+        return 1000 * (time.perf_counter() - start)
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -176,7 +227,7 @@ class Bench:
         return f"peak {peak:.0f} MiB above what was there, {count / self.steps:.1f} synchronisations a step"
 
 
-def spread(values: list[float], digits: int = 3) -> str:
+def spread(values: list[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -184,51 +235,60 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def measure(bench: Bench, repeats: int) -> None:
-    bare, again = "bare model", "bare model, again"
-    calls = {(case, name): call for case, of in CASES.items() for name, call in bench.variants(*of).items()}
+def interleaved(
+    rounds: int, calls: dict[Any, Callable[[], Any]], timed: Callable[..., float]
+) -> dict[Any, list[float]]:
+    """Milliseconds of every call in every round; each round begins with another one."""
+    times: dict[Any, list[float]] = {key: [] for key in calls}
+    keys = list(calls)
+    for turn in range(rounds):
+        for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
+            times[key].append(timed(calls[key]))
+    return times
+
+
+def measure(bench: Bench, rounds: int) -> None:
+    nodes = {(case, name): call for case, of in CASES.items() for name, call in bench.variants(*of).items()}
     bench.sample(bench.model)  # loads the model
     if bench.cuda:
-        print(f"{bare}: {bench.on_cuda(lambda: bench.model)}")
-        for (case, name), call in calls.items():
-            print(f"{case}, {name}: {bench.on_cuda(call)}")
-    for call in calls.values():
-        call()
-    applying: dict[Any, list[float]] = {key: [] for key in calls}
-    for _ in range(repeats):
-        for key, call in calls.items():
-            applying[key].append(bench.timed(call)[0])
-    models = {("", bare): bench.model, ("", again): bench.model} | {key: call() for key, call in calls.items()}
+        for (case, name), call in {BARE: lambda: bench.model, **nodes}.items():
+            print(f"{name}, {case}: {bench.on_cuda(call)}")
+    models = {BARE: bench.model, AGAIN: bench.model} | {key: call() for key, call in nodes.items()}
+    apply_times = interleaved(rounds, nodes, bench.timed)
     pictures = {key: bench.sample(model) for key, model in models.items()}  # which warms up, too
-    stepping: dict[Any, list[float]] = {key: [] for key in models}
-    keys = list(models)
-    for turn in range(repeats):
-        for key in keys[turn % len(keys) :] + keys[: turn % len(keys)]:
-            stepping[key].append(bench.timed(bench.sample, models[key])[0] / bench.steps)
+    samplings = {key: lambda model=model: bench.sample(model) for key, model in models.items()}
+    times = interleaved(rounds, samplings, bench.timed)
+    recorded = bench.record()
+    patches = {key: bench.replacements(model) for key, model in models.items()}
+    replays = {key: lambda patch=patch: bench.replay(recorded, patch) for key, patch in patches.items()}
+    attention = interleaved(6 * rounds, replays, bench.timed)
 
     def ratio(a: Any, b: Any) -> str:
-        return spread([x / y for x, y in zip(stepping[a], stepping[b], strict=True)])
+        return spread([x / y for x, y in zip(times[a], times[b], strict=True)], 3)
 
-    print(f"\n{'':24}{'ms a step':28}{'to the bare model':26}ms of the apply node")
-    print(f"{bare:24}{spread([1000 * t for t in stepping['', bare]], 0)}")
-    print(f"{again:24}{spread([1000 * t for t in stepping['', again]], 0):28}{ratio(('', again), ('', bare))}")
+    def row(key: Any) -> str:
+        added = [x - y for x, y in zip(attention[key], attention[BARE], strict=True)]
+        columns = [
+            spread([t / bench.steps for t in times[key]], 0),
+            "" if key == BARE else ratio(key, BARE),
+            f"{statistics.median(attention[key]):.1f}" if key == BARE else f"+{statistics.median(added):.1f}",
+            spread(apply_times[key], 0) if key in nodes else "",
+        ]
+        return f"  {key[1]:20}" + "".join(f"{column:25}" for column in columns)
+
+    titles = "ms a step", "to the bare model", "ms in cross-attention", "ms of the apply node"
+    print(f"\n{'':22}" + "".join(f"{title:25}" for title in titles) + f"\n{row(BARE)}\n{row(AGAIN)}")
     for case in CASES:
-        print(case)
-        for name in dict.fromkeys(name for _, name in calls):
-            key = case, name
-            step = spread([1000 * t for t in stepping[key]], 0)
-            apply = spread([1000 * t for t in applying[key]], 0)
-            print(f"  {name:22}{step:28}{ratio(key, ('', bare)):26}{apply}")
+        print(case, *(row(key) for key in nodes if key[0] == case), sep="\n")
+        print(f"  pictures: the adapter changes them by {relative(pictures[case, OURS], pictures[BARE]):.2f}", end="")
         if bench.theirs:
-            theirs = case, THEIRS
-            print(f"  to {THEIRS}: ours {ratio((case, OURS), theirs)}, without middle", end=" ")
-            print(ratio((case, OURS_WITHOUT_MIDDLE), theirs))
-            difference = relative(pictures[case, OURS_WITHOUT_MIDDLE], pictures[theirs])
+            theirs, same = (case, THEIRS), (case, SAME_WORK)
+            print(f"; without middle is {relative(pictures[same], pictures[theirs]):.0e} from {THEIRS}", end="")
             print(
-                f"  pictures: without middle against {THEIRS}, largest relative difference {difference:.1e};", end=" "
+                f"\n  ms a step to {THEIRS}: ours {ratio((case, OURS), theirs)}, without middle {ratio(same, theirs)}",
+                end="",
             )
-        effect = relative(pictures[case, OURS], pictures["", bare])
-        print(f"{'' if bench.theirs else '  '}the adapter changes them by {effect:.2f}")
+        print()
     if not bench.theirs:
         print("Not compared with ComfyUI_IPAdapter_plus: give its folder as --ipadapter-plus.")
 

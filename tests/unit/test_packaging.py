@@ -1,0 +1,32 @@
+"""What is said twice because two tools read it."""
+
+import json
+import re
+
+import pytest
+
+
+def test_requirements_are_those_of_pyproject(root):
+    text = (root / "pyproject.toml").read_text()
+    listed = re.findall(r'"([^"]+)"', text.partition("dependencies = [")[2].partition("]")[0])
+    assert listed == (root / "requirements.txt").read_text().split()
+    assert not any(name.startswith(("torch", "numpy")) for name in listed), "a pin here replaces the user's CUDA torch"
+
+
+def test_workflows_have_thumbnails_and_stand_alone(root):
+    workflows = sorted((root / "workflows").glob("*.json"))
+    assert len(workflows) >= 3
+    for path in workflows:
+        assert path.with_suffix(".jpg").stat().st_size > 5000
+        workflow = json.loads(path.read_text())
+        assert any(node["type"] == "MarkdownNote" for node in workflow["nodes"]), path.name
+        boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+        for i, (x, y, w, h) in enumerate(boxes):
+            for x2, y2, w2, h2 in boxes[i + 1 :]:
+                apart = x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
+                assert apart, f"nodes overlap in {path.name}"
+
+
+@pytest.mark.parametrize("folder", ["models", "nodes", "training", "workflows", "tests"])
+def test_the_house_is_as_drawn(root, folder):
+    assert (root / folder).is_dir()

@@ -1,0 +1,24 @@
+"""What training takes from models/: the one place that knows whether the pack is a package or the current folder."""
+
+if __package__ == "training":
+    from models.attention import decoupled_attention as decoupled_attention
+    from models.errors import PersonalizeError as PersonalizeError
+    from models.ip_adapter import ImagePrompt as ImagePrompt
+    from models.ip_adapter import IPAdapter as IPAdapter
+    from models.ip_adapter import stack_prompts as stack_prompts
+    from models.pictures import frame_picture as frame_picture
+    from models.pictures import list_pictures as list_pictures
+    from models.pictures import read_picture as read_picture
+    from models.projection import Resampler as Resampler
+    from models.references import References as References
+else:
+    from ..models.attention import decoupled_attention as decoupled_attention
+    from ..models.errors import PersonalizeError as PersonalizeError
+    from ..models.ip_adapter import ImagePrompt as ImagePrompt
+    from ..models.ip_adapter import IPAdapter as IPAdapter
+    from ..models.ip_adapter import stack_prompts as stack_prompts
+    from ..models.pictures import frame_picture as frame_picture
+    from ..models.pictures import list_pictures as list_pictures
+    from ..models.pictures import read_picture as read_picture
+    from ..models.projection import Resampler as Resampler
+    from ..models.references import References as References
