@@ -69,14 +69,6 @@ class ApplyIPAdapter(io.ComfyNode):
                     default="concatenate",
                     tooltip="How several references become one: concatenate (all tokens side by side), average or max.",
                 ),
-                io.Combo.Input(
-                    "pooling",
-                    options=list(POOLING_STAGES),
-                    default=POOLING_STAGES[0],
-                    tooltip="Average and max: over the image encoder's features, or over the tokens after the adapter's "
-                    "projection.",
-                    extra_dict=ADVANCED,
-                ),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
@@ -92,6 +84,14 @@ class ApplyIPAdapter(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Where in the sampling the references stop to act: 1 is the last step.",
+                ),
+                io.Combo.Input(
+                    "pooling",
+                    options=list(POOLING_STAGES),
+                    default=POOLING_STAGES[0],
+                    tooltip="Average and max: over the image encoder's features, or over the tokens after the adapter's "
+                    "projection.",
+                    extra_dict=ADVANCED,
                 ),
                 io.Combo.Input(
                     "layers",
@@ -116,6 +116,7 @@ class ApplyIPAdapter(io.ComfyNode):
                 ),
                 ReferencesType.Input(
                     "negative",
+                    display_name="negative references",
                     optional=True,
                     tooltip="Pictures to move away from: they stand on the negative prompt's side.",
                 ),
@@ -131,9 +132,9 @@ class ApplyIPAdapter(io.ComfyNode):
         references: References,
         weight: float,
         aggregation: str = "concatenate",
-        pooling: str = POOLING_STAGES[0],
         start_percent: float = 0.0,
         end_percent: float = 1.0,
+        pooling: str = POOLING_STAGES[0],
         layers: str = "all",
         layer_list: str = "",
         mask=None,

@@ -44,12 +44,14 @@ class EncodeReferences(io.ComfyNode):
                 io.String.Input(
                     "folder",
                     default="",
+                    placeholder="a folder of pictures",
                     tooltip="A folder of pictures, instead of or besides connected ones: a folder inside ComfyUI's input "
                     "folder or a full path. An alpha channel, or photo-masklabel.png beside photo.jpg, is the mask.",
                 ),
                 io.String.Input(
                     "weights",
                     default="",
+                    placeholder="1, 1, 0.5 ...",
                     tooltip="Weight of each picture in order, for example 1, 1, 0.5. Empty: all 1. 2 counts a picture "
                     "twice, 0 leaves it out.",
                 ),
@@ -169,6 +171,7 @@ class LoadReferences(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
+                    placeholder="1, 1, 0.5 ...",
                     tooltip="New weights, one for each reference, for example 1, 1, 0.5. Empty: as they were saved.",
                     extra_dict=ADVANCED,
                 ),

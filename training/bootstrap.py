@@ -4,6 +4,8 @@ Makes .venv, installs what is needed (with the requirements of the ComfyUI found
 tests in it. Standard library only. What is installed already is kept, so that a second run starts at once.
 """
 
+from __future__ import annotations  # so that an old Python reaches the sentence about its version
+
 import argparse
 import hashlib
 import os
@@ -22,9 +24,9 @@ PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "installed.txt"
 
 
-def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
-    """Run a command, shown as it is; returns its exit status."""
-    return subprocess.run([str(part) for part in command], cwd=cwd, env=env).returncode
+def run(*command: str | Path, cwd: Path = ROOT) -> int:
+    """Run a command with its output shown; returns its exit status."""
+    return subprocess.run([str(part) for part in command], cwd=cwd).returncode
 
 
 def pip(*arguments: str | Path) -> None:
@@ -92,7 +94,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training.bootstrap", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("demo", "test"))
     what, rest = parser.parse_known_args()
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036
         raise SystemExit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
     comfyui = find_comfyui()
     if comfyui is None:
@@ -103,7 +105,7 @@ def main() -> int:
     sys.stdout.flush()
     if what.what == "test":
         return test(rest)
-    return run(PYTHON, "-m", "training.demo", *rest, cwd=Path.cwd(), env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return run(PYTHON, "-m", "training.demo", *rest)
 
 
 if __name__ == "__main__":

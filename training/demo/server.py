@@ -1,6 +1,7 @@
 """A real ComfyUI server in a process of its own, driven through its HTTP and websocket API as a client does."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,16 @@ Progress = Callable[[str, int, int], None]
 """Called with the node's id, steps done and steps in all."""
 
 
+def _link(pack: Path, place: Path) -> None:
+    """Link a folder, or copy it where links need a privilege (Windows)."""
+    try:
+        place.symlink_to(pack, target_is_directory=True)
+    except FileExistsError:
+        return
+    except OSError:
+        shutil.copytree(pack, place, ignore=shutil.ignore_patterns(".*", "__pycache__", "demo-output"))
+
+
 class WorkflowError(RuntimeError):
     """The server refused a workflow, or a node failed."""
 
@@ -39,9 +50,7 @@ class Server:
         for folder in ("custom_nodes", "models", "input", "output", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         for name, pack in (packs or {"Personalize": ROOT}).items():
-            link = base / "custom_nodes" / name
-            if not link.exists():
-                link.symlink_to(pack, target_is_directory=True)
+            _link(pack, base / "custom_nodes" / name)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -126,8 +135,8 @@ class Server:
                     raise WorkflowError("cancelled")
                 if event["type"] == "progress" and progress:
                     progress(str(data.get("node")), data["value"], data["max"])
-                if event["type"] in ("execution_success",):
-                    break
+                if event["type"] == "executing" and data["node"] is None:
+                    break  # sent once the history has the outputs, unlike execution_success
         finally:
             connection.close()
         return self.get(f"/history/{queued}")[queued]["outputs"]

@@ -1,0 +1,112 @@
+"""A real ComfyUI server, driven as a client does, with the workflows as they ship."""
+
+import json
+import shutil
+import threading
+import time
+from io import BytesIO
+
+import pytest
+from pack.training.demo.find import ROOT
+from pack.training.demo.server import Server, WorkflowError
+from pack.training.demo.workflow import to_prompt
+from PIL import Image
+
+WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+NODES = ["LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    base = tmp_path_factory.mktemp("comfyui")
+    (base / "input").mkdir()
+    shutil.copy(comfyui / "input" / "example.png", base / "input")
+    packs = {"Personalize": ROOT, "structural": ROOT / "tests" / "structural"}
+    with Server(comfyui, base, packs) as running:
+        yield running
+
+
+def prompt_of(server, name):
+    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+    return to_prompt(workflow, server.get("/object_info"))
+
+
+def test_the_pack_is_imported_quietly(server):
+    log = server.log()
+    assert "IMPORT FAILED" not in log
+    assert not [line for line in log.splitlines() if "Personalize" in line and ("WARN" in line or "Error" in line)]
+
+
+def test_all_nodes_appear_with_tooltips(server):
+    info = server.get("/object_info")
+    ours = {name for name in info if name.startswith("Personalize")}
+    assert ours == {f"Personalize{name}" for name in NODES}
+    for name in ours:
+        assert info[name]["description"]
+        assert info[name]["category"] == "Personalize"
+        for group in ("required", "optional"):
+            for spec in info[name]["input"].get(group, {}).values():
+                assert spec[1]["tooltip"]
+        page = server.get(f"/extensions/Personalize/docs/{name}.md")
+        assert page.startswith(b"# ")
+
+
+def test_the_templates_are_listed_with_thumbnails(server):
+    assert sorted(server.get("/api/workflow_templates")["Personalize"]) == WORKFLOWS
+    for name in WORKFLOWS:
+        assert server.get(f"/api/workflow_templates/Personalize/{name}.json")["nodes"]
+        thumbnail = Image.open(BytesIO(server.get(f"/api/workflow_templates/Personalize/{name}.jpg")))
+        assert thumbnail.width >= 400
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_shipped_workflow_ends_with_a_picture(server, name):
+    before = len(server.log())
+    prompt = prompt_of(server, name)
+    outputs = server.run(prompt)
+    saved = [node for node, inner in prompt.items() if inner["class_type"] == "SaveImage"]
+    assert len(saved) == 1
+    picture = Image.open(BytesIO(server.picture(outputs[saved[0]]["images"][0])))
+    assert picture.format == "PNG"
+    assert picture.size == ((1536 if "compare" in name else 512), 512)
+    assert len(set(picture.convert("L").resize((32, 32)).tobytes())) > 1
+    if "compare" in name:
+        thirds = [picture.crop((i * 512, 0, i * 512 + 512, 512)).tobytes() for i in range(3)]
+        assert len(set(thirds)) == 3, "the aggregations give different pictures"
+    log = server.log()[before:]
+    assert "Traceback" not in log
+    assert "ERROR" not in log
+
+
+def test_real_photographs_by_folder(server, photographs):
+    prompt = prompt_of(server, "ip_adapter_one_reference")
+    encode = next(node for node in prompt.values() if node["class_type"] == "PersonalizeEncodeReferences")
+    encode["inputs"] = {"clip_vision": encode["inputs"]["clip_vision"], "weights": "", "framing": "pad"}
+    encode["inputs"]["folder"] = str(photographs / "mixed" / "dog")
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 1
+    outputs = server.run(prompt)
+    preview = next(node for node, inner in prompt.items() if inner["class_type"] == "PreviewImage")
+    assert len(outputs[preview]["images"]) == 5
+
+
+def test_what_a_user_did_wrong_arrives_as_one_sentence(server):
+    prompt = prompt_of(server, "ip_adapter_one_reference")
+    encode = next(node for node in prompt.values() if node["class_type"] == "PersonalizeEncodeReferences")
+    encode["inputs"] = {"clip_vision": encode["inputs"]["clip_vision"], "folder": "", "weights": "", "framing": "crop"}
+    with pytest.raises(WorkflowError, match=r"^PersonalizeEncodeReferences: There are no reference pictures[^\n]*$"):
+        server.run(prompt)
+
+
+def test_cancel(server):
+    prompt = prompt_of(server, "ip_adapter_one_reference")
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"] |= {"steps": 1000, "seed": 99}
+    started = threading.Event()
+    threading.Thread(target=lambda: started.wait(120) and server.post("/interrupt", {}), daemon=True).start()
+    begin = time.monotonic()
+    with pytest.raises(WorkflowError, match="cancelled"):
+        server.run(prompt, lambda _node, value, total: started.set() if total == 1000 and value >= 2 else None)
+    assert time.monotonic() - begin < 300

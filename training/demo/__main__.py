@@ -1,0 +1,91 @@
+"""The pack's main job on a folder of photographs: references in, pictures out, one contact sheet.
+
+Runs a shipped workflow in the ComfyUI of this machine, or the same computation through diffusers where there is none.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..shared import PersonalizeError, list_pictures
+from .find import ROOT, comfyui_version, find_comfyui
+from .server import Server
+from .sheet import contact_sheet
+from .workflow import to_prompt
+
+WORKFLOW = ROOT / "workflows" / "ip_adapter_compare_aggregations.json"
+PACKS = {"Personalize": ROOT, "structural": ROOT / "tests" / "structural"}
+
+
+def in_comfyui(comfyui: Path, photos: Path) -> list[tuple[str, Image.Image]]:
+    """Results of the shipped workflow in a real server, labelled."""
+    workflow = json.loads(WORKFLOW.read_text())
+    with tempfile.TemporaryDirectory(prefix="personalize-") as base, Server(comfyui, Path(base), PACKS) as server:
+        prompt = to_prompt(workflow, server.get("/object_info"))
+        for node in prompt.values():
+            if node["class_type"] == "PersonalizeEncodeReferences":
+                node["inputs"]["folder"] = str(photos)
+        steps = {key: node["inputs"]["steps"] for key, node in prompt.items() if "steps" in node["inputs"]}
+        with tqdm(desc="Sampling in ComfyUI", total=sum(steps.values()), unit=" steps") as bar:
+            outputs = server.run(prompt, lambda node, _value, _total: bar.update(node in steps) and None)
+        return split(prompt, Image.open(BytesIO(server.picture(saved(prompt, outputs)))))
+
+
+def saved(prompt: dict[str, Any], outputs: dict[str, Any]) -> dict[str, str]:
+    """The picture of the workflow's SaveImage node."""
+    node = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
+    return outputs[node]["images"][0]
+
+
+def split(prompt: dict[str, Any], stitched: Image.Image) -> list[tuple[str, Image.Image]]:
+    """The workflow's result is its pictures side by side, in the order of its Apply IP-Adapter nodes."""
+    labels = [
+        f"{node['inputs']['aggregation']}, weight {node['inputs']['weight']:g}"
+        for _, node in sorted(prompt.items(), key=lambda item: int(item[0]))
+        if node["class_type"] == "PersonalizeApplyIPAdapter"
+    ]
+    width = stitched.width // len(labels)
+    parts = [stitched.crop((i * width, 0, (i + 1) * width, stitched.height)) for i in range(len(labels))]
+    return list(zip(labels, parts, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--photos", type=Path, default=ROOT / "workflows" / "example_photos", help="a folder of pictures"
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="where the contact sheet goes")
+    options = parser.parse_args()
+    photos = options.photos.expanduser().resolve()
+    try:
+        references = list_pictures(photos)
+        print(f"{len(references)} photographs in {photos}")
+        comfyui = find_comfyui()
+        if comfyui is not None:
+            where = f"ComfyUI {comfyui_version(comfyui)}, workflow {WORKFLOW.name}"
+            results = in_comfyui(comfyui, photos)
+        else:
+            from .headless import in_diffusers
+
+            where = "headless, through diffusers"
+            results = in_diffusers(photos)
+        sheet = contact_sheet(references, results, f"{where}; random weights, so the results are noise")
+    except (PersonalizeError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "contact_sheet.png"
+    sheet.save(path)
+    print(f"Contact sheet: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
