@@ -75,7 +75,7 @@ def check_types() -> int:
             shutil.copytree(ROOT / part, Path(folder) / "pack" / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "__init__.py", Path(folder) / "pack")
         cache = ROOT / ".mypy_cache"
-        settings = ["--config-file", ROOT / "pyproject.toml", "--cache-dir", cache]
+        settings = ("--config-file", ROOT / "pyproject.toml", "--cache-dir", cache)
         return run(PYTHON, "-m", "mypy", *settings, "-p", "pack", cwd=Path(folder))
 
 

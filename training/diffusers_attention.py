@@ -36,15 +36,15 @@ class DecoupledAttentionProcessor:
         if encoder_hidden_states is None:
             raise ValueError("decoupled attention stands in cross-attention layers, which need text features")
         query = attn.to_q(hidden_states)
-        split = [
+        q, k, v = (
             rearrange(x, "b n (h d) -> b h n d", h=attn.heads)
             for x in (query, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
-        ]
+        )
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(
                 attention_mask, encoder_hidden_states.shape[1], hidden_states.shape[0], out_dim=4
             )
-        text = F.scaled_dot_product_attention(*split, attn_mask=attention_mask)
+        text = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
         out = decoupled_attention(
             rearrange(text, "b h n d -> b n (h d)"),
             query,

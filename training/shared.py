@@ -1,6 +1,8 @@
 """What training takes from models/: the one place that knows whether the pack is a package or the current folder."""
 
-if __package__ == "training":
+from typing import TYPE_CHECKING
+
+if not TYPE_CHECKING and __package__ == "training":
     from models.attention import decoupled_attention as decoupled_attention
     from models.errors import PersonalizeError as PersonalizeError
     from models.ip_adapter import ImagePrompt as ImagePrompt

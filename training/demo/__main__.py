@@ -51,8 +51,10 @@ def split(prompt: dict[str, Any], stitched: Image.Image) -> list[tuple[str, Imag
         for _, node in sorted(prompt.items(), key=lambda item: int(item[0]))
         if node["class_type"] == "PersonalizeApplyIPAdapter"
     ]
-    width = stitched.width // len(labels)
-    parts = [stitched.crop((i * width, 0, (i + 1) * width, stitched.height)) for i in range(len(labels))]
+    gap = next(n["inputs"]["spacing_width"] for n in prompt.values() if n["class_type"] == "ImageStitch")
+    width = (stitched.width + gap) // len(labels) - gap
+    lefts = [i * (width + gap) for i in range(len(labels))]
+    parts = [stitched.crop((left, 0, left + width, stitched.height)) for left in lefts]
     return list(zip(labels, parts, strict=True))
 
 
