@@ -57,13 +57,20 @@ class Variant:
         return f"IP-Adapter {self.kind} for {self.base_model}"
 
 
-def read_ip_adapter(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Read and recognise a file: {"image_proj": {...}, "ip_adapter": {...}}.
+class AdapterTensors(dict[str, dict[str, Tensor]]):
+    """{"image_proj": {...}, "ip_adapter": {...}}, with the name of the file for messages."""
+
+    name = "the IP-Adapter"
+
+
+def read_ip_adapter(path: Path) -> AdapterTensors:
+    """Read and recognise a file.
 
     Raises:
         PersonalizeError: not readable, or not an IP-Adapter that is supported; the message names the file.
     """
-    state = nest(read_weights(path))
+    state = AdapterTensors(nest(read_weights(path)))
+    state.name = path.name
     recognise(state, path.name)
     return state
 
@@ -168,12 +175,13 @@ class IPAdapter:
         self.name = name
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Mapping[str, Tensor]], name: str = "the IP-Adapter") -> "IPAdapter":
+    def from_state(cls, state: Mapping[str, Mapping[str, Tensor]]) -> "IPAdapter":
         """Build from {"image_proj", "ip_adapter"} tensors, without copying or initialising anything.
 
         Raises:
             PersonalizeError: see `recognise`; or a tensor of the projection is missing or of a wrong shape.
         """
+        name = getattr(state, "name", AdapterTensors.name)
         variant = recognise(state, name)
         kinds = {"base": LinearProjection, "plus": Resampler, "full-face": FullFaceProjection}
         try:

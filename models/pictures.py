@@ -120,12 +120,12 @@ def _fit_mask(mask: Tensor, height: int, width: int, name: str) -> Tensor:
     return resized[0, 0].clamp(0, 1)
 
 
-def same_aspect(height: int, width: int, other_height: int, other_width: int, cell: int = 1) -> bool:
-    """Whether two sizes are scaled versions of each other, give or take rounding to `cell` on either."""
-    scale = max(other_height / height, other_width / width, 1.0)
-    slack = cell * max(scale, 1.0) + 1
-    wanted_height, wanted_width = other_width * height / width, other_height * width / height
-    return abs(wanted_height - other_height) <= slack or abs(wanted_width - other_width) <= slack
+def same_aspect(height: int, width: int, other_height: int, other_width: int) -> bool:
+    """Whether two sizes are scaled versions of each other, give or take rounding to a pixel of the smaller one."""
+    slack = 1 + max(other_height / height, other_width / width, 1.0)
+    return abs(other_width * height / width - other_height) <= slack or (
+        abs(other_height * width / height - other_width) <= slack
+    )
 
 
 def frame_picture(

@@ -123,7 +123,7 @@ class DecoupledAttentionPatch:
             raise PersonalizeError(
                 f"Apply IP-Adapter has {count} masks for a batch of {pictures} pictures: give one mask, or one for each."
             )
-        if not same_aspect(rows, columns, height, width, cell=-(-height // rows)):
+        if not same_aspect(rows, columns, height, width):
             raise PersonalizeError(
                 f"The mask of Apply IP-Adapter is {width}x{height} but the picture is {columns * 8}x{rows * 8}: make the "
                 "mask with the picture's aspect."

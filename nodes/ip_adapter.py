@@ -7,15 +7,16 @@ import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..models.aggregation import AGGREGATIONS
 from ..models.blocks import LAYER_CHOICES, layer_weights
 from ..models.errors import PersonalizeError
-from ..models.ip_adapter import BASE_MODELS, POOLING_STAGES, IPAdapter, nest, read_ip_adapter
+from ..models.ip_adapter import BASE_MODELS, POOLING_STAGES, AdapterTensors, IPAdapter, nest, read_ip_adapter
 from ..models.references import References
 from .attention_patch import DecoupledAttentionPatch, unet_layout
 from .folders import find_model
-from .schema import ADVANCED, IPAdapterType, ReferencesType, schema
+from .schema import ADVANCED, EmbedsType, IPAdapterType, ReferencesType, schema
 
 
 class LoadIPAdapter(io.ComfyNode):
@@ -52,7 +53,11 @@ class ApplyIPAdapter(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="An SD1.5 or SDXL model. Several Apply IP-Adapter nodes add up."),
                 IPAdapterType.Input("ip_adapter", tooltip="From Load IP-Adapter, made for the same base model."),
-                ReferencesType.Input("references", tooltip="Pictures of the subject, from Encode References."),
+                io.MultiType.Input(
+                    "references",
+                    types=[ReferencesType, EmbedsType],
+                    tooltip="Pictures of the subject, from Encode References or Load References.",
+                ),
                 io.Float.Input(
                     "weight",
                     display_name="weight (λ)",
@@ -114,8 +119,9 @@ class ApplyIPAdapter(io.ComfyNode):
                     tooltip="Where in the new picture the references act (white), of the picture's aspect; a batch gives "
                     "each picture its own.",
                 ),
-                ReferencesType.Input(
+                io.MultiType.Input(
                     "negative",
+                    types=[ReferencesType, EmbedsType],
                     display_name="negative references",
                     optional=True,
                     tooltip="Pictures to move away from: they stand on the negative prompt's side.",
@@ -129,7 +135,7 @@ class ApplyIPAdapter(io.ComfyNode):
         cls,
         model,
         ip_adapter,
-        references: References,
+        references: References | Tensor,
         weight: float,
         aggregation: str = "concatenate",
         start_percent: float = 0.0,
@@ -138,7 +144,7 @@ class ApplyIPAdapter(io.ComfyNode):
         layers: str = "all",
         layer_list: str = "",
         mask=None,
-        negative: References | None = None,
+        negative: References | Tensor | None = None,
     ) -> io.NodeOutput:
         adapter = IPAdapter.from_state(_tensors_of(ip_adapter))
         layout, widths = unet_layout(model)
@@ -147,11 +153,16 @@ class ApplyIPAdapter(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         # Made outside inference mode, so that methods that need gradients through the UNet work on top of it.
         with torch.inference_mode(False):
-            prompt = adapter.image_prompt(references, aggregation, pooling, device)
-            if negative is None:
-                negative_prompt = adapter.empty_prompt(references, device)
+            prompt = adapter.image_prompt(_references_of(references), aggregation, pooling, device)
+            if negative is not None:
+                negative_prompt = adapter.image_prompt(_references_of(negative), aggregation, pooling, device)
+            elif isinstance(references, Tensor) and not adapter.variant.pooled:
+                raise PersonalizeError(
+                    "EMBEDS from another pack do not say what an empty picture looks like to the encoder, which "
+                    f"{adapter.name} needs: connect its neg_embed to negative references, or use Encode References."
+                )
             else:
-                negative_prompt = adapter.image_prompt(negative, aggregation, pooling, device)
+                negative_prompt = adapter.empty_prompt(_references_of(references), device)
         if weight == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
         sampling = model.get_model_object("model_sampling")
@@ -167,11 +178,22 @@ class ApplyIPAdapter(io.ComfyNode):
         return io.NodeOutput(patch.apply_to(model))
 
 
-def _tensors_of(ip_adapter: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _tensors_of(ip_adapter: Mapping[str, Any]) -> AdapterTensors:
     """The tensors on the wire: ours, or those of ComfyUI_IPAdapter_plus (raw, or its unified loader's pipeline)."""
+    if isinstance(ip_adapter, AdapterTensors):
+        return ip_adapter
     if "ipadapter" in ip_adapter:
         ip_adapter = (ip_adapter["ipadapter"] or {}).get("model") or {}
-    return nest(ip_adapter)
+    return AdapterTensors(nest(ip_adapter))
+
+
+def _references_of(wire: References | Tensor) -> References:
+    """Ours, or EMBEDS of ComfyUI_IPAdapter_plus, each of weight 1."""
+    if isinstance(wire, References):
+        return wire
+    n, nothing = wire.shape[0], wire.new_zeros(wire.shape[0], 0)
+    pooled, patches = (wire, nothing[:, None]) if wire.ndim == 2 else (nothing, wire)
+    return References(pooled, patches, patches[0], torch.ones(n), tuple(f"embed {i}" for i in range(n)))
 
 
 def _check_base_model(adapter: IPAdapter, widths: list[tuple[int, int]]) -> None:

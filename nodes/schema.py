@@ -7,8 +7,10 @@ from comfy_api.latest import io
 CATEGORY = "Personalize"
 ADVANCED = {"advanced": True}
 
-# The wire of ComfyUI_IPAdapter_plus: the file's tensors, {"image_proj": {...}, "ip_adapter": {...}}.
+# Wires of ComfyUI_IPAdapter_plus, which work with our nodes too: the file's tensors, {"image_proj": {...}, "ip_adapter": {...}}.
 IPAdapterType = io.Custom("IPADAPTER")
+# Its encoded pictures: one raw tensor, [n, D] or [n, T, H].
+EmbedsType = io.Custom("EMBEDS")
 ReferencesType = io.Custom("REFERENCES")
 
 

@@ -59,8 +59,8 @@ def test_identical_references_equal_one(host, model, state, apply, aggregation, 
         torch.ones(5),
         tuple("abcde"),
     )
-    a = evaluate(apply(model, state, one, 1.0, aggregation, pooling))
-    b = evaluate(apply(model, state, many, 1.0, aggregation, pooling))
+    a = evaluate(apply(model, state, one, 1.0, aggregation, pooling=pooling))
+    b = evaluate(apply(model, state, many, 1.0, aggregation, pooling=pooling))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -71,14 +71,14 @@ def test_any_order_gives_the_same(host, model, state, refs, apply, aggregation, 
     shuffled = host.module("models.references").References(
         refs.pooled[order], refs.patches[order], refs.zero_patches, refs.weights, refs.names
     )
-    a = evaluate(apply(model, state, refs, 1.0, aggregation, pooling))
-    b = evaluate(apply(model, state, shuffled, 1.0, aggregation, pooling))
+    a = evaluate(apply(model, state, refs, 1.0, aggregation, pooling=pooling))
+    b = evaluate(apply(model, state, shuffled, 1.0, aggregation, pooling=pooling))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_pooling_before_and_after_the_projection_differ(model, state, refs, apply):
-    before = evaluate(apply(model, state, refs, 1.0, "average", "before projection"))
-    after = evaluate(apply(model, state, refs, 1.0, "average", "after projection"))
+    before = evaluate(apply(model, state, refs, 1.0, "average", pooling="before projection"))
+    after = evaluate(apply(model, state, refs, 1.0, "average", pooling="after projection"))
     assert float((before - after).norm() / before.norm()) > 1e-3
 
 
@@ -278,6 +278,17 @@ def test_the_patch_works_where_only_the_unet_is_called(model, state, refs, apply
 def test_accepts_the_wires_of_comfyui_ipadapter_plus(model, state, refs, apply):
     expected = evaluate(apply(model, state, refs, 1.0))
     assert torch.equal(evaluate(apply(model, {"ipadapter": {"model": state}, "clipvision": {}}, refs, 1.0)), expected)
+
+
+def test_accepts_the_embeds_of_comfyui_ipadapter_plus(host, model, state, refs, apply):
+    zero = refs.zero_patches[None]
+    expected = evaluate(apply(model, state, refs, 1.0))
+    torch.testing.assert_close(evaluate(apply(model, state, refs.patches, 1.0, negative=zero)), expected)
+    with pytest.raises(ValueError, match="connect its neg_embed to negative references"):
+        apply(model, state, refs.patches, 1.0)
+    base = narrow.adapter(LAYOUT, "base")
+    expected = evaluate(apply(model, base, refs, 1.0))
+    torch.testing.assert_close(evaluate(apply(model, base, refs.pooled, 1.0)), expected)
 
 
 def test_gradients_flow_through_the_image_branch(model, state, refs, apply):
