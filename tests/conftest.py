@@ -1,10 +1,14 @@
 """The pack is imported as `pack`, never by its folder's name; ComfyUI is looked for as DESIGN.md says."""
 
+import os
 import sys
 import types
 from pathlib import Path
 
 import pytest
+
+# Before torch: threads that spin while they wait make every test many times slower on a machine that is in use.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
