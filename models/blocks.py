@@ -9,6 +9,7 @@ In diffusers, with r layers per block, down_blocks.B.attentions.A is input 1 + (
 up_blocks.B.attentions.A is output (r + 1) B + A.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -115,9 +116,11 @@ def _parse_list(text: str, last: int) -> dict[int, float]:
         try:
             number, value = int(index), float(factor) if factor.strip() else 1.0
         except ValueError:
+            number, value = -1, math.nan
+        if not math.isfinite(value):
             raise PersonalizeError(
                 f'"{item.strip()}" in the layer list is not an index with a factor: write for example "3:2.5, 6".'
-            ) from None
+            )
         if not 0 <= number <= last:
             raise PersonalizeError(f"Layer {number} is not in this model: its transformers are 0 to {last}.")
         factors[number] = value

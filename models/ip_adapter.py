@@ -13,7 +13,7 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from .aggregation import AGGREGATIONS, log_weights, select_references
+from .aggregation import AGGREGATIONS, Aggregation, log_weights, select_references
 from .errors import PersonalizeError
 from .projection import FullFaceProjection, LinearProjection, Resampler
 from .references import ENCODER_NAMES, References
@@ -70,8 +70,9 @@ def read_ip_adapter(path: Path) -> AdapterTensors:
         PersonalizeError: not readable, or not an IP-Adapter that is supported; the message names the file.
     """
     state = AdapterTensors(nest(read_weights(path)))
+    state.name = f"{path.name} in {path.parent}"
+    IPAdapter.from_state(state)
     state.name = path.name
-    recognise(state, path.name)
     return state
 
 
@@ -80,9 +81,9 @@ def nest(state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
     nested: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if isinstance(value, Mapping):
-            nested.setdefault(key, {}).update(value)
+            nested.setdefault(str(key), {}).update({str(inner): tensor for inner, tensor in value.items()})
         else:
-            part, _, rest = key.partition(".")
+            part, _, rest = str(key).partition(".")
             nested.setdefault(part, {})[rest] = value
     if "adapter_modules" in nested:
         nested.setdefault("ip_adapter", nested.pop("adapter_modules"))
@@ -98,15 +99,23 @@ def recognise(state: Mapping[str, Mapping[str, Tensor]], name: str) -> Variant:
     image_proj, ip_adapter = state.get("image_proj"), state.get("ip_adapter")
     if not image_proj or not ip_adapter:
         raise PersonalizeError(f"{name} is {_what_else(state)}")
+    if not all(isinstance(value, Tensor) for part in (image_proj, ip_adapter) for value in part.values()):
+        raise PersonalizeError(
+            f"{name} holds other things than tensors where its weights should be: download it again."
+        )
     if any(".to_q_lora." in key for key in ip_adapter) or any("perceiver_resampler" in key for key in image_proj):
         raise PersonalizeError(
             f"{name} is a FaceID adapter, which is not supported yet: use Plus-Face or Full-Face, which need no "
             "face recognition model."
         )
     layers = _layers(ip_adapter)
-    if not layers or any(pair is None for pair in layers):
-        raise PersonalizeError(f"{name} lacks to_k_ip or to_v_ip of some layers: download it again.")
+    if not layers or any(pair is None or pair[0].ndim != 2 or pair[0].shape != pair[1].shape for pair in layers):
+        raise PersonalizeError(
+            f"{name} lacks to_k_ip or to_v_ip of some layers, or they have wrong shapes: download it again."
+        )
     shape = {key: tuple(value.shape) for key, value in image_proj.items()}
+    if any(len(size) < 2 for key, size in shape.items() if key in ("proj.weight", "proj.0.weight", "proj_in.weight")):
+        raise PersonalizeError(f"{name} has an image projection of a wrong shape: download it again.")
     if "latents" in shape and "proj_in.weight" in shape:
         kind, width = "plus", shape["proj_in.weight"][1]
     elif "proj.3.weight" in shape:
@@ -188,12 +197,19 @@ class IPAdapter:
             with torch.device("meta"):
                 image_proj = kinds[variant.kind].from_shapes(state["image_proj"])  # type: ignore[attr-defined]
             image_proj.load_state_dict(dict(state["image_proj"]), assign=True)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
             detail = " ".join(str(error).split())[:200]
             raise PersonalizeError(
                 f"{name} has an incomplete image projection ({detail}): download it again."
             ) from None
         layers = [pair for pair in _layers(state["ip_adapter"]) if pair is not None]
+        last = {"base": "norm.weight", "plus": "norm_out.weight", "full-face": "proj.3.weight"}[variant.kind]
+        width = state["image_proj"][last].shape[0]
+        if any(key.shape[1] != width for key, _ in layers):
+            raise PersonalizeError(
+                f"{name} does not fit together (tokens of width {width}, to_k_ip of width {variant.cross_width}): "
+                "download it again."
+            )
         return cls(variant, image_proj.requires_grad_(False), layers, name)
 
     def features(self, references: References) -> Tensor:
@@ -217,13 +233,13 @@ class IPAdapter:
     @torch.no_grad()
     def tokens(self, features: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Image projection in float32: [n, T, D] -> [n, tokens, cross_width], on `device`."""
-        weights = {key: value.to(device, torch.float32) for key, value in self.image_proj.state_dict().items()}
-        return torch.func.functional_call(self.image_proj, weights, (features.to(device, torch.float32),))
+        weights = {key: value.to(device).float() for key, value in self.image_proj.state_dict().items()}
+        return torch.func.functional_call(self.image_proj, weights, (features.to(device).float(),))
 
     def image_prompt(
         self,
         references: References,
-        aggregation: str = "concatenate",
+        aggregation: str | Aggregation = "concatenate",
         pooling: str = "before projection",
         device: torch.device | str = "cpu",
     ) -> ImagePrompt:
@@ -231,14 +247,14 @@ class IPAdapter:
 
         Args:
             references: n references of this adapter's encoder.
-            aggregation: a name in AGGREGATIONS.
+            aggregation: G, by its name in AGGREGATIONS or itself.
             pooling: whether to aggregate the encoder's features or the projected tokens.
             device: where to compute; the result is on the CPU, in float32.
 
         Raises:
             PersonalizeError: wrong encoder, no references, bad weights.
         """
-        aggregate = AGGREGATIONS[aggregation]
+        aggregate = AGGREGATIONS[aggregation] if isinstance(aggregation, str) else aggregation
         features, weights = select_references(self.features(references), references.weights)
         if pooling == "before projection":
             features, weights = aggregate(features, weights)
@@ -260,7 +276,7 @@ class IPAdapter:
     @torch.no_grad()
     def _project(self, tokens: Tensor, bias: Tensor | None) -> ImagePrompt:
         def project(weight: Tensor) -> Tensor:
-            return (tokens @ weight.to(tokens.device, torch.float32).T).cpu()
+            return (tokens @ weight.to(tokens.device).float().T).cpu()
 
         keys, values = zip(*((project(k), project(v)) for k, v in self.layers), strict=True)
         return ImagePrompt(keys, values, None if bias is None else bias.float().cpu())

@@ -7,12 +7,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import PersonalizeError
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"))
+UNREADABLE = frozenset((".heic", ".heif", ".jxl", ".cr2", ".nef", ".arw", ".dng"))
+"""Pictures too, but not for Pillow: they are named rather than silently left out."""
 MASK_ENDING = "-masklabel"
 """`photo-masklabel.png` beside `photo.jpg` is its mask (white is the subject)."""
 SMALLEST_SIDE = 16
@@ -43,7 +45,9 @@ def list_pictures(folder: Path) -> list[Path]:
     paths = [
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and not path.stem.endswith(MASK_ENDING)
+        if path.suffix.lower() in SUFFIXES | UNREADABLE
+        and not path.name.startswith(".")
+        and not path.stem.endswith(MASK_ENDING)
     ]
     if not paths:
         raise PersonalizeError(f"The folder {folder} has no pictures ({', '.join(sorted(SUFFIXES))}).")
@@ -58,33 +62,47 @@ def read_picture(path: Path) -> Picture:
     Raises:
         PersonalizeError: the file cannot be read; the message names it.
     """
+    pixels = _read(path)
+    mask = pixels[..., 3] if pixels.shape[-1] == 4 else None
+    companion = path.with_name(f"{path.stem}{MASK_ENDING}.png")
+    if companion.is_file():
+        mask = _read(companion)[..., :3].mean(dim=-1)
+    return make_picture(pixels[..., :3], mask, path.name)
+
+
+def _read(path: Path) -> Tensor:
+    """[H, W, 3] or, with an alpha channel, [H, W, 4]; 0..1."""
+    where = f"{path.name} in {path.parent} cannot be read as a picture"
+    if path.suffix.lower() in UNREADABLE:
+        raise PersonalizeError(f"{where}: save it as JPEG or PNG ({path.suffix} needs other software).")
     try:
         with Image.open(path) as file:
             image = _eight_bit(ImageOps.exif_transpose(file))
             has_alpha = "A" in image.getbands() or "transparency" in image.info
             array = np.asarray(image.convert("RGBA" if has_alpha else "RGB"), dtype=np.float32) / 255
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).split("'")[0].strip() or type(error).__name__
-        raise PersonalizeError(f"{path.name} in {path.parent} cannot be read as a picture ({reason}).") from None
-    pixels = torch.from_numpy(array[..., :3].copy())
-    mask = torch.from_numpy(array[..., 3].copy()) if has_alpha else None
-    companion = path.with_name(f"{path.stem}{MASK_ENDING}.png")
-    if companion.is_file():
-        mask = read_picture(companion).pixels.mean(dim=-1)
-    return make_picture(pixels, mask, path.name)
+    except UnidentifiedImageError:
+        raise PersonalizeError(f"{where} (it is damaged or of an unknown type).") from None
+    except (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise PersonalizeError(f"{where} ({reason}).") from None
+    return torch.from_numpy(array)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
-        return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-    return image
+    """Deep grey pictures as 8 bit; deep colour Pillow converts itself."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image, dtype=np.float32)
+    # A 16-bit file says so; 32-bit and float files hold 0..1, 0..255 or 0..65535, which only their values tell.
+    full = 65535.0 if image.mode.startswith("I;16") else next((n for n in (1.0, 255.0) if values.max() <= n), 65535.0)
+    return Image.fromarray((values / full * 255).round().clip(0, 255).astype(np.uint8))
 
 
 def make_picture(pixels: Tensor, mask: Tensor | None, name: str) -> Picture:
     """Check a picture and its mask and bring them together.
 
     Args:
-        pixels: [H, W, 3], or [H, W, 4] whose fourth channel is used as mask where none is given.
+        pixels: [H, W, 3], grey [H, W, 1], or [H, W, 4] whose fourth channel is used as mask where none is given.
         mask: [h, w] of the same aspect; it is resized; one that is zero or one everywhere is no mask.
         name: for messages.
 
@@ -98,13 +116,15 @@ def make_picture(pixels: Tensor, mask: Tensor | None, name: str) -> Picture:
         )
     if not bool(torch.isfinite(pixels).all()):
         raise PersonalizeError(f"{name} has values that are not numbers (NaN or infinite): check the node before.")
+    if pixels.shape[-1] == 1:
+        pixels = pixels.expand(-1, -1, 3)
     if pixels.shape[-1] == 4 and mask is None:
         mask = pixels[..., 3]
     pixels = pixels[..., :3].float().clamp(0, 1)
     if mask is not None and bool((mask == mask.flatten()[0]).all()) and float(mask.flatten()[0]) in (0.0, 1.0):
         mask = None
     if mask is not None:
-        mask = _fit_mask(mask.float(), height, width, name)
+        mask = _fit_mask(mask.float().clamp(0, 1), height, width, name)
     return Picture(pixels, mask, name)
 
 

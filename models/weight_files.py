@@ -1,7 +1,6 @@
 """Reading and writing weight files: safetensors, and the pickles of published adapters (tensors only)."""
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,16 +45,10 @@ def read_weights(path: Path) -> dict[str, Any]:
         raise PersonalizeError(f"{path.name} is not in {path.parent}.")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception:  # a damaged pickle can fail in any way, and torch's own words advise to load it unsafely
         raise PersonalizeError(
-            f"{path.name} in {path.parent} is not a file of tensors only (it is damaged or holds Python code, which "
-            "was not run): use a .safetensors version of it."
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PersonalizeError(
-            f"{path.name} in {path.parent} is damaged or cut short ({path.stat().st_size} bytes; {first}): "
-            "download it again."
+            f"{path.name} in {path.parent} ({path.stat().st_size} bytes) is damaged, cut short, or holds Python code, "
+            "which was not run: download it again, if possible as .safetensors."
         ) from None
     if not isinstance(weights, dict):
         raise PersonalizeError(f"{path.name} in {path.parent} holds a {type(weights).__name__}, not named tensors.")

@@ -25,6 +25,7 @@ from ..models.ip_adapter import ImagePrompt, stack_prompts
 from ..models.pictures import same_aspect
 
 KEY = "personalize_ip_adapter"
+SIGMA = "personalize_sigma"
 
 
 def unet_layout(model: ModelPatcher) -> tuple[UNetLayout, list[tuple[int, int]]]:
@@ -138,11 +139,13 @@ class DecoupledAttentionPatch:
             options["patches_replace"] = self._compose(options, x)
         return executor(x, timesteps, context, y, control, options, **kwargs)
 
-    def _active(self, options: Mapping[str, Any]) -> bool:
+    def _active(self, options: dict[str, Any]) -> bool:
         sigmas = options.get("sigmas")
         if sigmas is None or (self.sigma_start == float("inf") and self.sigma_end == 0.0):
             return True
-        return self.sigma_end < float(sigmas[0]) <= self.sigma_start  # the one device synchronisation of a step
+        if SIGMA not in options:  # the one device synchronisation of a model call, shared by stacked adapters
+            options[SIGMA] = float(sigmas[0])
+        return self.sigma_end < options[SIGMA] <= self.sigma_start
 
     def _compose(self, options: Mapping[str, Any], x: Tensor) -> dict[str, Any]:
         sampling: Sampling = options.get(KEY) or Sampling()
@@ -172,12 +175,15 @@ class DecoupledAttentionPatch:
         key = (id(self), sides, x.device, x.dtype)
         if key not in sampling.cache:
             prompts = [self.negative if negative else self.positive for negative in sides]
-            sampling.cache[key] = moved = {}
-            for index, layer in enumerate(self.layout.file_order()):
-                if layer in self.weights:
-                    k, v, bias = stack_prompts(prompts, index)
-                    bias = None if bias is None else bias.to(x.device, x.dtype)
-                    moved[layer] = (k.to(x.device, x.dtype), v.to(x.device, x.dtype), bias)
+            moved = {}
+            # Kept for the whole sampling, so not inference tensors: a later call may need gradients.
+            with torch.inference_mode(False), torch.no_grad():
+                for index, layer in enumerate(self.layout.file_order()):
+                    if layer in self.weights:
+                        k, v, bias = stack_prompts(prompts, index)
+                        bias = None if bias is None else bias.to(x.device, x.dtype)
+                        moved[layer] = (k.to(x.device, x.dtype), v.to(x.device, x.dtype), bias)
+            sampling.cache[key] = moved
         return sampling.cache[key]
 
 
@@ -217,22 +223,33 @@ class _Masks:
     """A mask at the resolutions of the UNet's layers, made once for each."""
 
     def __init__(self, mask: Tensor, sampling: Sampling, uuids: tuple[UUID, ...], x: Tensor, chunks: int):
-        self.mask, self.sampling, self.uuids, self.chunks = mask, sampling, uuids, chunks
-        self.pictures, self.shape, self.device, self.dtype = x.shape[0] // chunks, x.shape[-2:], x.device, x.dtype
+        self.pictures, self.shape = x.shape[0] // chunks, tuple(x.shape[-2:])
+        self.sampling, self.dtype = sampling, x.dtype
+        self.areas = tuple(sampling.areas.get(uuid) for uuid in uuids) or (None,) * chunks
+        if mask.shape[0] not in (1, self.pictures):
+            raise PersonalizeError(
+                f"Apply IP-Adapter has {mask.shape[0]} masks, but the sampler makes {self.pictures} pictures at a time "
+                "(context windows do that): give one mask for all."
+            )
+        key = (id(mask), x.device)
+        if key not in sampling.cache:
+            with torch.inference_mode(False):
+                sampling.cache[key] = mask.clone().to(x.device)
+        self.mask = sampling.cache[key]
 
     def at(self, rows: int, columns: int) -> Tensor:
         """[chunks * pictures, rows * columns, 1]."""
-        areas = tuple(self.sampling.areas.get(uuid) for uuid in self.uuids) or (None,) * self.chunks
-        key = (id(self.mask), areas, self.pictures, tuple(self.shape), rows, columns, self.device, self.dtype)
+        key = (id(self.mask), self.areas, self.pictures, self.shape, rows, columns, self.dtype)
         if key not in self.sampling.cache:
-            parts = [self._resized(area, rows, columns) for area in areas]
-            self.sampling.cache[key] = torch.cat(parts).flatten(1)[..., None].to(self.device, self.dtype)
+            with torch.inference_mode(False), torch.no_grad():
+                parts = [self._resized(area, rows, columns) for area in self.areas]
+                self.sampling.cache[key] = torch.cat(parts).flatten(1)[..., None].to(self.dtype)
         return self.sampling.cache[key]
 
     def _resized(self, area: tuple[int, ...] | None, rows: int, columns: int) -> Tensor:
         mask = self.mask[:, None].float()
         whole = self.sampling.latent
-        if area is not None and whole is not None and tuple(self.shape) != whole:
+        if area is not None and whole is not None and self.shape != whole:
             height, width, top, left = area
             mask = F.interpolate(mask, whole, mode="bilinear", antialias=True)
             mask = mask[..., top : top + height, left : left + width]

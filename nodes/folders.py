@@ -39,10 +39,16 @@ def find_model(kind: str, name: str) -> Path:
 
 
 def find_pictures(name: str) -> Path:
-    """A folder of pictures: an absolute path, a folder in ComfyUI's input folder, or one of the pack's examples."""
-    places = [Path(folder_paths.get_input_directory()) / name, EXAMPLES / name]
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
-        looked = " and ".join(str(place) for place in places) if not Path(name).is_absolute() else name
-        raise PersonalizeError(f'There is no folder "{name}" (looked for {looked}): write a folder with pictures.')
-    return found
+    """A folder of pictures: a full path, a folder in ComfyUI's input folder, or one of the pack's examples."""
+    path = Path(name.strip().strip("\"'")).expanduser()
+    places = [path] if path.is_absolute() else [Path(folder_paths.get_input_directory()) / path, EXAMPLES / path]
+    for place in places:
+        try:
+            if place.is_dir():
+                return place
+            if place.is_file():
+                raise PersonalizeError(f"{place} is a file: write the folder it is in, or connect it as an image.")
+        except OSError:
+            continue  # a name that no file system takes
+    looked = " and ".join(str(place)[:300] for place in places)
+    raise PersonalizeError(f'There is no folder "{name[:300]}" (looked for {looked}): write a folder with pictures.')

@@ -153,16 +153,16 @@ class ApplyIPAdapter(io.ComfyNode):
         device = comfy.model_management.get_torch_device()
         # Made outside inference mode, so that methods that need gradients through the UNet work on top of it.
         with torch.inference_mode(False):
-            prompt = adapter.image_prompt(_references_of(references), aggregation, pooling, device)
+            prompt = adapter.image_prompt(_references_of(references, adapter), aggregation, pooling, device)
             if negative is not None:
-                negative_prompt = adapter.image_prompt(_references_of(negative), aggregation, pooling, device)
+                negative_prompt = adapter.image_prompt(_references_of(negative, adapter), aggregation, pooling, device)
             elif isinstance(references, Tensor) and not adapter.variant.pooled:
                 raise PersonalizeError(
                     "EMBEDS from another pack do not say what an empty picture looks like to the encoder, which "
                     f"{adapter.name} needs: connect its neg_embed to negative references, or use Encode References."
                 )
             else:
-                negative_prompt = adapter.empty_prompt(_references_of(references), device)
+                negative_prompt = adapter.empty_prompt(_references_of(references, adapter), device)
         if weight == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
         sampling = model.get_model_object("model_sampling")
@@ -173,7 +173,7 @@ class ApplyIPAdapter(io.ComfyNode):
             weights={layer: weight * factor for layer, factor in factors.items() if factor != 0},
             sigma_start=float("inf") if start_percent <= 0 else float(sampling.percent_to_sigma(start_percent)),
             sigma_end=0.0 if end_percent >= 1 else float(sampling.percent_to_sigma(end_percent)),
-            mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]).cpu(),
+            mask=_checked_mask(mask),
         )
         return io.NodeOutput(patch.apply_to(model))
 
@@ -187,10 +187,29 @@ def _tensors_of(ip_adapter: Mapping[str, Any]) -> AdapterTensors:
     return AdapterTensors(nest(ip_adapter))
 
 
-def _references_of(wire: References | Tensor) -> References:
-    """Ours, or EMBEDS of ComfyUI_IPAdapter_plus, each of weight 1."""
+def _checked_mask(mask: Tensor | None) -> Tensor | None:
+    """[M, H, W], 0..1, on the CPU. Raises PersonalizeError where it is not finite."""
+    if mask is None:
+        return None
+    if not bool(torch.isfinite(mask).all()):
+        raise PersonalizeError("The mask has values that are not numbers (NaN or infinite): check the node before.")
+    return mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1).cpu()
+
+
+def _references_of(wire: References | Tensor, adapter: IPAdapter) -> References:
+    """Ours, or EMBEDS of ComfyUI_IPAdapter_plus, each of weight 1.
+
+    Raises:
+        PersonalizeError: EMBEDS of a shape that the adapter does not take.
+    """
     if isinstance(wire, References):
         return wire
+    if wire.ndim != (2 if adapter.variant.pooled else 3):
+        wanted = "pooled, [n, width]" if adapter.variant.pooled else "of patches, [n, tokens, width]"
+        raise PersonalizeError(
+            f"These EMBEDS have the shape {tuple(wire.shape)}, but {adapter.name} takes features {wanted}: encode them "
+            f"for an {adapter.variant}."
+        )
     n, nothing = wire.shape[0], wire.new_zeros(wire.shape[0], 0)
     pooled, patches = (wire, nothing[:, None]) if wire.ndim == 2 else (nothing, wire)
     return References(pooled, patches, patches[0], torch.ones(n), tuple(f"embed {i}" for i in range(n)))

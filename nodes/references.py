@@ -1,7 +1,10 @@
 """References: photographs of one subject, encoded; and their files."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
+import comfy.model_management
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -71,35 +74,47 @@ class EncodeReferences(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder="", **_) -> str:
+        if not folder or not folder.strip():
+            return ""
         try:
-            files = [(path.name, path.stat().st_mtime_ns) for path in find_pictures(folder).iterdir()] if folder else []
-        except PersonalizeError:
+            files = [(path.name, path.stat().st_mtime_ns) for path in find_pictures(folder).iterdir()]
+        except (PersonalizeError, OSError):
             return folder
         return repr(sorted(files))
 
     @classmethod
     def execute(cls, clip_vision, images=None, masks=None, folder="", weights="", framing="crop") -> io.NodeOutput:
         size = input_size(clip_vision)
-        pictures = _connected(images or {}, masks or {})
-        if folder.strip():
-            pictures += [read_picture(path) for path in list_pictures(find_pictures(folder.strip()))]
-        if not pictures:
+        paths = list_pictures(find_pictures(folder)) if folder.strip() else []
+        names, framed = [], []
+        # One picture at a time: a hundred photographs as they come from a camera would not fit into memory.
+        for picture in chain(_connected(images or {}, masks or {}), map(read_picture, paths)):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            names.append(picture.name)
+            framed.append(frame_picture(picture, framing, size, clip_vision.image_mean))
+        if not framed:
             raise PersonalizeError("There are no reference pictures: connect an image, or write a folder of pictures.")
-        names = tuple(picture.name for picture in pictures)
         weight_of_each = parse_weights(weights, names)
-        framed = [frame_picture(picture, framing, size, clip_vision.image_mean) for picture in pictures]
         pooled, patches = encode(clip_vision, framed)
-        references = References(pooled, patches, encode_zero(clip_vision), torch.tensor(weight_of_each), names)
+        references = References(pooled, patches, encode_zero(clip_vision), torch.tensor(weight_of_each), tuple(names))
         return io.NodeOutput(references, torch.stack(framed))
 
 
-def _connected(images: dict, masks: dict) -> list[Picture]:
+def _connected(images: dict, masks: dict) -> Iterator[Picture]:
     """The pictures of the growing inputs in their order, each batch taken apart."""
-    pictures = []
+    unused = [slot for slot in masks if images.get(f"image{_number(slot)}") is None and masks[slot] is not None]
+    if unused:
+        raise PersonalizeError(f"{unused[0]} has no picture: connect image{_number(unused[0])}, or remove the mask.")
     for slot, batch in sorted(images.items(), key=lambda item: _number(item[0])):
         if batch is None:
             continue
+        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
+            raise PersonalizeError(
+                f"{slot} has the shape {tuple(batch.shape)}, but pictures are [batch, height, width, 3]: check the node "
+                "it comes from."
+            )
         mask = masks.get(f"mask{_number(slot)}")
+        mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
         if mask is not None and mask.shape[0] not in (1, batch.shape[0]):
             raise PersonalizeError(
                 f"mask{_number(slot)} has {mask.shape[0]} masks but {slot} has {batch.shape[0]} pictures: give one mask "
@@ -108,11 +123,7 @@ def _connected(images: dict, masks: dict) -> list[Picture]:
         for index, pixels in enumerate(batch.cpu()):
             name = slot if batch.shape[0] == 1 else f"{slot}[{index}]"
             own = None if mask is None else mask[index % mask.shape[0]].cpu()
-            pictures.append(make_picture(pixels, own, name))
-    unused = [slot for slot in masks if images.get(f"image{_number(slot)}") is None and masks[slot] is not None]
-    if unused:
-        raise PersonalizeError(f"{unused[0]} has no picture: connect image{_number(unused[0])}, or remove the mask.")
-    return pictures
+            yield make_picture(pixels, own, name)
 
 
 def _number(slot: str) -> int:
@@ -143,14 +154,20 @@ class SaveReferences(io.ComfyNode):
     @classmethod
     def execute(cls, references: References, filename: str) -> io.NodeOutput:
         folder = references_folder()
-        path = folder / f"{filename.strip()}.safetensors"
-        if not filename.strip() or not path.resolve().is_relative_to(folder.resolve()):
-            raise PersonalizeError(f'"{filename}" is not a file name inside {folder}.')
-        number = 2
-        while path.exists():
-            path = folder / f"{filename.strip()}_{number:02}.safetensors"
-            number += 1
-        references.save(path)
+        parts = filename.strip().replace("\\", "/").split("/")
+        if any(not part.strip(". ") or "\0" in part or ":" in part for part in parts):
+            raise PersonalizeError(f'"{filename}" is not a file name inside {folder}: write for example pets/rex.')
+        path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
+        try:
+            number = 2
+            while path.exists():
+                path = path.with_name(f"{parts[-1]}_{number:02}.safetensors")
+                number += 1
+            references.save(path)
+        except OSError as error:
+            raise PersonalizeError(
+                f"{path.name[:300]} cannot be written to {path.parent} ({error.strerror})."
+            ) from None
         return io.NodeOutput(ui={"text": (f"Saved {len(references)} references to {path}",)})
 
 

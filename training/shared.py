@@ -8,6 +8,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.ip_adapter import ImagePrompt as ImagePrompt
     from models.ip_adapter import IPAdapter as IPAdapter
     from models.ip_adapter import stack_prompts as stack_prompts
+    from models.pictures import CLIP_MEAN as CLIP_MEAN
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
     from models.pictures import read_picture as read_picture
@@ -19,6 +20,7 @@ else:
     from ..models.ip_adapter import ImagePrompt as ImagePrompt
     from ..models.ip_adapter import IPAdapter as IPAdapter
     from ..models.ip_adapter import stack_prompts as stack_prompts
+    from ..models.pictures import CLIP_MEAN as CLIP_MEAN
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures
     from ..models.pictures import read_picture as read_picture

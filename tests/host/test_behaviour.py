@@ -284,6 +284,8 @@ def test_accepts_the_embeds_of_comfyui_ipadapter_plus(host, model, state, refs, 
     zero = refs.zero_patches[None]
     expected = evaluate(apply(model, state, refs, 1.0))
     torch.testing.assert_close(evaluate(apply(model, state, refs.patches, 1.0, negative=zero)), expected)
+    with pytest.raises(ValueError, match=r"EMBEDS have the shape \(5, 1024\), but .* takes features of patches"):
+        apply(model, state, refs.pooled, 1.0)
     with pytest.raises(ValueError, match="connect its neg_embed to negative references"):
         apply(model, state, refs.patches, 1.0)
     base = narrow.adapter(LAYOUT, "base")
@@ -291,10 +293,59 @@ def test_accepts_the_embeds_of_comfyui_ipadapter_plus(host, model, state, refs, 
     torch.testing.assert_close(evaluate(apply(model, base, refs.pooled, 1.0)), expected)
 
 
-def test_gradients_flow_through_the_image_branch(model, state, refs, apply):
-    """K' and V' are ordinary tensors even when the node ran in inference mode."""
+def test_gradients_flow_through_the_unet_after_an_ordinary_call(model, state, refs, apply):
+    """Methods that look at the gradient of the UNet in the middle of a sampling work on top of it."""
+    import comfy.samplers
+
     with torch.inference_mode():
-        patched = apply(model, state, refs, 1.0)
-    wrapper = next(iter(patched.wrappers["diffusion_model"].values()))[0]
-    patch = wrapper.__self__
-    assert not any(tensor.is_inference() for tensor in (*patch.positive.keys, *patch.negative.values))
+        patched = apply(model, state, refs, 1.0, mask=torch.rand(1, 128, 192))
+    positive, negative = narrow.conditionings(LAYOUT)
+    norms = []
+
+    def record(wrapped, noise, sigmas, extra_args, **_):
+        guider = wrapped.inner_model
+        sigma, conds = sigmas[:1], [guider.conds["positive"]]
+        for _ in range(2):
+            comfy.samplers.calc_cond_batch(guider.inner_model, conds, noise, sigma, extra_args["model_options"])
+            with torch.inference_mode(False), torch.enable_grad():
+                x = torch.ones(1, 4, 16, 24).requires_grad_()
+                plain = [[{**cond, "model_conds": dict(cond["model_conds"])} for cond in side] for side in conds]
+                for cond in plain[0]:
+                    for name, value in cond["model_conds"].items():
+                        cond["model_conds"][name] = type(value)(value.cond.clone())
+                args = (guider.inner_model, plain, x, sigma.clone(), extra_args["model_options"])
+                out = comfy.samplers.calc_cond_batch(*args)[0]
+                norms.append(float(torch.autograd.grad(out.square().sum(), x)[0].norm()))
+        return noise
+
+    guider = comfy.samplers.CFGGuider(patched)
+    guider.set_conds(positive, negative)
+    with torch.inference_mode():
+        latent = torch.zeros(1, 4, 16, 24)
+        guider.sample(latent, latent, comfy.samplers.KSAMPLER(record), torch.tensor([7.0, 0.0]), seed=0)
+    assert len(norms) == 2
+    assert norms[0] == norms[1] > 0
+
+
+def test_what_is_constant_is_made_once_a_sampling(model, state, refs, apply, host, monkeypatch):
+    """K' and V' are projected by the node, moved once a sampling, and the mask is scaled once for each resolution."""
+    patch = host.module("nodes.attention_patch")
+    stacked, scaled = [], []
+    stack, resized = patch.stack_prompts, patch._Masks._resized
+    monkeypatch.setattr(patch, "stack_prompts", lambda *a: stacked.append(1) or stack(*a))
+    monkeypatch.setattr(patch._Masks, "_resized", lambda *a: scaled.append(a[2:]) or resized(*a))
+    sample(apply(model, state, refs, 1.0, mask=torch.ones(1, 128, 128)), steps=4)
+    assert len(stacked) == 16
+    assert sorted(scaled) == sorted([(s, s) for s in (16, 8, 4, 2)] * 2)
+
+
+def test_masks_that_are_no_numbers_or_fit_no_window(model, state, refs, apply):
+    with pytest.raises(ValueError, match="mask has values that are not numbers"):
+        apply(model, state, refs, 1.0, mask=torch.full((1, 128, 128), float("nan")))
+    patched = apply(model, state, refs, 1.0, mask=torch.rand(4, 128, 128))
+    options = {"wrappers": patched.wrappers, "cond_or_uncond": [0]}
+    text = narrow.conditionings(LAYOUT)[0][0][0]
+    with pytest.raises(ValueError, match="4 masks, but the sampler makes 2 pictures at a time"), torch.inference_mode():
+        model.model.apply_model(
+            torch.zeros(2, 4, 16, 16), torch.ones(2), c_crossattn=text.expand(2, -1, -1), transformer_options=options
+        )

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import weakref
 
 import narrow
 import pytest
@@ -121,6 +122,30 @@ def test_pictures_of_any_sizes_and_batches(host, encode):
     assert seen.shape == (5, 224, 224, 3)
 
 
+def test_grey_pictures_and_masks_of_other_shapes(encode):
+    images = {"image0": torch.rand(1, 50, 50, 1), "image1": torch.rand(1, 50, 50, 3)}
+    outputs = encode(images=images, masks={"mask0": torch.rand(50, 50), "mask1": torch.rand(1, 1, 50, 50)})
+    assert outputs[1].shape == (2, 224, 224, 3)
+
+
+def test_a_path_as_windows_copies_it(encode, photos):
+    assert len(encode(folder=f' "{photos}" ')[0]) == 3
+
+
+def test_photographs_are_read_one_at_a_time(host, encode, photos, monkeypatch):
+    module, alive = host.module("nodes.references"), []
+    read = module.read_picture
+
+    def watched(path):
+        assert sum(reference() is not None for reference in alive) <= 1
+        picture = read(path)
+        alive.append(weakref.ref(picture))
+        return picture
+
+    monkeypatch.setattr(module, "read_picture", watched)
+    assert len(encode(folder="photos")[0]) == 3
+
+
 def test_encoding_equals_the_hosts_own_node(host, encode, clip_vision):
     """No mask and crop: what CLIPVisionEncode gives."""
     image = torch.rand(1, 300, 200, 3)
@@ -197,9 +222,11 @@ def test_save_and_load(host, encode):
     assert torch.equal(loaded.patches, references.patches)
     assert loaded.weights.tolist() == [1, 0.5]
     assert load(os.path.join("pets", "rex.safetensors"), "0, 1")[0].weights.tolist() == [0, 1]
-    for name in ("../outside", "", "/abs"):
+    for name in ("../outside", "", "/abs", "pets/", ".", "..", "a\0b", "C:/x"):
         with pytest.raises(ValueError, match="is not a file name inside"):
             save(references, name)
+    with pytest.raises(ValueError, match="cannot be written"):
+        save(references, "x" * 300)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +250,10 @@ def test_save_and_load(host, encode):
         ),
         ({"images": {"image0": torch.rand(1, 40, 40, 3)}, "weights": "1 2"}, "2 weights for 1 references"),
         ({"folder": "nowhere"}, 'There is no folder "nowhere"'),
+        ({"folder": "x" * 5000}, 'There is no folder "x'),
+        ({"folder": __file__}, "is a file: write the folder it is in"),
+        ({"images": {"image0": torch.rand(40, 40, 3)}}, r"image0 has the shape \(40, 40, 3\)"),
+        ({"images": {"image0": torch.rand(1, 40, 40, 2)}}, r"image0 has the shape \(1, 40, 40, 2\)"),
     ],
 )
 def test_bad_references(encode, inputs, sentence):
@@ -255,7 +286,7 @@ def test_errors_reach_the_user_as_one_sentence(host, models, photos):
 def test_a_lora_in_models_ipadapter(host, models):
     path = models / "ipadapter" / "lora.safetensors"
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2)}, path)
-    with pytest.raises(ValueError, match=r"lora\.safetensors is a LoRA.*models/loras"):
+    with pytest.raises(ValueError, match=r"lora\.safetensors in .* is a LoRA.*models/loras"):
         host.node("PersonalizeLoadIPAdapter").execute("lora.safetensors")
     path.unlink()
 

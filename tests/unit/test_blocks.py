@@ -54,6 +54,8 @@ def test_list():
     ("text", "sentence"),
     [
         ("", "empty"),
+        ("3:nan", '"3:nan" in the layer list'),
+        ("3:1e400", '"3:1e400"'),
         ("3:x", '"3:x" in the layer list'),
         ("16", "Layer 16 is not in this model: its transformers are 0 to 15"),
         ("-1:2", "Layer -1"),

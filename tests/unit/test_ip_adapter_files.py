@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -172,11 +173,50 @@ def test_missing_parts_of_an_adapter(tmp_path):
     refused(save_adapter(state, tmp_path / "a.bin"), "lacks to_k_ip or to_v_ip")
     state = small("plus", 1280)
     del state["image_proj"]["layers.2.0.to_q.weight"]
-    with pytest.raises(PersonalizeError, match=r"incomplete image projection.*layers\.2\.0\.to_q"):
-        IPAdapter.from_state(state)
+    refused(save_adapter(state, tmp_path / "c.bin"), r"incomplete image projection.*layers\.2\.0\.to_q")
     unknown = small()
     unknown["image_proj"] = {"something.weight": torch.ones(2, 2)}
     refused(save_adapter(unknown, tmp_path / "b.bin"), "unknown kind")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda s: s["ip_adapter"].update({"1.to_k_ip.weight": torch.ones(8)}),
+        lambda s: s["ip_adapter"].update({"1.to_k_ip.weight": "text"}),
+        lambda s: s["image_proj"].update({"proj.weight": torch.ones(3072)}),
+        lambda s: s["image_proj"].update({"norm.weight": torch.ones(4), "norm.bias": torch.ones(4)}),
+        lambda s: s.update({"image_proj": {"latents": torch.ones(1, 16, 8), "proj_in.weight": torch.ones(8, 8)}}),
+        lambda s: s.update({"image_proj": {1: torch.ones(2)}}),
+        lambda s: s["ip_adapter"].update(
+            {f"{n}.to_{p}_ip.weight": torch.ones(8, 64) for n in (1, 3, 5, 7) for p in "kv"}
+        ),
+    ],
+)
+def test_files_that_are_adapters_only_at_first_sight(tmp_path, spoil):
+    state = small()
+    spoil(state)
+    refused(save_adapter(state, tmp_path / "odd.bin"), "odd.bin")
+
+
+@pytest.mark.parametrize("content", [b"hi", b"\0" * 1000, b"<html>not found</html>", b"version https://git-lfs"])
+def test_a_bin_that_is_something_else(tmp_path, content):
+    path = tmp_path / "t.bin"
+    path.write_bytes(content)
+    refused(path, "damaged")
+
+
+def test_damaged_bins_never_give_a_raw_error(tmp_path):
+    whole = save_adapter(small(), tmp_path / "whole.bin").read_bytes()
+    path = tmp_path / "flipped.bin"
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        data = bytearray(whole)
+        head = int(torch.randint(0, 4000, (1,), generator=generator))
+        data[head] ^= int(torch.randint(1, 255, (1,), generator=generator))
+        path.write_bytes(data)
+        with suppress(PersonalizeError):
+            read_ip_adapter(path)
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):

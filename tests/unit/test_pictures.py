@@ -26,8 +26,6 @@ def is_upright(picture, tolerance=0.1):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation):
-    from PIL import ImageOps
-
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = halves()
@@ -35,7 +33,6 @@ def test_exif_orientation(tmp_path, orientation):
     for operation in inverse:
         stored = stored.transpose(Image.Transpose(operation))
     stored.save(tmp_path / "photo.jpg", exif=exif, quality=95)
-    assert ImageOps is not None
     picture = read_picture(tmp_path / "photo.jpg")
     assert picture.pixels.shape == (40, 60, 3)
     assert is_upright(picture)
@@ -202,3 +199,28 @@ def test_the_real_photographs(photographs):
         "portrait with alpha.png",
         "tiny été.png",
     ]
+
+
+def test_pictures_that_pillow_cannot_read_are_named(tmp_path):
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"x")
+    assert [path.name for path in list_pictures(tmp_path)] == ["IMG_1.HEIC"]
+    with pytest.raises(PersonalizeError, match=r"IMG_1\.HEIC in .*: save it as JPEG or PNG"):
+        read_picture(tmp_path / "IMG_1.HEIC")
+
+
+@pytest.mark.parametrize(("mode", "white"), [("F", 1.0), ("F", 255.0), ("I", 255), ("I", 65535)])
+def test_deep_grey_tiffs(tmp_path, mode, white):
+    values = np.tile(np.linspace(0, white, 32), (32, 1))
+    Image.fromarray(values.astype(np.float32 if mode == "F" else np.int32)).save(tmp_path / "deep.tiff")
+    pixels = read_picture(tmp_path / "deep.tiff").pixels
+    torch.testing.assert_close(pixels[0, :, 0], torch.linspace(0, 1, 32), atol=0.005, rtol=0)
+
+
+def test_small_mask_files_and_wild_values():
+    pixels = torch.rand(40, 60, 3)
+    mask = torch.zeros(4, 6)
+    mask[1:3, 2:4] = 7.0
+    picture = make_picture(pixels, mask, "a")
+    assert 0 <= float(picture.mask.min()) <= float(picture.mask.max()) <= 1
+    assert frame_picture(picture, "crop", 32).shape == (32, 32, 3)
+    assert make_picture(torch.rand(40, 60, 1), -mask, "grey").pixels.shape == (40, 60, 3)

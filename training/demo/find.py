@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -12,11 +13,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def find_comfyui() -> Path | None:
     """COMFYUI_PATH; the ComfyUI whose custom_nodes holds this repository; ~/ComfyUI; None where there is none."""
+    named = os.environ.get("COMFYUI_PATH")
     places = [Path.home() / "ComfyUI"]
     if ROOT.parent.name == "custom_nodes":
         places.insert(0, ROOT.parent.parent)
-    if os.environ.get("COMFYUI_PATH"):
-        places.insert(0, Path(os.environ["COMFYUI_PATH"]).expanduser())
+    if named:
+        places.insert(0, Path(named).expanduser())
+        if not (places[0] / "main.py").is_file():
+            print(f"There is no ComfyUI in COMFYUI_PATH={named}; looking elsewhere.", file=sys.stderr)
     return next((place.resolve() for place in places if (place / "main.py").is_file()), None)
 
 

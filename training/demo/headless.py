@@ -10,11 +10,10 @@ from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ..diffusers_attention import apply_image_prompts
-from ..shared import IPAdapter, References, Resampler, frame_picture, list_pictures, read_picture
+from ..shared import CLIP_MEAN, IPAdapter, References, Resampler, frame_picture, list_pictures, read_picture
 
 STEPS, GUIDANCE, WEIGHT, LATENT = 20, 7.0, 0.8, 64
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 
 
 def in_diffusers(photos: Path) -> list[tuple[str, Image.Image]]:
@@ -33,8 +32,9 @@ def in_diffusers(photos: Path) -> list[tuple[str, Image.Image]]:
         latent = sample(unet, noise, text, aggregation)
         unet.set_attn_processor(before)
         with torch.no_grad():
-            pixels = vae.decode(latent).sample[0].permute(1, 2, 0).clamp(-1, 1)
-        picture = Image.fromarray(((pixels + 1) * 127.5).round().byte().numpy())
+            pixels = vae.decode(latent).sample[0].permute(1, 2, 0)
+        pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())  # random weights fill no particular range
+        picture = Image.fromarray((pixels * 255).round().byte().numpy())
         results.append((f"{aggregation}, weight {WEIGHT:g}", picture))
     return results
 
@@ -60,8 +60,7 @@ def random_adapter(unet: UNet2DConditionModel) -> IPAdapter:
     image_proj = Resampler(width=64, dim=64, cross_width=64, tokens=16, depth=4, inner=64, ff_inner=256)
     torch.nn.init.normal_(image_proj.latents, std=0.1)
     layers: dict[str, Tensor] = {}
-    for i, (name, module) in enumerate(item for item in unet.named_modules() if item[0].endswith("attn2")):
-        assert name
+    for i, module in enumerate(module for name, module in unet.named_modules() if name.endswith("attn2")):
         for part in ("k", "v"):
             layers[f"{2 * i + 1}.to_{part}_ip.weight"] = torch.randn_like(getattr(module, f"to_{part}").weight) / 8
     return IPAdapter.from_state({"image_proj": image_proj.state_dict(), "ip_adapter": layers})
