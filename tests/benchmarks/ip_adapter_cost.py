@@ -16,9 +16,7 @@ variant "without middle" does the same work, and its pictures must be the other 
 """
 
 import argparse
-import asyncio
 import gc
-import importlib
 import os
 import statistics
 import sys
@@ -37,6 +35,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import COMFYUI, ROOT, comfyui_version
+from inprocess import Host
 from structural import adapters, checkpoints
 
 CASES = {  # name: (kind of adapter, width of its image features, number of references)
@@ -61,41 +60,22 @@ def parse_arguments() -> argparse.Namespace:
     return arguments if COMFYUI else parser.error("no ComfyUI found: set COMFYUI_PATH")
 
 
-def load_host(base: Path, device: str, packs: list[Path]) -> dict[str, Any]:
-    """The node classes, by name, of ComfyUI in this process with packs loaded by its own loader."""
-    sys.path.insert(0, str(COMFYUI))
-    import comfy.options
-
-    comfy.options.enable_args_parsing(False)
-    from comfy.cli_args import args
-
-    args.cpu, args.base_directory = device == "cpu", str(base)
-    # utils.extra_config first: once nodes is imported, comfy/utils.py shadows ComfyUI's own utils
-    for name in ("utils.extra_config", "execution"):
-        importlib.import_module(name)
-    nodes: Any = importlib.import_module("nodes")
-    for pack in packs:
-        loaded = asyncio.run(nodes.load_custom_node(str(pack.resolve()), module_parent="custom_nodes"))
-        assert loaded, f"ComfyUI could not load {pack}"
-    return nodes.NODE_CLASS_MAPPINGS
-
-
 class Bench:
     """One model on one host, and the variants of it."""
 
     def __init__(self, arguments: argparse.Namespace, base: Path):
         self.steps, self.cuda, peer = arguments.steps, arguments.device == "cuda", arguments.ipadapter_plus
-        nodes = load_host(base, arguments.device, [ROOT, peer] if peer else [ROOT])
+        packs = [ROOT, peer.resolve()] if peer else [ROOT]
+        host = Host(COMFYUI, base, *packs, device=arguments.device)
         self.synchronize = torch.cuda.synchronize if self.cuda else (lambda: None)
-        self.ours: Any = nodes["PersonalizeApplyIPAdapter"]
-        self.theirs: Any = nodes["IPAdapterEmbeds"]() if peer else None
-        package = self.ours.__module__.rsplit(".nodes.", 1)[0]  # our pack's modules, as ComfyUI loaded them
-        self.references = sys.modules[f"{package}.models.references"].References
+        self.ours: Any = host.node("PersonalizeApplyIPAdapter")
+        self.theirs: Any = host.node("IPAdapterEmbeds")() if peer else None
+        self.references = host.module("models.references").References
         import comfy.sd
 
         path = checkpoints.full_checkpoint(arguments.family, base / "structural.ckpt")
         self.model = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
-        self.layout, widths = sys.modules[f"{package}.nodes.attention_patch"].unet_layout(self.model)
+        self.layout, widths = host.module("nodes.attention_patch").unet_layout(self.model)
         self.widths, self.cross = [width for width, _ in widths], widths[0][1]
         self.random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
         self.latent = torch.zeros(1, 4, arguments.size, arguments.size)

@@ -9,9 +9,9 @@ from structural import checkpoints
 
 
 class Host:
-    """ComfyUI loaded in process on the CPU, with the pack loaded by ComfyUI's own custom-node loader."""
+    """ComfyUI loaded in process, with this pack and others loaded by ComfyUI's own custom-node loader."""
 
-    def __init__(self, comfyui, base, root):
+    def __init__(self, comfyui, base, *packs, device="cpu"):
         for folder in ("custom_nodes", "models", "input", "output"):
             (base / folder).mkdir(parents=True, exist_ok=True)
         sys.path.insert(0, str(comfyui))
@@ -20,7 +20,7 @@ class Host:
         comfy.options.enable_args_parsing(False)
         from comfy.cli_args import args
 
-        args.cpu = True
+        args.cpu = device == "cpu"
         args.base_directory = str(base)
         # utils.extra_config first: once nodes is imported, comfy/utils.py shadows ComfyUI's own utils
         for name in ("utils.extra_config", "execution", "folder_paths", "nodes"):
@@ -33,7 +33,9 @@ class Host:
         self.base, self.nodes, self.folder_paths = base, nodes, folder_paths
         loop = asyncio.new_event_loop()
         loop.run_until_complete(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-        assert loop.run_until_complete(nodes.load_custom_node(str(root), module_parent="custom_nodes"))
+        for pack in packs:
+            loaded = loop.run_until_complete(nodes.load_custom_node(str(pack), module_parent="custom_nodes"))
+            assert loaded, f"ComfyUI could not load {pack}"
         self.loop = loop
         checkpoints.register()
         self.server = SimpleNamespace(client_id=None, last_node_id=None, last_prompt_id=None, sent=[])

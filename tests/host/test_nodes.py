@@ -1,6 +1,5 @@
 """The nodes as ComfyUI runs them: schemas, graphs, files, and what users do wrong."""
 
-import asyncio
 import os
 import shutil
 import weakref
@@ -375,8 +374,3 @@ def test_folders_are_added_never_replaced(host):
         assert {".safetensors", ".bin"} <= extensions
     finally:
         registry["ipadapter"] = before
-
-
-def test_the_pack_is_loaded_without_a_warning(host, root, caplog):
-    asyncio.new_event_loop().run_until_complete(host.nodes.load_custom_node(str(root), module_parent="custom_nodes"))
-    assert not caplog.records

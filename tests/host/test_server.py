@@ -3,7 +3,6 @@
 import json
 import shutil
 import threading
-import time
 from io import BytesIO
 
 import pytest
@@ -106,7 +105,5 @@ def test_cancel(server):
             node["inputs"] |= {"steps": 1000, "seed": 99}
     started = threading.Event()
     threading.Thread(target=lambda: started.wait(120) and server.post("/interrupt", {}), daemon=True).start()
-    begin = time.monotonic()
     with pytest.raises(WorkflowError, match="cancelled"):
         server.run(prompt, lambda _node, value, total: started.set() if total == 1000 and value >= 2 else None)
-    assert time.monotonic() - begin < 300

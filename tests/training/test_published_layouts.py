@@ -23,7 +23,7 @@ def test_file_order_is_that_of_diffusers_attention_processors(layout, unet):
     assert [names[layer] for layer in layout.file_order()] == processors[1::2]
 
 
-def diffusers_projection(kind, state):
+def diffusers_projection(state):
     """diffusers' own conversion of an official image projection."""
     model = UNet2DConditionModel(**narrow.SD15["diffusers"])
     return model._convert_ip_adapter_image_proj_to_diffusers(state["image_proj"], low_cpu_mem_usage=False)
@@ -36,7 +36,7 @@ def test_projection_equals_diffusers(name):
     kind, width, cross, layers = PUBLISHED[name]
     state = random_adapter(kind, width, cross, [8] * len(layers))
     adapter = IPAdapter.from_state(state)
-    reference = diffusers_projection(kind, state).eval()
+    reference = diffusers_projection(state).eval()
     assert type(reference) in (ImageProjection, IPAdapterPlusImageProjection, IPAdapterFullImageProjection)
     features = torch.randn(2, 1 if kind == "base" else 257, width, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

@@ -3,8 +3,6 @@
 import json
 import re
 
-import pytest
-
 
 def test_requirements_are_those_of_pyproject(root):
     text = (root / "pyproject.toml").read_text()
@@ -25,8 +23,3 @@ def test_workflows_have_thumbnails_and_stand_alone(root):
             for x2, y2, w2, h2 in boxes[i + 1 :]:
                 apart = x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
                 assert apart, f"nodes overlap in {path.name}"
-
-
-@pytest.mark.parametrize("folder", ["models", "nodes", "training", "workflows", "tests"])
-def test_the_house_is_as_drawn(root, folder):
-    assert (root / folder).is_dir()

@@ -34,7 +34,12 @@ def in_comfyui(comfyui: Path, photos: Path) -> list[tuple[str, Image.Image]]:
                 node["inputs"]["folder"] = str(photos)
         steps = {key: node["inputs"]["steps"] for key, node in prompt.items() if "steps" in node["inputs"]}
         with tqdm(desc="Sampling in ComfyUI", total=sum(steps.values()), unit=" steps") as bar:
-            outputs = server.run(prompt, lambda node, _value, _total: bar.update(node in steps) and None)
+
+            def advance(node: str, _done: int, _total: int) -> None:
+                if node in steps:
+                    bar.update()
+
+            outputs = server.run(prompt, advance)
         return split(prompt, Image.open(BytesIO(server.picture(saved(prompt, outputs)))))
 
 

@@ -46,12 +46,12 @@ def encode(photos: Path) -> References:
         hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=2, projection_dim=48
     )
     encoder = CLIPVisionModelWithProjection(config).eval()
-    pictures = [read_picture(path) for path in list_pictures(photos)]
-    framed = torch.stack([frame_picture(picture, "crop", config.image_size) for picture in pictures])
+    paths = list_pictures(photos)
+    framed = torch.stack([frame_picture(read_picture(path), "crop", config.image_size) for path in paths])
     inputs = ((framed - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2)
     output = encoder(inputs, output_hidden_states=True)
     zero = encoder(torch.zeros_like(inputs[:1]), output_hidden_states=True).hidden_states[-2][0]
-    names = tuple(picture.name for picture in pictures)
+    names = tuple(path.name for path in paths)
     return References(output.image_embeds, output.hidden_states[-2], zero, torch.ones(len(names)), names)
 
 
