@@ -1,0 +1,1 @@
+"""Pocket portraits: a trained miniature of Stable Diffusion, its generator of pictures, and its judge."""

@@ -1,0 +1,45 @@
+"""A scene as a picture, with the silhouette of each subject where it is wanted."""
+
+import numpy as np
+from PIL import Image
+
+from .attributes import Scene
+from .pen import SUPERSAMPLING, Pen
+from .scenery import draw_background, draw_obstacle, draw_poster, finish
+from .subjects import INK, draw_subject
+
+SCALES = {"close-up": 19.5, "portrait": 15.5, "half-length": 12.5}
+HEIGHTS = {"close-up": 38.0, "portrait": 33.0, "half-length": 27.5}
+
+
+def draw(scene: Scene, masks: list[Image.Image] | None = None) -> Image.Image:
+    """[height, width] RGB picture of the scene; appends each subject's mask (L, 0 to 255) to `masks`."""
+    width, height = scene.size
+    rng = np.random.default_rng(scene.seed)
+    canvas = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    ink = INK if scene.style == "comic" else None
+    pixels = Pen(canvas, scale=height / 64, ink=ink)
+    across = round(width * 64 / height)
+    draw_background(pixels, scene.background, across, rng)
+    poster = scene.logo is not None and scene.logo.place == "wall"
+    side = -1 if rng.random() < 0.5 else 1
+    if poster:
+        draw_poster(pixels, scene.logo, side, across)
+    for i, subject in enumerate(scene.subjects):
+        scale, y = SCALES[scene.framing], HEIGHTS[scene.framing]
+        x = across / 2 + rng.uniform(-3, 3)
+        if len(scene.subjects) > 1:
+            scale, y = 13.5, 32.0
+            x = across * (0.27 + 0.46 * i) + rng.uniform(-1.5, 1.5)
+        elif poster:
+            x = across / 2 - side * 6
+        scale, y = scale * rng.uniform(0.95, 1.05), y + rng.uniform(-1.5, 1.5)
+        mask = None if masks is None else Image.new("L", canvas.size)
+        logo = scene.logo if scene.logo is not None and scene.logo.place == "shirt" else None
+        factor = height / 64
+        draw_subject(Pen(canvas, (x * factor, y * factor), scale * factor, ink, mask), subject, logo)
+        if masks is not None and mask is not None:
+            masks.append(mask.reduce(SUPERSAMPLING))
+    if scene.obstacle != "none":
+        draw_obstacle(pixels, scene.obstacle, scene.logo, across, rng)
+    return finish(canvas, scene.light, scene.style)

@@ -1,0 +1,94 @@
+"""One training loop for every part: progress, log, checkpoints, and a resume that continues bit for bit."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+Step = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
+
+
+def train(
+    module: nn.Module,
+    step: Step,
+    folder: Path,
+    name: str,
+    steps: int,
+    learning_rate: float = 1e-3,
+    warmup: int = 200,
+    weight_decay: float = 0.01,
+    ema_decay: float = 0.999,
+    minutes_between_saves: float = 3.0,
+) -> None:
+    """Train until `steps`, and leave the averaged weights in `module`.
+
+    `step(number, rng)` returns the loss and figures for the log. Both generators are seeded from the step's number, so
+    that a run killed at any moment repeats from its last checkpoint (`folder/name.pt`) what it would have done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    ema = EMAModel(trained, decay=ema_decay, use_ema_warmup=True, power=0.75)
+    start = 0
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        module.load_state_dict(state["module"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        ema.load_state_dict(state["ema"])
+        start = state["step"]
+
+    def save(done: int) -> None:
+        state = {
+            "module": module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "ema": ema.state_dict(),
+            "step": done,
+        }
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+    saved, figures = time.monotonic(), {}
+    module.train()
+    for number in (bar := tqdm(range(start, steps), initial=start, total=steps, desc=name, unit=" steps")):
+        torch.manual_seed(number)
+        loss, figures = step(number, np.random.default_rng([7, number]))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        ema.step(trained)
+        if number % 50 == 49 or number + 1 == steps:
+            figures = {"loss": loss.item(), **figures}
+            bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
+            with log.open("a") as file:
+                file.write(json.dumps({"step": number + 1, "lr": schedule.get_last_lr()[0], **figures}) + "\n")
+        if time.monotonic() - saved > 60 * minutes_between_saves or number + 1 == steps:
+            save(number + 1)
+            saved = time.monotonic()
+    ema.copy_to(trained)
+    module.eval()
+
+
+def average(module: nn.Module, folder: Path, name: str) -> int:
+    """Load the averaged weights of a run's checkpoint; the number of steps done."""
+    state = torch.load(folder / f"{name}.pt", weights_only=True)
+    module.load_state_dict(state["module"])
+    trained = [p for p in module.parameters() if p.requires_grad]
+    ema = EMAModel(trained)
+    ema.load_state_dict(state["ema"])
+    ema.copy_to(trained)
+    module.eval()
+    return state["step"]
