@@ -3,10 +3,13 @@
 from comfy_api.latest import ComfyExtension, io
 
 from .folders import register_folders
+from .image_encoder import LoadImageEncoder
 from .ip_adapter import ApplyIPAdapter, LoadIPAdapter
+from .pocket import register_pocket
 from .references import EncodeReferences, LoadReferences, SaveReferences
 
 NODES: list[type[io.ComfyNode]] = [
+    LoadImageEncoder,
     LoadIPAdapter,
     EncodeReferences,
     SaveReferences,
@@ -22,4 +25,5 @@ class Personalize(ComfyExtension):
 
 async def comfy_entrypoint() -> Personalize:
     register_folders()
+    register_pocket()
     return Personalize()

@@ -8,6 +8,8 @@ from ..models.errors import PersonalizeError
 
 PACK = Path(__file__).resolve().parent.parent
 EXAMPLES = PACK / "workflows"
+POCKET = PACK / "models" / "pocket"
+"""The pocket model's files, which come with the pack."""
 
 
 def register_folders() -> None:

@@ -1,5 +1,6 @@
 """What training takes from models/: the one place that knows whether the pack is a package or the current folder."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING and __package__ == "training":
@@ -12,8 +13,12 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
     from models.pictures import read_picture as read_picture
+    from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
     from models.references import References as References
+    from models.unet_keys import single_file_names as single_file_names
+    from models.weight_files import read_safetensors as read_safetensors
+    from models.weight_files import write_safetensors as write_safetensors
 else:
     from ..models.attention import decoupled_attention as decoupled_attention
     from ..models.errors import PersonalizeError as PersonalizeError
@@ -24,5 +29,11 @@ else:
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures
     from ..models.pictures import read_picture as read_picture
+    from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
     from ..models.references import References as References
+    from ..models.unet_keys import single_file_names as single_file_names
+    from ..models.weight_files import read_safetensors as read_safetensors
+    from ..models.weight_files import write_safetensors as write_safetensors
+
+ROOT = Path(__file__).resolve().parent.parent

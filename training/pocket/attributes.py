@@ -60,7 +60,7 @@ HAIR_STYLES = {
 }
 BEARDS = ("none", "beard", "moustache")
 EARRINGS = ("none", "gold", "blue")
-MARKINGS = ("plain", "striped", "patched")
+MARKINGS = ("plain", "striped", "two-tone")  # of the top of a pet's head
 ANTENNAS = ("none", "one", "two")
 
 POSES = ("left", "front", "right")
@@ -79,7 +79,7 @@ BACKGROUNDS = (*BACKGROUND_COLOURS, *PLACES)
 LIGHTS = ("daylight", "warm", "cool")
 OBSTACLES = ("none", "mug", "book", "plant")
 STYLES = ("flat", "comic", "pastel", "pixel art")
-NEW_STYLES = ("sepia", "neon", "halftone")  # never in the base model's data: for learning a style
+NEW_STYLES = ("sepia", "neon", "duotone")  # never in the base model's data: for learning a style
 LOGO_SHAPES = ("star", "heart", "ring", "triangle", "cross")
 NEW_LOGO_SHAPES = ("moon", "bolt")  # never in the base model's data: for learning a logo
 LOGO_COLOURS = ("red", "orange", "green", "blue", "purple", "black")
@@ -158,11 +158,9 @@ class Subject:
         """Every attribute that the picture really shows, by name."""
         shown = {name: value for name, value in asdict(self.identity).items() if value is not None}
         shown |= {"pose": self.pose, "expression": self.expression, "hat_worn": "yes" if self.hat_worn else "no"}
-        hidden = {"hair_style", "antenna"} if self.hat_worn else {"hat", "hat_colour"}
+        hidden = {"hair_style", "marking", "antenna"} if self.hat_worn else {"hat", "hat_colour"}
         if self.identity.glasses == "sunglasses" or self.expression == "sleeping":
             hidden.add("eyes")
-        if self.pose == "right" and self.identity.marking != "striped":
-            hidden.add("marking")  # the patch is around the left eye
         if self.identity.hair_style == "bald" and self.hat_worn:
             hidden.add("hair_colour")
         return {name: value for name, value in shown.items() if name not in hidden}

@@ -51,6 +51,17 @@ class Pictures:
         folder.mkdir(parents=True, exist_ok=True)
         self.single = _cached(folder / f"single-{seed}-{count}.npy", seed, self.single_index, SINGLE)
         self.pair = _cached(folder / f"pair-{seed}-{count}.npy", seed, self.pair_index, PAIR)
+        first = np.flatnonzero(np.diff(self.single_index // PER_IDENTITY, prepend=-1))
+        pictures = np.diff(first, append=len(self.single_index))
+        self._first, self._pictures = first[pictures > 1], pictures[pictures > 1]
+
+    def twins(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of `single`, twice [count]: two different pictures of each of `count` different identities."""
+        who = rng.choice(len(self._first), size=count, replace=False)
+        pictures = self._pictures[who]
+        a = rng.integers(pictures)
+        b = (a + 1 + rng.integers(pictures - 1)) % pictures
+        return self._first[who] + a, self._first[who] + b
 
 
 def _draw_some(job: tuple[int, list[int]]) -> np.ndarray:

@@ -4,9 +4,9 @@ import numpy as np
 from PIL import Image
 
 from .attributes import Scene
-from .pen import SUPERSAMPLING, Pen
+from .pen import INK, SUPERSAMPLING, Pen
 from .scenery import draw_background, draw_obstacle, draw_poster, finish
-from .subjects import INK, draw_subject
+from .subjects import draw_subject
 
 SCALES = {"close-up": 19.5, "portrait": 15.5, "half-length": 12.5}
 HEIGHTS = {"close-up": 38.0, "portrait": 33.0, "half-length": 27.5}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from timm.optim import Muon
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,7 +23,7 @@ def train(
     folder: Path,
     name: str,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 2e-3,
     warmup: int = 200,
     weight_decay: float = 0.01,
     ema_decay: float = 0.999,
@@ -36,7 +37,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.99))
+    optimizer = Muon(_groups(module), lr=learning_rate, weight_decay=weight_decay, nesterov=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     ema = EMAModel(trained, decay=ema_decay, use_ema_warmup=True, power=0.75)
     start = 0
@@ -80,6 +81,17 @@ def train(
             saved = time.monotonic()
     ema.copy_to(trained)
     module.eval()
+
+
+def _groups(module: nn.Module) -> list[dict]:
+    """Muon for matrices and convolutions; its AdamW for vectors, and for embeddings, whose rows are independent."""
+    rows = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in rows]},
+        {"params": [p for p in trained if id(p) in rows], "use_fallback": True, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def average(module: nn.Module, folder: Path, name: str) -> int:

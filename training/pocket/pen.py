@@ -6,6 +6,8 @@ from PIL import Image, ImageDraw
 
 SUPERSAMPLING = 4
 Colour = tuple[int, int, int]
+INK: Colour = (30, 26, 32)
+WHITE: Colour = (250, 250, 250)
 Points = Sequence[tuple[float, float]]
 
 

@@ -4,8 +4,8 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from .attributes import BACKGROUND_COLOURS, Logo
-from .pen import SUPERSAMPLING, Pen, shade
-from .subjects import INK, WHITE, draw_logo
+from .logos import draw_logo
+from .pen import SUPERSAMPLING, WHITE, Pen, shade
 
 TINTS = {"daylight": (1.0, 1.0, 1.0), "warm": (1.08, 0.95, 0.76), "cool": (0.8, 0.92, 1.1)}
 
@@ -136,9 +136,6 @@ def finish(image: Image.Image, light: str, style: str) -> Image.Image:
             edges = ImageOps.grayscale(picture).filter(ImageFilter.FIND_EDGES).point(lambda v: min(v * 3, 255))
             glow = Image.composite(picture, Image.new("RGB", picture.size, (18, 8, 44)), edges)
             picture = Image.blend(glow, ImageOps.invert(picture), 0.2)
-        case "halftone":
-            grey = np.asarray(ImageOps.grayscale(picture), dtype=np.float32) / 255
-            y, x = np.mgrid[: picture.height, : picture.width]
-            dots = 0.5 + 0.25 * (np.cos(x * np.pi / 2) + np.cos(y * np.pi / 2))
-            picture = ImageOps.colorize(Image.fromarray(((grey > dots * 0.8) * 255).astype(np.uint8)), INK, WHITE)
+        case "duotone":
+            picture = ImageOps.colorize(ImageOps.grayscale(picture), (66, 12, 96), (255, 224, 120), (226, 70, 104))
     return picture

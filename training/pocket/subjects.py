@@ -8,10 +8,9 @@ import math
 from PIL import Image, ImageDraw
 
 from .attributes import COLOURS, EYES, FURS, HAIRS, METALS, PEOPLE, PETS, SKINS, Logo, Subject
-from .pen import SUPERSAMPLING, Colour, Pen, shade
+from .logos import draw_logo
+from .pen import INK, SUPERSAMPLING, WHITE, Colour, Pen, shade
 
-INK: Colour = (30, 26, 32)
-WHITE: Colour = (250, 250, 250)
 MOUTH: Colour = (122, 24, 34)
 SHOULDERS = {"woman": 1.3, "man": 1.75, "child": 1.05, "cat": 1.05, "dog": 1.25, "robot": 1.45}
 
@@ -198,19 +197,19 @@ def _whiskers(pen: Pen, x: float, fur: Colour, sides: tuple[int, ...]) -> None:
             pen.line([(x + side * 0.36, 0.42 + dy * 0.5), (x + side * 0.95, 0.4 + dy * 2)], colour, 0.055)
 
 
-def _markings(pen: Pen, subject: Subject, turn: int) -> None:
+def _markings(pen: Pen, subject: Subject, wide: float, tall: float, y: float) -> None:
+    """On the forehead of a head of half axes `wide` and `tall` at height y; a hat hides them."""
     who = subject.identity
+    if subject.hat_worn:
+        return
     fur = skin_of(subject)
-    mark = shade(fur, 0.5) if sum(fur) > 220 else (150, 145, 150)
+    mark = shade(fur, 0.5) if sum(fur) > 220 else (160, 154, 158)
     if who.marking == "striped":
-        for x in (-0.3, 0.0, 0.3):
-            pen.polygon([(x - 0.11, -0.95), (x + 0.11, -0.95), (x, -0.35)], mark, outlined=False)
-        for side in (-1, 1) if turn == 0 else (-turn,):
-            for y in (-0.02, 0.3):
-                pen.polygon([(side * 1.0, y - 0.1), (side * 0.98, y + 0.12), (side * 0.6, y + 0.02)], mark, False)
-    elif who.marking == "patched" and turn <= 0:
-        patch = (120, 70, 40) if who.fur in ("white", "grey", "black") else (245, 240, 232)
-        pen.ellipse(0.4 if turn == 0 else -0.4, -0.1, 0.42, 0.46, patch, outlined=False)
+        for x in (-0.36, 0.0, 0.36):
+            top = y - tall * (1 - (x / wide) ** 2) ** 0.5
+            pen.polygon([(x - 0.13, top + 0.02), (x + 0.13, top + 0.02), (x, -0.42)], mark, outlined=False)
+    elif who.marking == "two-tone":
+        pen.chord(0, y, wide, tall, (212, 328), mark)
 
 
 def _cat(pen: Pen, subject: Subject, turn: int) -> None:
@@ -220,16 +219,16 @@ def _cat(pen: Pen, subject: Subject, turn: int) -> None:
         pen.polygon([(x - 0.4, -0.5), (x + side * 0.26, -1.55), (x + 0.4, -0.45)], fur)
         pen.polygon([(x - 0.2, -0.6), (x + side * 0.2, -1.22), (x + 0.2, -0.58)], (236, 150, 160), outlined=False)
     pen.ellipse(0, 0, 1.06, 0.92, fur)
-    _markings(pen, subject, turn)
+    _markings(pen, subject, 1.06, 0.92, 0)
     x = 0.55 * turn
     for dx in (-0.2, 0.2):
         pen.ellipse(x + dx, 0.44, 0.26, 0.22, shade(fur, 1.55), outlined=False)
     _whiskers(pen, x, fur, (-1, 1) if turn == 0 else (turn, -turn))
-    _eyes(pen, subject, turn, 0.44, -0.1)
+    _eyes(pen, subject, turn, 0.44, -0.05)
     _mouth(pen, subject, x, 0.62, MOUTH, 0.75)
     pen.polygon([(x - 0.16, 0.22), (x + 0.16, 0.22), (x, 0.42)], (226, 100, 120))
     if subject.hat_worn:
-        _hat(pen, subject, turn, 0.7, -0.62)
+        _hat(pen, subject, turn, 0.8, -0.5)
 
 
 def _dog(pen: Pen, subject: Subject, turn: int) -> None:
@@ -239,16 +238,16 @@ def _dog(pen: Pen, subject: Subject, turn: int) -> None:
         for side in (-1, 1):
             pen.ellipse(side * 1.05, 0.1, 0.34, 0.85, ear)
     pen.ellipse(0, -0.05, 0.96, 0.95, fur)
-    _markings(pen, subject, turn)
+    _markings(pen, subject, 0.96, 0.95, -0.05)
     x = 0.62 * turn
     pen.ellipse(x, 0.45, 0.56, 0.46, shade(fur, 1.5))
     if turn != 0:
         pen.ellipse(-0.62 * turn, 0.12, 0.34, 0.8, ear)
-    _eyes(pen, subject, turn, 0.4, -0.22)
+    _eyes(pen, subject, turn, 0.4, -0.14)
     _mouth(pen, subject, x, 0.62, MOUTH, 0.85)
     pen.ellipse(x + 0.18 * turn, 0.24, 0.24, 0.17, INK)
     if subject.hat_worn:
-        _hat(pen, subject, turn, 0.8, -0.62)
+        _hat(pen, subject, turn, 0.82, -0.52)
 
 
 def _robot(pen: Pen, subject: Subject, turn: int) -> None:
@@ -371,42 +370,3 @@ def _hat(pen: Pen, subject: Subject, turn: int, wide: float, y: float) -> None:
         pen.polygon([(-w * 0.8, y), (0.2 * w, y - 1.55), (w * 0.8, y)], colour)
         pen.rectangle(-w * 0.74, y - 0.3, w * 0.74, y - 0.08, band)
         pen.ellipse(0, y, w * 1.35, 0.2, colour)
-
-
-# Marks
-
-
-def draw_logo(pen: Pen, logo: Logo, x: float, y: float, radius: float) -> None:
-    """A coloured mark on a white disc."""
-    colour = COLOURS[logo.colour]
-    pen.ellipse(x, y, radius, radius, WHITE)
-    r = radius * 0.74
-
-    def corners(count: int, start: float, radii: tuple[float, ...]) -> list[tuple[float, float]]:
-        angles = [math.radians(start + i * 360 / count) for i in range(count)]
-        return [
-            (x + radii[i % len(radii)] * r * math.cos(a), y + radii[i % len(radii)] * r * math.sin(a))
-            for i, a in enumerate(angles)
-        ]
-
-    match logo.shape:
-        case "star":
-            pen.polygon(corners(10, -90, (1.1, 0.48)), colour, outlined=False)
-        case "triangle":
-            pen.polygon(corners(3, -90, (1.05,)), colour, outlined=False)
-        case "ring":
-            pen.ellipse(x, y, r * 0.95, r * 0.95, colour, outlined=False)
-            pen.ellipse(x, y, r * 0.42, r * 0.42, WHITE, outlined=False)
-        case "cross":
-            for w, h in ((1.0, 0.34), (0.34, 1.0)):
-                pen.rectangle(x - w * r, y - h * r, x + w * r, y + h * r, colour)
-        case "heart":
-            for side in (-1, 1):
-                pen.ellipse(x + side * 0.42 * r, y - 0.3 * r, 0.5 * r, 0.5 * r, colour, outlined=False)
-            pen.polygon([(x - 0.88 * r, y - 0.08 * r), (x + 0.88 * r, y - 0.08 * r), (x, y + r)], colour, False)
-        case "moon":
-            pen.ellipse(x, y, r, r, colour, outlined=False)
-            pen.ellipse(x + 0.45 * r, y - 0.2 * r, 0.75 * r, 0.75 * r, WHITE, outlined=False)
-        case _:
-            bolt = [(0.3, -1), (-0.7, 0.2), (-0.05, 0.2), (-0.3, 1), (0.7, -0.25), (0.05, -0.25)]
-            pen.polygon([(x + dx * r, y + dy * r) for dx, dy in bolt], colour, outlined=False)

@@ -59,7 +59,7 @@ def train_vae(folder: Path, steps: int, batch: int, count: int) -> AutoencoderTi
         unit = mean.square().mean() + (variance.clamp(min=1e-6).log()).square().mean()
         return reconstruction_loss(output, x) + 0.01 * unit, {"psnr": psnr(output.detach(), x)}
 
-    train(vae, step, folder, "vae", steps, learning_rate=1e-3)
+    train(vae, step, folder, "vae", steps)
     fresh = Pictures(folder / "pictures", VALIDATION, 500)
     print(f"VAE: {test_psnr(vae, fresh):.2f} dB on 500 fresh pictures")
     return vae

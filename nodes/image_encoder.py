@@ -1,0 +1,65 @@
+"""CLIP_VISION from a file: every encoder that ComfyUI knows, and small ones that bring their configuration."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import comfy.clip_vision
+import folder_paths
+from comfy_api.latest import io
+
+from ..models.errors import PersonalizeError
+from ..models.weight_files import read_safetensors
+from .folders import POCKET, find_model
+from .schema import schema
+
+CONFIG = "personalize.clip_vision_config"
+"""Metadata key: the configuration of a CLIP vision model, as transformers writes it, in JSON."""
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.name: path for path in sorted((POCKET / "clip_vision").glob("*.safetensors"))}
+
+
+class LoadImageEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadImageEncoder",
+            display_name="Load Image Encoder",
+            description="Loads a CLIP vision encoder: those of SD1.5 and SDXL adapters, and the pocket model's.",
+            search_aliases=["clip vision", "load clip vision", "image encoder", "vit-h"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=[*_shipped(), *folder_paths.get_filename_list("clip_vision")],
+                    tooltip="A file in models/clip_vision, or the pocket model's, which comes with the pack.",
+                )
+            ],
+            outputs=[io.ClipVision.Output(display_name="clip_vision", tooltip="To Encode References.")],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = _shipped().get(file) or find_model("clip_vision", file)
+        config = None
+        if path.suffix == ".safetensors":
+            tensors, metadata = read_safetensors(path)
+            config = metadata.get(CONFIG)
+        encoder = comfy.clip_vision.load(str(path)) if config is None else with_config(json.loads(config), tensors)
+        if encoder is None:
+            raise PersonalizeError(
+                f"{path.name} in {path.parent} is not an image encoder that ComfyUI knows: use "
+                "CLIP-ViT-H-14-laion2B-s32B-b79K (most adapters) or CLIP-ViT-bigG-14-laion2B-39B-b160k."
+            )
+        return io.NodeOutput(encoder)
+
+
+def with_config(config: dict, tensors: dict) -> comfy.clip_vision.ClipVisionModel:
+    """An encoder of any size."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"  # ComfyUI 0.8 takes a path only
+        path.write_text(json.dumps(config))
+        encoder = comfy.clip_vision.ClipVisionModel(str(path))
+    encoder.load_sd(tensors)
+    return encoder

@@ -1,0 +1,80 @@
+"""The pocket model as one more family of ComfyUI, so that the stock loader and all that follows take its file."""
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import folder_paths
+
+from .folders import POCKET
+
+WIDTH, CONTEXT, CHANNELS = 96, 64, 32
+TEXT = {
+    "hidden_size": CONTEXT,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "vocab_size": 49408,
+    "eos_token_id": 49407,
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 96,
+}
+
+
+class PocketLatent(comfy.latent_formats.LatentFormat):
+    latent_channels = CHANNELS
+    scale_factor = 1.0
+
+
+class PocketTextModel(comfy.sd1_clip.SDClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            textmodel_json_config=dict(TEXT),
+            return_projected_pooled=False,
+            model_options=model_options or {},
+        )
+
+
+class PocketText(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None):
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=PocketTextModel)
+
+
+class PocketWords(comfy.sd1_clip.SDTokenizer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, embedding_size=CONTEXT)
+
+
+class PocketTokenizer(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data=None):
+        super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=PocketWords)
+
+
+class PocketPortraits(comfy.supported_models.SD15):
+    """SD1.5's architecture with two levels of 96 channels, predicting v, on 32 latent channels."""
+
+    unet_config = comfy.supported_models.SD15.unet_config | {"context_dim": CONTEXT, "model_channels": WIDTH}
+    unet_extra_config = {"num_heads": -1, "num_head_channels": 32}  # noqa: RUF012
+    latent_format = PocketLatent
+
+    def model_type(self, state_dict, prefix=""):
+        return comfy.model_base.ModelType.V_PREDICTION
+
+    def inpaint_model(self):
+        return False  # the host takes more than four channels for a mask's
+
+    def clip_target(self, state_dict=None):
+        return comfy.supported_models_base.ClipTarget(PocketTokenizer, PocketText)
+
+
+def register_pocket() -> None:
+    """Make the stock loaders know the family, and list the file that the pack ships."""
+    if PocketPortraits not in comfy.supported_models.models:
+        comfy.supported_models.models.append(PocketPortraits)
+    for kind in ("checkpoints", "ipadapter"):
+        folder_paths.add_model_folder_path(kind, str(POCKET / kind))

@@ -1,0 +1,22 @@
+"""The tokenizer built from the merges alone."""
+
+import pytest
+from pack.training.clip_tokenizer import clip_tokenizer
+
+# Of openai/clip-vit-large-patch14.
+KNOWN = {
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "A Smiling woman, 42!!": [320, 9200, 2308, 267, 275, 273, 748],
+    "": [],
+}
+
+
+@pytest.mark.parametrize("text", KNOWN)
+def test_known_texts(text):
+    tokens = clip_tokenizer()(text, padding="max_length", truncation=True).input_ids
+    assert tokens == [49406, *KNOWN[text], *[49407] * (76 - len(KNOWN[text]))]
+
+
+def test_the_size_and_the_length():
+    assert len(clip_tokenizer()) == 49408
+    assert len(clip_tokenizer()("cat " * 200, truncation=True).input_ids) == 77

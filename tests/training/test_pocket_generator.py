@@ -1,0 +1,214 @@
+"""The generator knows the truth: what it says is visible is, what it says is hidden changes no pixel."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from pack.training.pocket.attributes import (
+    BACKGROUNDS,
+    FRAMINGS,
+    KINDS,
+    LIGHTS,
+    LOGO_PLACES,
+    LOGO_SHAPES,
+    NEW_LOGO_SHAPES,
+    NEW_STYLES,
+    OBSTACLES,
+    PEOPLE,
+    STYLES,
+    SUBJECT_VALUES,
+    Logo,
+    sample_scene,
+)
+from pack.training.pocket.captions import caption
+from pack.training.pocket.data import PER_IDENTITY, identity, pixels, scene
+from pack.training.pocket.draw import draw
+from PIL import Image
+
+VARYING = ("pose", "expression", "hat_worn")
+
+
+def picture(this):
+    return np.asarray(draw(this))
+
+
+def plain(kind="woman", **subject):
+    """A scene with one visible subject of a kind, everything else still."""
+    for number in range(1000):
+        who = identity(5, number)
+        if who.kind == kind:
+            rng = np.random.default_rng(number)
+            fixed = dict(light="daylight", framing="portrait", obstacle="none", style="flat", logo=None)
+            this = sample_scene(rng, (who,), **fixed)
+            shown = replace(this.subjects[0], pose="front", expression="smiling", hat_worn=False)
+            return replace(this, subjects=(replace(shown, **subject),))
+    raise AssertionError(kind)
+
+
+def with_identity(this, **values):
+    subject = this.subjects[0]
+    return replace(this, subjects=(replace(subject, identity=replace(subject.identity, **values)),))
+
+
+def test_the_same_number_gives_the_same_picture():
+    for index in range(20):
+        first, again = pixels(3, index), pixels(3, index)
+        assert first.tobytes() == again.tobytes()
+        assert first.shape in ((64, 64, 3), (64, 96, 3))
+    assert len({pixels(3, index).tobytes() for index in range(20)}) == 20
+
+
+def test_four_scenes_show_one_identity():
+    for index in range(0, 40, PER_IDENTITY):
+        people = {scene(3, index + i).subjects[0].identity for i in range(PER_IDENTITY)}
+        assert people == {identity(3, index // PER_IDENTITY)}
+
+
+def test_there_are_over_a_million_identities():
+    names = ("skin", "hair_style", "hair_colour", "eyes", "glasses", "hat", "hat_colour", "clothes", "pattern")
+    styles_of_a_woman = 4
+    sizes = [styles_of_a_woman if name == "hair_style" else len(SUBJECT_VALUES[name]) for name in names]
+    assert math.prod(sizes) > 1_000_000
+    assert len({identity(8, number) for number in range(2000)}) == 2000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_hidden_changes_no_pixel_and_what_is_visible_does(kind):
+    checked = Counter()
+    for number in range(4000):
+        rng = np.random.default_rng([6, number])
+        this = scene(6, number, pairs=0.0)
+        if this.subjects[0].identity.kind != kind or this.style != "flat" or this.framing == "close-up":
+            continue
+        this = replace(this, obstacle="none", logo=None)
+        subject, before = this.subjects[0], picture(this)
+        for name, values in SUBJECT_VALUES.items():
+            value = getattr(subject.identity, name, None)
+            if name in ("kind", *VARYING) or value is None:
+                continue
+            possible = [v for v in values if v != value]
+            if value == "bald":
+                continue  # it has no hair colour to go with another style
+            if name == "hair_style":
+                possible = [v for v in possible if v in ("long", "short", "bob", "curly")]
+            if name == "neckwear":
+                possible = [v for v in possible if v != "none"] if value != "none" else []
+            if not possible:
+                continue
+            other = possible[int(rng.integers(len(possible)))]
+            changed = with_identity(this, **{name: other})
+            same = picture(changed).tobytes() == before.tobytes()
+            assert same != (name in subject.values()), f"{name} {value} -> {other} in {this}"
+            checked[name] += 1
+        for name in VARYING:
+            value = {"pose": "left", "expression": "angry", "hat_worn": not subject.hat_worn}[name]
+            if getattr(subject, name) != value:
+                changed = replace(this, subjects=(replace(subject, **{name: value}),))
+                assert picture(changed).tobytes() != before.tobytes(), f"{name} in {this}"
+        if len(checked) >= 6 and min(checked.values()) >= 8:
+            return
+    raise AssertionError(checked)
+
+
+def test_no_picture_shows_a_whole_identity_and_several_show_more():
+    for number in range(100):
+        who = identity(7, number)
+        all_of_it = {name for name, value in vars(who).items() if value is not None}
+        rng = np.random.default_rng(number)
+        seen = [set(sample_scene(rng, (who,)).subjects[0].values()) for _ in range(30)]
+        assert not any(all_of_it <= shown for shown in seen)
+        hidden_for_good = {"eyes"} if who.glasses == "sunglasses" else set()
+        assert all_of_it - set.union(*seen) <= hidden_for_good
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [("background", BACKGROUNDS), ("light", LIGHTS), ("framing", FRAMINGS), ("obstacle", OBSTACLES)]
+    + [("style", (*STYLES, *NEW_STYLES))],
+)
+def test_every_value_of_a_scene_looks_different(field, values):
+    for kind in ("woman", "dog"):
+        pictures = {picture(replace(plain(kind), **{field: value})).tobytes() for value in values}
+        assert len(pictures) == len(values)
+
+
+def test_logos_are_seen_wherever_they_are():
+    for place in LOGO_PLACES:
+        obstacle = "mug" if place == "mug" else "none"
+        this = replace(plain("man"), framing="half-length", obstacle=obstacle)
+        logos = [Logo(shape, "red", place) for shape in (*LOGO_SHAPES, *NEW_LOGO_SHAPES)]
+        pictures = {picture(replace(this, logo=logo)).tobytes() for logo in [*logos, None]}
+        assert len(pictures) == len(logos) + 1
+
+
+def test_the_base_never_sees_what_is_kept_for_learning():
+    scenes = [scene(1, index) for index in range(3000)]
+    assert not {this.style for this in scenes} & set(NEW_STYLES)
+    assert not {this.logo.shape for this in scenes if this.logo} & set(NEW_LOGO_SHAPES)
+
+
+def test_masks_are_the_subjects():
+    for index in range(60):
+        this = scene(4, index)
+        masks: list[Image.Image] = []
+        drawn = draw(this, masks)
+        assert len(masks) == len(this.subjects)
+        assert np.array_equal(np.asarray(drawn), picture(this))
+        centres = []
+        for mask in masks:
+            inside = np.asarray(mask) > 127
+            assert mask.size == drawn.size
+            assert 0.1 < inside.mean() < 0.75
+            centres.append(np.nonzero(inside)[1].mean())
+        assert centres == sorted(centres)
+
+
+def test_larger_pictures_are_the_same_scene():
+    small = plain("cat")
+    large = picture(replace(small, size=(128, 128)))
+    assert large.shape == (128, 128, 3)
+    reduced = np.asarray(Image.fromarray(large).reduce(2), dtype=float)
+    assert np.abs(reduced - picture(small)).mean() < 6
+
+
+def test_captions_say_only_what_is_shown():
+    named = Counter()
+    texts = set()
+    for index in range(3000):
+        this = scene(2, index)
+        words = caption(this, np.random.default_rng(index))
+        texts.add(words.text)
+        for said, subject in zip(words.subjects, this.subjects, strict=True):
+            shown = subject.values()
+            assert said.items() <= shown.items(), (words.text, shown)
+            assert said["kind"] == subject.identity.kind
+            named.update(list(said))
+        assert words.scene.items() <= this.values().items()
+        named.update(list(words.scene))
+    assert len(texts) > 2700
+    assert named["kind"] == sum(len(scene(2, index).subjects) for index in range(3000))
+    for name in SUBJECT_VALUES:
+        assert named[name] > 30, f"{name} is hardly ever said"
+
+
+def test_captions_name_what_they_say():
+    nouns = {"woman": "lady", "man": "guy", "child": "kid", "cat": "kitten", "dog": "puppy", "robot": "android"}
+    for index in range(500):
+        words = caption(scene(2, index), np.random.default_rng(index))
+        for said in words.subjects:
+            assert said["kind"] in words.text or nouns[said["kind"]] in words.text
+            for name in ("hair_colour", "fur", "metal", "clothes", "hat_colour", "neckwear_colour"):
+                assert name not in said or said[name] in words.text
+        background = words.scene.get("background")
+        if background in ("blue", "green", "yellow", "pink", "grey", "purple", "beach", "forest", "city", "library"):
+            assert background in words.text or {"forest": "trees", "library": "bookshelves"}[background] in words.text
+
+
+def test_people_have_what_people_have():
+    for number in range(300):
+        who = identity(3, number)
+        assert (who.skin is not None) == (who.kind in PEOPLE)
+        assert (who.beard is not None) == (who.kind == "man")
+        assert (who.metal is not None) == (who.kind == "robot")

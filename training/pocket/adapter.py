@@ -1,0 +1,102 @@
+"""A base IP-Adapter for the pocket model: one reference, four tokens, W'_k and W'_v of every cross-attention layer.
+
+Target and reference are two pictures of one identity, so that the adapter learns who it is and leaves pose, expression
+and background to the prompt. The prompt is dropped often, the reference sometimes, for guidance.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..diffusers_attention import DecoupledAttentionProcessor
+from ..shared import LinearProjection
+from .data import Pictures
+from .encoders import VISION, Encoders, prepare
+from .loop import average, train
+from .unet import SCHEDULE, Conditions, Latents, build_unet, weighted_loss
+
+TOKENS = 4
+NO_TEXT, NO_REFERENCE, NEITHER = 0.25, 0.05, 0.05
+
+
+class Adapter(nn.Module):
+    """The image projection, and K' and V' of a UNet's cross-attention layers, which start as its K and V."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        super().__init__()
+        self.names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+        layers = [unet.get_submodule(name.removesuffix(".processor")) for name in self.names]
+        cross = layers[0].to_k.in_features
+        self.image_proj = LinearProjection(VISION.projection_dim, cross, TOKENS)
+        self.to_k_ip = nn.ModuleList(nn.Linear(cross, layer.to_k.out_features, bias=False) for layer in layers)
+        self.to_v_ip = nn.ModuleList(nn.Linear(cross, layer.to_v.out_features, bias=False) for layer in layers)
+        for layer, key, value in zip(layers, self.to_k_ip, self.to_v_ip, strict=True):
+            key.load_state_dict({"weight": layer.to_k.weight})
+            value.load_state_dict({"weight": layer.to_v.weight})
+
+    def apply(self, unet: UNet2DConditionModel, embeddings: Tensor) -> None:  # type: ignore[override]
+        """Let the UNet attend to the references with embeddings [n, 96], a row for each picture, at weight 1."""
+        tokens = self.image_proj(embeddings[:, None])
+        pairs = zip(self.names, self.to_k_ip, self.to_v_ip, strict=True)
+        ours = {name: DecoupledAttentionProcessor(key(tokens), value(tokens), None, 1.0) for name, key, value in pairs}
+        unet.set_attn_processor(dict(unet.attn_processors) | ours)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """In the official layout."""
+        state = {f"image_proj.{name}": value for name, value in self.image_proj.state_dict().items()}
+        for i, (key, value) in enumerate(zip(self.to_k_ip, self.to_v_ip, strict=True)):
+            state[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = key.weight
+            state[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"] = value.weight
+        return state
+
+
+@torch.no_grad()
+def embed(encoders: Encoders, pictures: np.ndarray) -> Tensor:
+    """[n, 96] image embeddings, 128 pictures at a time."""
+    parts = [
+        encoders.image(prepare(pictures[i : i + 128])).image_embeds
+        for i in tqdm(range(0, len(pictures), 128), desc="Embedding", unit=" x 128", leave=False)
+    ]
+    return torch.cat(parts)
+
+
+def cached_embeddings(folder: Path, pictures: Pictures) -> Tensor:
+    """[n, 96] of the single pictures, by the trained image encoder."""
+    path = folder / "pictures" / f"embeddings-{pictures.seed}-{pictures.count}.npy"
+    if not path.exists():
+        encoders = Encoders()
+        average(encoders, folder, "encoders")
+        np.save(path.with_suffix(".partial.npy"), embed(encoders, pictures.single).numpy())
+        path.with_suffix(".partial.npy").replace(path)
+    return torch.from_numpy(np.load(path))
+
+
+def train_adapter(folder: Path, steps: int, batch: int, count: int) -> Adapter:
+    """Train, or go on training, on the finished UNet."""
+    torch.manual_seed(0)
+    unet, latents, conditions = build_unet(), Latents(folder, count), Conditions(folder, count)
+    average(unet, folder, "unet")
+    unet.requires_grad_(False)
+    adapter, scheduler = Adapter(unet), DDPMScheduler(**SCHEDULE)
+    embeddings = cached_embeddings(folder, latents.pictures)
+
+    def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        target, reference = latents.pictures.twins(batch, rng)
+        x = torch.from_numpy(latents.single[target].astype(np.float32))
+        fate = torch.from_numpy(rng.random(batch))
+        no_text = fate < NO_TEXT + NEITHER
+        no_reference = (fate >= NO_TEXT) & (fate < NO_TEXT + NEITHER + NO_REFERENCE)
+        states = conditions.some(latents.pictures.single_index[target], rng, no_text)
+        timesteps, noise = torch.randint(0, 1000, (batch,)), torch.randn_like(x)
+        noisy = scheduler.add_noise(x, noise, timesteps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            adapter.apply(unet, embeddings[reference] * ~no_reference[:, None])
+            prediction = unet(noisy, timesteps, states).sample
+        return weighted_loss(prediction.float(), scheduler.get_velocity(x, noise, timesteps), timesteps, scheduler), {}
+
+    train(adapter, step, folder, "adapter", steps, learning_rate=1e-3)
+    return adapter

@@ -1,0 +1,140 @@
+"""The text and the image encoder: CLIP's architectures, small, trained together by contrast.
+
+The loss is CLIP's, between pictures and captions, and the same between two pictures of one identity. Two helpers that
+are thrown away afterwards make every token and the image embedding tell the attributes: the UNet reads each token, and
+an IP-Adapter the embedding.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from ..clip_tokenizer import LENGTH
+from ..shared import CLIP_MEAN
+from .data import TRAIN, Pictures
+from .labels import SCENE_SIZES, SUBJECT_SIZES, cached_labels
+from .loop import train
+from .words import Captions, add_unknown_words
+
+TEXT = CLIPTextConfig(
+    vocab_size=49408,
+    hidden_size=64,
+    intermediate_size=256,
+    projection_dim=96,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    max_position_embeddings=LENGTH,
+    hidden_act="quick_gelu",
+    bos_token_id=49406,
+    eos_token_id=49407,
+    pad_token_id=49407,
+)
+VISION = CLIPVisionConfig(
+    hidden_size=128,
+    intermediate_size=384,
+    projection_dim=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    image_size=64,
+    patch_size=8,
+    hidden_act="quick_gelu",
+)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Readers(nn.Module):
+    """Linear readings of every attribute, from the image embedding and, by one query each, from the text's tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (*SUBJECT_SIZES, *SUBJECT_SIZES, *SCENE_SIZES)
+        width = TEXT.hidden_size
+        self.query = nn.Parameter(torch.randn(len(self.sizes), width) * 0.1)
+        self.key, self.value = nn.Linear(width, width), nn.Linear(width, width)
+        self.of_text = nn.ModuleList(nn.Linear(width, size) for size in self.sizes)
+        self.of_image = nn.ModuleList(nn.Linear(VISION.projection_dim, size) for size in (*SUBJECT_SIZES, *SCENE_SIZES))
+
+    def text_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """From tokens' final states [n, 77, 64], the labels [n, 47] of two subjects and the scene."""
+        weights = (self.query @ self.key(states).transpose(1, 2) / states.shape[-1] ** 0.5).softmax(-1)
+        return _reading_loss(self.of_text, (weights @ self.value(states)).unbind(1), labels)
+
+    def image_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
+        """From embeddings [n, 96] of pictures of one subject, the labels [n, 26]."""
+        return _reading_loss(self.of_image, [embeddings] * labels.shape[1], labels)
+
+
+def _reading_loss(heads: nn.ModuleList, inputs, labels: Tensor) -> Tensor:
+    losses = [
+        cross_entropy(head(x).float(), label, ignore_index=-1, reduction="sum")
+        for head, x, label in zip(heads, inputs, labels.T, strict=True)
+    ]
+    return torch.stack(losses).sum() / (labels >= 0).sum()
+
+
+class Encoders(nn.Module):
+    """Both encoders, their temperature, and the helpers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # "eager": on CPUs the fused attention has a slow backward
+        self.text = CLIPTextModelWithProjection._from_config(TEXT, attn_implementation="eager")
+        self.image = CLIPVisionModelWithProjection._from_config(VISION, attn_implementation="eager")
+        self.readers = Readers()
+        self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
+
+
+def prepare(pictures: np.ndarray) -> Tensor:
+    """[n, h, w, 3] uint8, squeezed to squares of 64 px -> [n, 3, 64, 64], normalised as CLIP has it."""
+    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    if x.shape[-1] != x.shape[-2]:
+        x = nn.functional.interpolate(x, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
+    return (x - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric loss of rows that belong together."""
+    logits = scale * normalize(a, dim=-1) @ normalize(b, dim=-1).T
+    own = torch.arange(len(a))
+    return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+
+def train_encoders(folder: Path, steps: int, batch: int, count: int) -> Encoders:
+    """Train, or go on training, both encoders."""
+    torch.manual_seed(0)
+    encoders, pictures = Encoders(), Pictures(folder / "pictures", TRAIN, count)
+    subjects, scenes = cached_labels(folder / "pictures", TRAIN, pictures.single_index, f"single-{TRAIN}-{count}")
+    labels = torch.from_numpy(np.concatenate([subjects[:, 0], scenes], axis=1)).long()
+    captions = Captions(folder / "pictures", TRAIN, count)
+    wide = batch // 4
+
+    def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        a, b = pictures.twins(batch - wide, rng)
+        c = rng.choice(len(pictures.pair), size=wide, replace=False)
+        ids, named = captions.some(np.concatenate([pictures.single_index[a], pictures.pair_index[c]]), rng)
+        pixels = torch.cat([prepare(pictures.single[a]), prepare(pictures.single[b]), prepare(pictures.pair[c])])
+        pixels = pixels + 0.05 * torch.randn_like(pixels)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            text = encoders.text(add_unknown_words(ids, rng))
+            image = encoders.image(pixels).image_embeds
+        image, words = image.float(), text.text_embeds.float()
+        image_a, image_b, image_c = image.split([len(a), len(b), len(c)])
+        scale = encoders.log_scale.exp().clamp(max=100)
+        match = contrast(torch.cat([image_a, image_c]), words, scale)
+        same = contrast(image_a, image_b, scale)
+        reading = encoders.readers.text_loss(text.last_hidden_state.float(), named)
+        seeing = encoders.readers.image_loss(torch.cat([image_a, image_b]), torch.cat([labels[a], labels[b]]))
+        loss = match + 0.5 * same + reading + seeing
+        return loss, {"match": match.item(), "same": same.item(), "reading": reading.item(), "seeing": seeing.item()}
+
+    train(encoders, step, folder, "encoders", steps)
+    return encoders

@@ -1,0 +1,80 @@
+"""The trained parts as the files that ComfyUI and diffusers load, in half precision, where the pack keeps them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor, nn
+
+from ..shared import ROOT, single_file_names, write_safetensors
+from .encoders import Encoders
+from .judge import Judge
+from .loop import average
+from .unet import build_unet
+from .vae import build
+
+WEIGHTS = ROOT / "models" / "pocket"
+CHECKPOINT = Path("checkpoints") / "pocket_portraits.safetensors"
+IMAGE_ENCODER = Path("clip_vision") / "pocket_portraits_vision.safetensors"
+ADAPTER = Path("ipadapter") / "pocket_portraits_ip_adapter.safetensors"
+JUDGE = Path("pocket_portraits_judge.safetensors")
+VISION_CONFIG = "personalize.clip_vision_config"
+
+
+def metadata(title: str, method: str) -> dict[str, str]:
+    """What every file of the pocket model says of itself."""
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "pocket-portraits",
+        "modelspec.title": title,
+        "modelspec.license": "Apache-2.0",
+        "modelspec.resolution": "64x64",
+        "personalize.method": method,
+        "personalize.format": "1",
+    }
+
+
+def checkpoint_tensors(unet: UNet2DConditionModel, text: nn.Module, vae: AutoencoderTiny) -> dict[str, Tensor]:
+    """Tensors of a single-file checkpoint in the layout of Stable Diffusion 1.5, with a TAESD-shaped VAE."""
+    state = unet.state_dict()
+    names = single_file_names(list(state), unet.config["layers_per_block"])
+    tensors = {names[name]: value for name, value in state.items()}
+    for name, value in text.state_dict().items():
+        tensors[f"cond_stage_model.transformer.{name}"] = value
+    for name, value in vae.state_dict().items():
+        side, _, number, rest = name.split(".", 3)
+        tensors[f"first_stage_model.taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"] = value
+    tensors["first_stage_model.vae_scale"], tensors["first_stage_model.vae_shift"] = torch.ones(()), torch.zeros(())
+    tensors["v_pred"] = torch.zeros(0)
+    return tensors
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
+    """In half precision."""
+    write_safetensors(path, {name: value.detach().half().contiguous() for name, value in tensors.items()}, about)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def save_checkpoint(path: Path, unet: UNet2DConditionModel, text: nn.Module, vae: AutoencoderTiny) -> None:
+    """UNet, text encoder and VAE in one file, as the stock checkpoint loader takes it."""
+    about = metadata("Pocket portraits", "base_model") | {"modelspec.prediction_type": "v"}
+    save(path, checkpoint_tensors(unet, text, vae), about)
+
+
+def save_image_encoder(path: Path, encoder: nn.Module) -> None:
+    """The image encoder, with its configuration, which its shapes do not tell in full."""
+    about = metadata("Pocket portraits, image encoder", "image_encoder")
+    save(path, encoder.state_dict(), about | {VISION_CONFIG: json.dumps(encoder.config.to_dict())})
+
+
+def export(folder: Path, to: Path = WEIGHTS) -> None:
+    """Write what has been trained in `folder` so far."""
+    vae, unet, encoders, judge = build(), build_unet(), Encoders(), Judge()
+    trained = {"vae": vae, "unet": unet, "encoders": encoders, "judge": judge}
+    for name, module in trained.items():
+        print(f"{name}: {average(module, folder, name)} steps")
+    save_checkpoint(to / CHECKPOINT, unet, encoders.text, vae)
+    save_image_encoder(to / IMAGE_ENCODER, encoders.image)
+    save(to / JUDGE, judge.state_dict(), metadata("Pocket portraits, judge", "judge"))

@@ -1,0 +1,173 @@
+"""What the pocket model can do, counted: on fresh captions, pictures and identities, by the judge and the truth."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+
+from ..diffusers_attention import apply_image_prompts
+from ..shared import IPAdapter, References, read_ip_adapter
+from .attributes import SCENE_VALUES, SUBJECT_VALUES, sample_scene
+from .captions import Caption, caption
+from .data import VALIDATION, Pictures, identity, scene
+from .draw import draw
+from .export import ADAPTER, WEIGHTS
+from .judge import NAMES, Judge, Windows, test_accuracy, windows
+from .shipped import Pocket, load_pocket
+from .vae import test_psnr, to_tensor
+
+FRESH = 3  # a seed that no training or validation uses
+VALUES = {**SUBJECT_VALUES, **SCENE_VALUES}
+
+
+@torch.no_grad()
+def read(judge: Judge, pictures: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """What the judge sees in each window of pictures [n, h, w, 3]: for each attribute the numbers [n] of its values."""
+    seen: list[list[Tensor]] = []
+    for start in range(0, len(pictures), 200):
+        for i, window in enumerate(windows(to_tensor(pictures[start : start + 200]))):
+            seen += [[]] * (i == len(seen))
+            seen[i] = [*seen[i], torch.stack([logits.argmax(1) for logits in judge(window)[0]])]
+    return [dict(zip(NAMES, torch.cat(parts, 1).numpy(), strict=True)) for parts in seen]
+
+
+def fresh_captions(count: int, subjects: int) -> list[Caption]:
+    """Captions of scenes that were never drawn, all of so many subjects."""
+    captions = []
+    for i in range(count):
+        rng = np.random.default_rng([FRESH, subjects, i])
+        captions.append(caption(sample_scene(rng, pairs=float(subjects - 1)), rng))
+    return captions
+
+
+def following(pocket: Pocket, count: int) -> tuple[Counter, Counter]:
+    """Named attributes that the pictures show, and all that were named: by attribute, for single and for two."""
+    right, named = Counter(), Counter()
+    for subjects, share, width in ((1, 0.7, 64), (2, 0.3, 96)):
+        captions = fresh_captions(round(count * share), subjects)
+        seen = read(pocket.judge, pocket.generate([words.text for words in captions], width, seed=subjects))
+        for i, words in enumerate(captions):
+            both = []
+            for subject, around in zip(words.subjects, [words.scene] + [{}] * (subjects - 1), strict=True):
+                window = seen[len(both)]
+                for name, value in {**subject, **around}.items():
+                    hit = VALUES[name][window[name][i]] == value
+                    key = name if subjects == 1 else f"two subjects, {name}"
+                    named[key] += 1
+                    right[key] += hit
+                both.append(VALUES["kind"][window["kind"][i]] == subject["kind"])
+            if subjects == 2:
+                named["two subjects, both kinds"] += 1
+                right["two subjects, both kinds"] += all(both)
+    return right, named
+
+
+@torch.no_grad()
+def judged(judge: Judge, pictures: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Features [n, 160] of all windows, and logits [n, 72] of kind and background together."""
+    features = [
+        judge.features(window)
+        for array in pictures
+        for start in range(0, len(array), 200)
+        for window in windows(to_tensor(array[start : start + 200]))
+    ]
+    joined = torch.cat(features)
+    logits = dict(zip(NAMES, judge.read(joined), strict=True))
+    kind, background = (logits[name].log_softmax(1) for name in ("kind", "background"))
+    return joined, (kind[:, :, None] + background[:, None, :]).flatten(1)
+
+
+def fidelity(pocket: Pocket, folder: Path, generated: int, real: int) -> dict[str, float]:
+    """FID and IS with the judge's features, of generated pictures and, for comparison, of as many real ones."""
+    prompts = [[words.text for words in fresh_captions(round(generated * s), n)] for n, s in ((1, 0.7), (2, 0.3))]
+    made = [pocket.generate(texts, width, seed=9) for texts, width in zip(prompts, (64, 96), strict=True)]
+    others, reference = Pictures(folder, FRESH + 1, generated), Pictures(folder, FRESH, real)
+    statistics, scores = {}, {}
+    for name, arrays in {
+        "generated": made,
+        "real": [others.single, others.pair],
+        "reference": [reference.single, reference.pair],
+    }.items():
+        features, logits = judged(pocket.judge, arrays)
+        statistics[name] = fid_features_to_statistics(features)
+        scores[f"IS, {name}"] = isc_features_to_metric(logits)["inception_score_mean"]
+    for name in ("generated", "real"):
+        distance = fid_statistics_to_metric(statistics[name], statistics["reference"], False)
+        scores[f"FID, {name} to {real} fresh"] = distance["frechet_inception_distance"]
+    return scores
+
+
+def retrieval(pocket: Pocket, count: int) -> dict[str, float]:
+    """Share of pictures whose nearest caption is their own, and the reverse, and whose nearest picture shows the same
+    identity, among `count` fresh identities with two pictures each."""
+    pictures, others, texts = [], [], []
+    for i in range(count):
+        rng, who = np.random.default_rng([FRESH, 9, i]), (identity(FRESH, i),)
+        first, second = sample_scene(rng, who), sample_scene(rng, who)
+        pictures.append(np.asarray(draw(first)))
+        others.append(np.asarray(draw(second)))
+        texts.append(caption(first, rng).text)
+    a, b = (normalize(pocket.embed(np.stack(p)), dim=1) for p in (pictures, others))
+    t = normalize(pocket.embed_text(texts), dim=1)
+    own = torch.arange(count)
+
+    def top(similarity: Tensor, k: int) -> float:
+        return (similarity.topk(k).indices == own[:, None]).any(1).float().mean().item()
+
+    scores = {}
+    for name, similarity in {"image to text": a @ t.T, "text to image": t @ a.T, "image to image": a @ b.T}.items():
+        scores |= {f"{name}, first of {count}": top(similarity, 1), f"{name}, in the first 5": top(similarity, 5)}
+    return scores | {"chance, first": 1 / count, "chance, in the first 5": 5 / count}
+
+
+def likeness(pocket: Pocket, adapter: IPAdapter, count: int, weights: tuple[float, ...]) -> dict[str, dict[str, float]]:
+    """With one reference and no prompt: for each lambda, how often an attribute of the picture is the reference's.
+
+    "likeness" is the mean cosine of the judge's identity features. At lambda 0 the figures are those of chance.
+    """
+    scenes = [scene(VALIDATION, 4 * i, pairs=0.0) for i in range(count)]
+    references = np.stack([np.asarray(draw(picture)) for picture in scenes])
+    embedded = pocket.embed(references)
+    unet, scores = pocket.pipeline.unet, {}
+    own = pocket.judge(to_tensor(references))[1]
+    for weight in weights:
+        pictures = []
+        for i in range(count):
+            given = References(embedded[i : i + 1], torch.zeros(1, 65, 128), torch.zeros(65, 128), torch.ones(1), ("",))
+            prompts = [adapter.empty_prompt(given), adapter.image_prompt(given, "average")]
+            before = apply_image_prompts(unet, prompts, weight)
+            pictures.append(pocket.generate([""], seed=50 + i)[0])
+            unet.set_attn_processor(dict(before))
+        array = np.stack(pictures)
+        seen, who = read(pocket.judge, array)[0], pocket.judge(to_tensor(array))[1]
+        right, of = Counter(), Counter()
+        for i, picture in enumerate(scenes):
+            for name, value in picture.subjects[0].values().items():
+                of[name] += 1
+                right[name] += SUBJECT_VALUES[name][seen[name][i]] == value
+        scores[f"{weight:g}"] = {name: right[name] / of[name] for name in of} | {
+            "likeness": (own * who).sum(1).mean().item()
+        }
+    return scores
+
+
+def measure(folder: Path, count: int = 1000, generated: int = 5000, real: int = 10000) -> None:
+    """Every figure of the model card, printed."""
+    pocket = load_pocket(WEIGHTS)
+    fresh = Windows(folder, VALIDATION, 4000)
+    print(f"VAE: {test_psnr(pocket.pipeline.vae, Pictures(folder / 'pictures', VALIDATION, 500)):.2f} dB")
+    for name, (right, of) in test_accuracy(pocket.judge, fresh).items():
+        print(f"judge, {name}: {right / of:.2%} of {of}")
+    hits, named = following(pocket, count)
+    for name in named:
+        print(f"prompt, {name}: {hits[name] / named[name]:.1%} of {named[name]}")
+    for name, value in (retrieval(pocket, count) | fidelity(pocket, folder / "pictures", generated, real)).items():
+        print(f"{name}: {value:.4g}")
+    adapter = IPAdapter.from_state(read_ip_adapter(WEIGHTS / ADAPTER))
+    for weight, scores in likeness(pocket, adapter, 200, (0.0, 0.25, 0.5, 0.75, 1.0)).items():
+        print(f"lambda {weight}: " + ", ".join(f"{name} {value:.0%}" for name, value in scores.items()))

@@ -1,0 +1,96 @@
+"""The shipped pocket model, ready to use and to measure."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from ..base_model import load_pipeline
+from ..shared import read_safetensors
+from .encoders import prepare
+from .export import CHECKPOINT, IMAGE_ENCODER, JUDGE, VISION_CONFIG, WEIGHTS
+from .judge import Judge
+
+STEPS, GUIDANCE, BATCH = 20, 4.0, 50
+
+
+@dataclass
+class Pocket:
+    """The pipeline, the image encoder and the judge."""
+
+    pipeline: StableDiffusionPipeline
+    encoder: CLIPVisionModelWithProjection
+    judge: Judge
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[str], width: int = 64, seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
+    ) -> np.ndarray:
+        """[n, 64, width, 3] uint8 pictures, one a prompt, by Euler's method; each from its own noise."""
+        channels = self.pipeline.unet.config["in_channels"]
+        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(prompts))]
+        noise = torch.stack([torch.randn(channels, 8, width // 8, generator=g) for g in generators])
+        pictures = []
+        for start in tqdm(range(0, len(prompts), BATCH), desc="Sampling", unit=f" x {BATCH}"):
+            output = self.pipeline(
+                list(prompts[start : start + BATCH]),
+                latents=noise[start : start + BATCH],
+                width=width,
+                height=64,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="np",
+            )
+            pictures.append((output.images * 255).round().astype(np.uint8))
+        return np.concatenate(pictures)
+
+    @torch.no_grad()
+    def embed(self, pictures: np.ndarray) -> Tensor:
+        """[n, 96] image embeddings."""
+        parts = [self.encoder(prepare(pictures[i : i + 100])).image_embeds for i in range(0, len(pictures), 100)]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """[n, 96] text embeddings."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return encoder(ids).pooler_output @ self.text_projection.T
+
+    @property
+    def text_projection(self) -> Tensor:
+        state, _ = read_safetensors(self.checkpoint)
+        return state["cond_stage_model.transformer.text_projection.weight"].float()
+
+    checkpoint: Path = WEIGHTS / CHECKPOINT
+
+
+def load_encoder(path: Path) -> CLIPVisionModelWithProjection:
+    """An image encoder with its configuration in the file's metadata."""
+    state, metadata = read_safetensors(path)
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**json.loads(metadata[VISION_CONFIG])))
+    encoder.load_state_dict({name: value.float() for name, value in state.items()})
+    return encoder.eval()
+
+
+def load_judge(path: Path = WEIGHTS / JUDGE) -> Judge:
+    """The judge."""
+    judge = Judge()
+    judge.load_state_dict({name: value.float() for name, value in read_safetensors(path)[0].items()})
+    return judge.eval()
+
+
+def load_pocket(folder: Path = WEIGHTS) -> Pocket:
+    """Everything in the folder of weights."""
+    pipeline = load_pipeline(folder / CHECKPOINT)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    encoder, judge = load_encoder(folder / IMAGE_ENCODER), load_judge(folder / JUDGE)
+    return Pocket(pipeline, encoder, judge, folder / CHECKPOINT)  # type: ignore[arg-type]

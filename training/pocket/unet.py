@@ -1,0 +1,132 @@
+"""The UNet: SD1.5's architecture in small, v-prediction on the schedule of Stable Diffusion, trained on cached latents.
+
+Loss: min-SNR weighted (Hang et al. 2023, eq. for v), captions dropped for one picture in ten for guidance.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import compute_snr
+from numpy.lib.format import open_memmap
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .data import TRAIN, Pictures
+from .encoders import TEXT, Encoders
+from .loop import average, train
+from .vae import CHANNELS, build, to_tensor
+from .words import Captions, add_unknown_words, tokenize
+
+WIDTHS = (96, 96)
+HEADS = 3
+UNCONDITIONAL = 0.1
+MIN_SNR_GAMMA = 5.0
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+def build_unet() -> UNet2DConditionModel:
+    """An untrained UNet: cross-attention at both levels, 8x8 and 4x4 for 64 px."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",) * len(WIDTHS),
+        up_block_types=("CrossAttnUpBlock2D",) * len(WIDTHS),
+        cross_attention_dim=TEXT.hidden_size,
+        attention_head_dim=HEADS,  # diffusers' name for the number of heads
+    )
+    unet.set_attn_processor(AttnProcessor())  # on CPUs the fused attention has a slow backward
+    return unet
+
+
+class Latents:
+    """Pictures of the training seed as latents, encoded once: `single` [n, 32, 8, 8], `pair` [m, 32, 8, 12], fp16."""
+
+    def __init__(self, folder: Path, count: int):
+        self.pictures = Pictures(folder / "pictures", TRAIN, count)
+        self.single = _encoded(folder, "single", self.pictures.single)
+        self.pair = _encoded(folder, "pair", self.pictures.pair)
+
+    def some(self, batch: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        """Latents of one shape, and the numbers of their scenes: single pictures, or pairs, as often as they occur."""
+        pairs = rng.random() < len(self.pictures.pair) / self.pictures.count
+        latents = self.pair if pairs else self.single
+        index = self.pictures.pair_index if pairs else self.pictures.single_index
+        rows = rng.integers(len(latents), size=batch * 2 // 3 if pairs else batch)
+        return torch.from_numpy(latents[rows].astype(np.float32)), index[rows]
+
+
+@torch.no_grad()
+def _encoded(folder: Path, name: str, pictures: np.ndarray) -> np.ndarray:
+    vae = build()
+    average(vae, folder, "vae")
+    version = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.parameters())).hexdigest()[:8]
+    path = folder / "pictures" / f"latents-{name}-{len(pictures)}-{version}.npy"
+    if not path.exists():
+        shape = (len(pictures), CHANNELS, pictures.shape[1] // 8, pictures.shape[2] // 8)
+        store = open_memmap(path.with_suffix(".partial.npy"), "w+", np.float16, shape)
+        for start in tqdm(range(0, len(pictures), 64), desc=f"Encoding {name}", unit=" x 64", mininterval=5):
+            x = to_tensor(pictures[start : start + 64]).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                store[start : start + 64] = vae.encoder(x).float().numpy()
+        store.flush()
+        path.with_suffix(".partial.npy").replace(path)
+    return np.load(path, mmap_mode="r")
+
+
+class Conditions(nn.Module):
+    """Text states of captions, by the frozen text encoder."""
+
+    def __init__(self, folder: Path, count: int):
+        super().__init__()
+        encoders = Encoders()
+        average(encoders, folder, "encoders")
+        self.text = encoders.text.requires_grad_(False)
+        self.captions = Captions(folder / "pictures", TRAIN, count)
+        self.empty = tokenize([""])
+
+    @torch.no_grad()
+    def some(self, scenes: np.ndarray, rng: np.random.Generator, empty: Tensor | None = None) -> Tensor:
+        """[n, 77, 64] of one caption of each scene; those of `empty` [n], else a tenth at random, say nothing."""
+        ids = add_unknown_words(self.captions.some(scenes, rng)[0], rng)
+        ids[torch.from_numpy(rng.random(len(ids)) < UNCONDITIONAL) if empty is None else empty] = self.empty
+        return self.text(ids).last_hidden_state
+
+
+def weighted_loss(prediction: Tensor, target: Tensor, timesteps: Tensor, scheduler: DDPMScheduler) -> Tensor:
+    """Squared error of v, weighted by min(SNR, 5) / (SNR + 1)."""
+    snr = compute_snr(scheduler, timesteps)
+    weight = snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)
+    return (weight * (prediction - target).square().mean((1, 2, 3))).mean()
+
+
+def train_unet(folder: Path, steps: int, batch: int, count: int) -> UNet2DConditionModel:
+    """Train, or go on training."""
+    torch.manual_seed(0)
+    unet, latents, conditions = build_unet(), Latents(folder, count), Conditions(folder, count)
+    scheduler = DDPMScheduler(**SCHEDULE)
+
+    def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
+        x, scenes = latents.some(batch, rng)
+        states = conditions.some(scenes, rng)
+        timesteps, noise = torch.randint(0, 1000, (len(x),)), torch.randn_like(x)
+        noisy = scheduler.add_noise(x, noise, timesteps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            prediction = unet(noisy, timesteps, states).sample
+        target = scheduler.get_velocity(x, noise, timesteps)
+        return weighted_loss(prediction.float(), target, timesteps, scheduler), {}
+
+    train(unet, step, folder, "unet", steps, ema_decay=0.9995)
+    return unet
