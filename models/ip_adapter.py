@@ -19,7 +19,7 @@ from .projection import FullFaceProjection, LinearProjection, Resampler
 from .references import ENCODER_NAMES, References
 from .weight_files import read_weights
 
-BASE_MODELS = {768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
+BASE_MODELS = {64: "pocket portraits", 768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
 """Base model by the width of its text features."""
 
 POOLING_STAGES = ("before projection", "after projection")

@@ -20,6 +20,7 @@ MASK_ENDING = "-masklabel"
 SMALLEST_SIDE = 16
 """Pixels; below this there is nothing to recognise."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 FRAMINGS = ("crop", "pad")
 
 

@@ -12,11 +12,13 @@ from .weight_files import read_safetensors, write_safetensors
 
 ENCODER_NAMES = {
     "pooled": {
+        96: "the pocket model's (pocket_portraits_vision)",
         768: "CLIP ViT-L/14 (clip-vit-large-patch14)",
         1024: "CLIP ViT-H (CLIP-ViT-H-14-laion2B-s32B-b79K)",
         1280: "CLIP ViT-bigG (CLIP-ViT-bigG-14-laion2B-39B-b160k)",
     },
     "patches": {
+        128: "the pocket model's (pocket_portraits_vision)",
         1024: "CLIP ViT-L/14 (clip-vit-large-patch14)",
         1280: "CLIP ViT-H (CLIP-ViT-H-14-laion2B-s32B-b79K)",
         1664: "CLIP ViT-bigG (CLIP-ViT-bigG-14-laion2B-39B-b160k)",

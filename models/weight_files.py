@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .errors import PersonalizeError
 
+VISION_CONFIG = "personalize.clip_vision_config"
+"""Metadata key of an image encoder's file: its configuration as transformers writes it, in JSON."""
+
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file.

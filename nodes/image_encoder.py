@@ -9,12 +9,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..models.errors import PersonalizeError
-from ..models.weight_files import read_safetensors
+from ..models.weight_files import VISION_CONFIG, read_safetensors
 from .folders import POCKET, find_model
 from .schema import schema
-
-CONFIG = "personalize.clip_vision_config"
-"""Metadata key: the configuration of a CLIP vision model, as transformers writes it, in JSON."""
 
 
 def _shipped() -> dict[str, Path]:
@@ -45,7 +42,7 @@ class LoadImageEncoder(io.ComfyNode):
         config = None
         if path.suffix == ".safetensors":
             tensors, metadata = read_safetensors(path)
-            config = metadata.get(CONFIG)
+            config = metadata.get(VISION_CONFIG)
         encoder = comfy.clip_vision.load(str(path)) if config is None else with_config(json.loads(config), tensors)
         if encoder is None:
             raise PersonalizeError(

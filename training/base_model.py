@@ -4,15 +4,17 @@ The family is told from the file's shapes, never from its name. Configurations a
 (`configs/`); a file with a TAESD-shaped VAE gets diffusers' AutoencoderTiny.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .clip_tokenizer import clip_tokenizer
-from .shared import PersonalizeError, read_safetensors
+from .shared import VISION_CONFIG, PersonalizeError, read_safetensors
 
 CONFIGS = Path(__file__).parent / "configs"
 FAMILIES = {(320, 768): "sd15", (320, 2048): "sdxl", (96, 64): "pocket"}
@@ -56,7 +58,7 @@ def load_pipeline(
     if family == "sdxl":
         parts["tokenizer_2"] = tokenizer
     if any(key.startswith(_TINY_VAE) for key in state):
-        parts["vae"] = tiny_vae(state).to(dtype)
+        parts["vae"] = tiny_vae(state, dtype)
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     pipeline = kind.from_single_file(
         str(path), config=str(CONFIGS / family), torch_dtype=dtype, local_files_only=True, **parts
@@ -68,11 +70,11 @@ def load_pipeline(
     return pipeline
 
 
-def tiny_vae(state: Mapping[str, Tensor]) -> AutoencoderTiny:
+def tiny_vae(state: Mapping[str, Tensor], dtype: torch.dtype) -> AutoencoderTiny:
     """The TAESD-shaped VAE of a checkpoint."""
     channels = state[f"{_TINY_VAE}decoder.1.weight"].shape[1]
     vae = AutoencoderTiny(latent_channels=channels, scaling_factor=1.0)
-    vae.load_state_dict(_tiny_names(state))
+    vae.load_state_dict({name: value.to(dtype) for name, value in _tiny_names(state).items()}, assign=True)
     return vae.eval()
 
 
@@ -84,3 +86,17 @@ def _tiny_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             side, number, rest = key.removeprefix(_TINY_VAE).split(".", 2)
             renamed[f"{side}.layers.{int(number) - (side == 'decoder')}.{rest}"] = value
     return renamed
+
+
+def load_image_encoder(path: Path) -> CLIPVisionModelWithProjection:
+    """A CLIP vision encoder whose file brings its configuration.
+
+    Raises:
+        PersonalizeError: the file is missing, damaged, or has no configuration.
+    """
+    state, metadata = read_safetensors(path)
+    if VISION_CONFIG not in metadata:
+        raise PersonalizeError(f"{path.name} has no {VISION_CONFIG} in its metadata: its architecture is not known.")
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**json.loads(metadata[VISION_CONFIG])))
+    encoder.load_state_dict({name: value.float() for name, value in state.items()})
+    return encoder.eval()

@@ -2,7 +2,7 @@
 
 import pytest
 from inprocess import Host
-from structural import checkpoints
+from structural.adapters import random_adapter, save_adapter
 
 
 @pytest.fixture(scope="session")
@@ -12,18 +12,15 @@ def host(comfyui, root, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models(host):
-    """Miniature model files in the host's model folders, by their names."""
+    """Adapters of each kind for the pocket model, with random weights, in the host's model folder."""
     folder = host.base / "models"
-    for name in ("checkpoints", "clip_vision", "ipadapter"):
-        (folder / name).mkdir(exist_ok=True)
-    checkpoints.miniature_checkpoint(folder / "checkpoints" / "miniature.safetensors")
-    checkpoints.small_image_encoder(folder / "clip_vision" / "small.safetensors")
-    for kind in ("base", "plus", "full-face"):
-        checkpoints.miniature_adapter(kind, folder / "ipadapter" / f"{kind}.safetensors")
+    (folder / "ipadapter").mkdir(exist_ok=True)
+    for kind, width in (("base", 96), ("plus", 128), ("full-face", 128)):
+        save_adapter(random_adapter(kind, width, 64, [96] * 7), folder / "ipadapter" / f"{kind}.safetensors")
     return folder
 
 
 @pytest.fixture(scope="session")
-def clip_vision(host, models):
-    """The small image encoder as a CLIP_VISION."""
-    return host.nodes.NODE_CLASS_MAPPINGS["CLIPVisionLoader"]().load_clip("small.safetensors")[0]
+def clip_vision(host):
+    """The pocket model's image encoder as a CLIP_VISION."""
+    return host.node("PersonalizeLoadImageEncoder").execute("pocket_portraits_vision.safetensors")[0]

@@ -5,8 +5,6 @@ import importlib
 import sys
 from types import SimpleNamespace
 
-from structural import checkpoints
-
 
 class Host:
     """ComfyUI loaded in process, with this pack and others loaded by ComfyUI's own custom-node loader."""
@@ -37,7 +35,6 @@ class Host:
             loaded = loop.run_until_complete(nodes.load_custom_node(str(pack), module_parent="custom_nodes"))
             assert loaded, f"ComfyUI could not load {pack}"
         self.loop = loop
-        checkpoints.register()
         self.server = SimpleNamespace(client_id=None, last_node_id=None, last_prompt_id=None, sent=[])
         self.server.send_sync = lambda event, data, client_id=None: self.server.sent.append((event, data))
         self.server.prompt_queue = SimpleNamespace()

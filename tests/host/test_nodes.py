@@ -8,12 +8,12 @@ import narrow
 import pytest
 import torch
 from inprocess import HostError
+from pack.training.base_model import load_image_encoder
 from PIL import Image
 from safetensors.torch import save_file
-from structural import checkpoints
 from structural.adapters import PUBLISHED, adapter_shapes, view_tensors
 
-ALL = ["LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
+ALL = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def graph(photos="photos", **apply):
     sampler = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     links = {"model": ["5", 0], "positive": ["6", 0], "negative": ["7", 0], "latent_image": ["8", 0]}
     return {
-        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "miniature.safetensors"}},
-        "2": {"class_type": "CLIPVisionLoader", "inputs": {"clip_name": "small.safetensors"}},
+        "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": "pocket_portraits.safetensors"}},
+        "2": {"class_type": "PersonalizeLoadImageEncoder", "inputs": {"file": "pocket_portraits_vision.safetensors"}},
         "3": {"class_type": "PersonalizeLoadIPAdapter", "inputs": {"file": "plus.safetensors"}},
         "4": {"class_type": "PersonalizeEncodeReferences", "inputs": references},
         "5": {
@@ -154,19 +154,14 @@ def test_encoding_equals_the_hosts_own_node(host, encode, clip_vision):
     torch.testing.assert_close(ours.patches, theirs["penultimate_hidden_states"].float())
 
 
-def test_encoding_equals_transformers(host, models, clip_vision, encode):
-    from safetensors.torch import load_file
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    config = {key: value for key, value in checkpoints.SMALL_VISION.items() if key not in ("model_type", "torch_dtype")}
-    reference = CLIPVisionModelWithProjection(CLIPVisionConfig(**config)).eval()
-    reference.load_state_dict(load_file(models / "clip_vision" / "small.safetensors"), strict=False)
-    references = encode(images={"image0": torch.rand(1, 224, 224, 3)})[0]
+def test_encoding_equals_transformers(encode, root):
+    file = root / "models" / "pocket" / "clip_vision" / "pocket_portraits_vision.safetensors"
+    reference = load_image_encoder(file)
+    references = encode(images={"image0": torch.rand(1, 64, 64, 3)})[0]
     with torch.no_grad():
-        zero = reference(torch.zeros(1, 3, 224, 224), output_hidden_states=True).hidden_states[-2][0]
-    assert (
-        float((references.zero_patches - zero).norm() / zero.norm()) < 1e-3
-    )  # ComfyUI keeps the encoder in half precision on the CPU too
+        zero = reference(torch.zeros(1, 3, 64, 64), output_hidden_states=True).hidden_states[-2][0]
+    # ComfyUI keeps the encoder in half precision on the CPU too
+    assert float((references.zero_patches - zero).norm() / zero.norm()) < 1e-3
 
 
 def test_pictures_are_encoded_once(host, encode, clip_vision, monkeypatch):
@@ -312,16 +307,15 @@ def test_an_adapter_for_another_base_model(host, layout, adapter, words):
     assert all(word in str(error.value) for word in words)
 
 
-def test_a_wrong_encoder(host, models, photos):
-    model = narrow.comfy_model(narrow.SD15, narrow.diffusers_unet(narrow.SD15))
-    prompt = narrow.adapter(narrow.SD15, "plus"), host.node("PersonalizeEncodeReferences")
-    small = prompt[1].execute(
-        host.nodes.NODE_CLASS_MAPPINGS["CLIPVisionLoader"]().load_clip("small.safetensors")[0], folder="photos"
-    )[0]
-    with pytest.raises(
-        ValueError, match=r"takes image features of width 1280.*have width 64: encode them with CLIP ViT-H"
-    ):
-        host.node("PersonalizeApplyIPAdapter").execute(model, prompt[0], small, 1.0)
+def test_a_wrong_encoder(host, encode, photos):
+    model, adapter = (
+        narrow.comfy_model(narrow.SD15, narrow.diffusers_unet(narrow.SD15)),
+        narrow.adapter(narrow.SD15, "plus"),
+    )
+    references = encode(folder="photos")[0]
+    words = r"takes image features of width 1280.*the pocket model's.*have width 128: encode them with CLIP ViT-H"
+    with pytest.raises(ValueError, match=words):
+        host.node("PersonalizeApplyIPAdapter").execute(model, adapter, references, 1.0)
 
 
 def test_a_model_that_is_no_unet(host, models, photos):

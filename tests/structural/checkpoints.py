@@ -1,17 +1,14 @@
-"""Structural models for a real ComfyUI, with random weights, made on the fly.
+"""Checkpoints of full shapes for the unpatched stock loader, with random weights, made on the fly.
 
-- full shapes ("sd15", "sdxl") for the unpatched stock loader: every tensor a view of small buffers, 3 MB a file;
-- a miniature of SD1.5 ("miniature"), registered as one more family, and a small image encoder, so that the shipped
-  workflows run in seconds at their real resolution.
+Every tensor is a view of small buffers: 3 MB a file.
 """
 
 import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from .adapters import random_adapter, random_tensor, save_adapter, view_tensors
+from .adapters import random_tensor, view_tensors
 
 UNET = {
     "image_size": 32,
@@ -46,37 +43,6 @@ SDXL_LAYOUT = {
 SD15_UNET = UNET | SD15_LAYOUT | {"model_channels": 320, "context_dim": 768}
 # Real in everything that the stock loader looks at (depths, text widths); one width for all levels keeps it at 1.1 B.
 SDXL_UNET = UNET | SDXL_LAYOUT | {"model_channels": 320, "context_dim": 2048, "channel_mult": [1, 1, 1]}
-# Heads of one width instead of eight a layer: ComfyUI's attention on the CPU takes time by the head.
-MINIATURE_HEADS = {"num_heads": -1, "num_head_channels": 32}
-MINIATURE_UNET = UNET | SD15_LAYOUT | MINIATURE_HEADS | {"model_channels": 32, "context_dim": 64}
-MINIATURE_WIDTHS = [32, 32, 64, 64, 128, 128] + [128] * 3 + [64] * 3 + [32] * 3 + [128]
-MINIATURE_TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_attention_heads": 2,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 77,
-    "hidden_act": "quick_gelu",
-    "vocab_size": 49408,
-    "eos_token_id": 49407,
-    "layer_norm_eps": 1e-5,
-    "projection_dim": 64,
-    "num_positions": 77,
-}
-SMALL_VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_act": "quick_gelu",
-    "hidden_size": 64,
-    "image_size": 224,
-    "intermediate_size": 128,
-    "layer_norm_eps": 1e-5,
-    "num_attention_heads": 2,
-    "num_channels": 3,
-    "num_hidden_layers": 3,
-    "patch_size": 32,
-    "projection_dim": 48,
-    "torch_dtype": "float32",
-}
 
 
 def _unet_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -157,92 +123,3 @@ def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Te
         if key.rpartition(".")[2] in constants:
             tensors[key] = torch.tensor(constants[key.rpartition(".")[2]])
     return tensors
-
-
-def miniature_checkpoint(path: Path) -> Path:
-    """SD1.5 in miniature, for the family that this pack registers."""
-    shapes = _unet_shapes(MINIATURE_UNET) | _vae_shapes()
-    shapes |= _text_shapes(MINIATURE_TEXT, "cond_stage_model.transformer.")
-    save_file(_random(shapes, seed=2), path)
-    return path
-
-
-def small_image_encoder(path: Path) -> Path:
-    """A CLIP vision encoder of three layers."""
-    import comfy.clip_model
-    import comfy.ops
-
-    model = comfy.clip_model.CLIPVisionModelProjection(SMALL_VISION, torch.float32, "meta", comfy.ops.manual_cast)
-    save_file(_random({key: tuple(value.shape) for key, value in model.state_dict().items()}, seed=3), path)
-    return path
-
-
-def miniature_adapter(kind: str, path: Path, seed: int = 0) -> Path:
-    """An adapter for the miniature and the small image encoder."""
-    width = SMALL_VISION["projection_dim"] if kind == "base" else SMALL_VISION["hidden_size"]
-    return save_adapter(random_adapter(kind, width, MINIATURE_UNET["context_dim"], MINIATURE_WIDTHS, seed), path)
-
-
-def register() -> None:
-    """Let the stock loaders take the miniature and the small image encoder."""
-    import comfy.clip_vision
-    import comfy.sd1_clip
-    import comfy.supported_models
-    import comfy.supported_models_base
-
-    if any(model.__name__ == "StructuralMiniature" for model in comfy.supported_models.models):
-        return
-
-    class TextEncoder(comfy.sd1_clip.SDClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options=None):
-            super().__init__(
-                device=device,
-                dtype=dtype,
-                textmodel_json_config=dict(MINIATURE_TEXT),
-                return_projected_pooled=False,
-                model_options=model_options or {},
-            )
-
-    class Text(comfy.sd1_clip.SD1ClipModel):
-        def __init__(self, device="cpu", dtype=None, model_options=None):
-            super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=TextEncoder)
-
-    class Words(comfy.sd1_clip.SDTokenizer):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs, embedding_size=MINIATURE_TEXT["hidden_size"])
-
-    class Tokenizer(comfy.sd1_clip.SD1Tokenizer):
-        def __init__(self, embedding_directory=None, tokenizer_data=None):
-            super().__init__(embedding_directory, tokenizer_data or {}, tokenizer=Words)
-
-    class StructuralMiniature(comfy.supported_models.SD15):
-        unet_config = comfy.supported_models.SD15.unet_config | {"context_dim": 64, "model_channels": 32}
-        unet_extra_config = MINIATURE_HEADS
-
-        def clip_target(self, state_dict=None):
-            return comfy.supported_models_base.ClipTarget(Tokenizer, Text)
-
-    comfy.supported_models.models.append(StructuralMiniature)
-    stock_loader = comfy.clip_vision.load_clipvision_from_sd
-
-    def load_clipvision_from_sd(sd, prefix="", convert_keys=False):
-        embedding = sd.get("vision_model.embeddings.class_embedding")
-        if embedding is None or embedding.shape[0] != SMALL_VISION["hidden_size"]:
-            return stock_loader(sd, prefix, convert_keys)
-        return small_clip_vision(sd)
-
-    comfy.clip_vision.load_clipvision_from_sd = load_clipvision_from_sd
-
-
-def small_clip_vision(state):
-    """The small image encoder as the host's CLIP_VISION."""
-    import tempfile
-
-    import comfy.clip_vision
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.json"  # 0.8.0 takes a path only
-        config.write_text(json.dumps(SMALL_VISION))
-        encoder = comfy.clip_vision.ClipVisionModel(str(config))
-    encoder.load_sd(state)
-    return encoder

@@ -12,7 +12,6 @@ from PIL import Image
 
 def test_headless_ends_with_a_contact_sheet(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(headless, "STEPS", 2)
-    monkeypatch.setattr(headless, "LATENT", 16)
     monkeypatch.setattr(demo, "find_comfyui", lambda: None)
     monkeypatch.setattr(sys, "argv", ["demo", "--output", str(tmp_path)])
     assert demo.main() == 0
@@ -22,8 +21,7 @@ def test_headless_ends_with_a_contact_sheet(root, tmp_path, monkeypatch, capsys)
 
 def test_the_aggregations_give_different_pictures(root, monkeypatch):
     monkeypatch.setattr(headless, "STEPS", 2)
-    monkeypatch.setattr(headless, "LATENT", 16)
-    results = headless.in_diffusers(root / "workflows" / "example_photos")
+    results = headless.in_diffusers(root / "workflows" / "example_photos", "a cat")
     assert [label for label, _ in results] == [f"{name}, weight 0.8" for name in ("average", "max", "concatenate")]
     assert len({picture.tobytes() for _, picture in results}) == 3
 

@@ -40,7 +40,7 @@ def plain(kind="woman", **subject):
         who = identity(5, number)
         if who.kind == kind:
             rng = np.random.default_rng(number)
-            fixed = dict(light="daylight", framing="portrait", obstacle="none", style="flat", logo=None)
+            fixed = {"light": "daylight", "framing": "portrait", "obstacle": "none", "style": "flat", "logo": None}
             this = sample_scene(rng, (who,), **fixed)
             shown = replace(this.subjects[0], pose="front", expression="smiling", hat_worn=False)
             return replace(this, subjects=(replace(shown, **subject),))
@@ -125,8 +125,13 @@ def test_no_picture_shows_a_whole_identity_and_several_show_more():
 
 @pytest.mark.parametrize(
     ("field", "values"),
-    [("background", BACKGROUNDS), ("light", LIGHTS), ("framing", FRAMINGS), ("obstacle", OBSTACLES)]
-    + [("style", (*STYLES, *NEW_STYLES))],
+    [
+        ("background", BACKGROUNDS),
+        ("light", LIGHTS),
+        ("framing", FRAMINGS),
+        ("obstacle", OBSTACLES),
+        ("style", (*STYLES, *NEW_STYLES)),
+    ],
 )
 def test_every_value_of_a_scene_looks_different(field, values):
     for kind in ("woman", "dog"):
@@ -183,12 +188,11 @@ def test_captions_say_only_what_is_shown():
         for said, subject in zip(words.subjects, this.subjects, strict=True):
             shown = subject.values()
             assert said.items() <= shown.items(), (words.text, shown)
-            assert said["kind"] == subject.identity.kind
             named.update(list(said))
         assert words.scene.items() <= this.values().items()
         named.update(list(words.scene))
     assert len(texts) > 2700
-    assert named["kind"] == sum(len(scene(2, index).subjects) for index in range(3000))
+    assert 0.9 < named["kind"] / sum(len(scene(2, index).subjects) for index in range(3000)) < 0.95
     for name in SUBJECT_VALUES:
         assert named[name] > 30, f"{name} is hardly ever said"
 
@@ -198,7 +202,8 @@ def test_captions_name_what_they_say():
     for index in range(500):
         words = caption(scene(2, index), np.random.default_rng(index))
         for said in words.subjects:
-            assert said["kind"] in words.text or nouns[said["kind"]] in words.text
+            kind = said.get("kind", "character")
+            assert kind in words.text or nouns[kind] in words.text
             for name in ("hair_colour", "fur", "metal", "clothes", "hat_colour", "neckwear_colour"):
                 assert name not in said or said[name] in words.text
         background = words.scene.get("background")

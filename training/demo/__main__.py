@@ -21,13 +21,11 @@ from .sheet import contact_sheet
 from .workflow import to_prompt
 
 WORKFLOW = ROOT / "workflows" / "ip_adapter_compare_aggregations.json"
-PACKS = {"Personalize": ROOT, "structural": ROOT / "tests" / "structural"}
 
 
-def in_comfyui(comfyui: Path, photos: Path) -> list[tuple[str, Image.Image]]:
-    """Results of the shipped workflow in a real server, labelled."""
-    workflow = json.loads(WORKFLOW.read_text())
-    with tempfile.TemporaryDirectory(prefix="personalize-") as base, Server(comfyui, Path(base), PACKS) as server:
+def in_comfyui(comfyui: Path, photos: Path, workflow: dict[str, Any]) -> list[tuple[str, Image.Image]]:
+    """Results of the workflow in a real server, labelled."""
+    with tempfile.TemporaryDirectory(prefix="personalize-") as base, Server(comfyui, Path(base)) as server:
         prompt = to_prompt(workflow, server.get("/object_info"))
         for node in prompt.values():
             if node["class_type"] == "PersonalizeEncodeReferences":
@@ -56,7 +54,10 @@ def split(prompt: dict[str, Any], stitched: Image.Image) -> list[tuple[str, Imag
         for _, node in sorted(prompt.items(), key=lambda item: int(item[0]))
         if node["class_type"] == "PersonalizeApplyIPAdapter"
     ]
-    gap = next(n["inputs"]["spacing_width"] for n in prompt.values() if n["class_type"] == "ImageStitch")
+    enlarged = next(n["inputs"]["scale_by"] for n in prompt.values() if n["class_type"] == "ImageScaleBy")
+    gap = round(
+        enlarged * next(n["inputs"]["spacing_width"] for n in prompt.values() if n["class_type"] == "ImageStitch")
+    )
     width = (stitched.width + gap) // len(labels) - gap
     lefts = [i * (width + gap) for i in range(len(labels))]
     parts = [stitched.crop((left, 0, left + width, stitched.height)) for left in lefts]
@@ -74,16 +75,17 @@ def main() -> int:
     try:
         references = list_pictures(photos)
         print(f"{len(references)} photographs in {photos}")
-        comfyui = find_comfyui()
+        comfyui, workflow = find_comfyui(), json.loads(WORKFLOW.read_text())
+        text = next(node["widgets_values"][0] for node in workflow["nodes"] if node.get("title") == "Prompt")
         if comfyui is not None:
             where = f"ComfyUI {comfyui_version(comfyui)}, workflow {WORKFLOW.name}"
-            results = in_comfyui(comfyui, photos)
+            results = in_comfyui(comfyui, photos, workflow)
         else:
             from .headless import in_diffusers
 
             where = "headless, through diffusers"
-            results = in_diffusers(photos)
-        sheet = contact_sheet(references, results, f"{where}; random weights, so the results are noise")
+            results = in_diffusers(photos, text)
+        sheet = contact_sheet(references, results, f'{where}; pocket portraits, "{text}"')
     except (PersonalizeError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 1

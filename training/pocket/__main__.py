@@ -34,19 +34,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
     parser.add_argument("--batch", type=int, help="pictures a step")
     parser.add_argument("--pictures", type=int, default=100_000, help="pictures to draw and train on")
+    parser.add_argument("--save-minutes", type=float, default=3.0, help="minutes between checkpoints")
     parser.add_argument("--output", type=Path, help="where export writes, and sheet its picture")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down what else the machine does
     folder, part = options.folder.expanduser(), options.part
     if part in PARTS:
+        from .loop import Run
+
         steps, batch, minutes = PARTS[part]
         steps, batch = options.steps or steps, options.batch or batch
+        if options.pictures < 8 * batch:
+            parser.error(f"--pictures {options.pictures} is too few for a batch of {batch}: draw at least {8 * batch}.")
         print(f"{part}: {steps} steps of {batch}; {PARTS[part][0]} steps take about {minutes} min on two CPU cores.")
-        _trainer(part)(folder, steps, batch, options.pictures)
+        _trainer(part)(Run(folder, steps, batch, options.pictures, options.save_minutes))
     elif part == "export":
-        from .export import WEIGHTS, export
+        from ..shared import POCKET
+        from .export import export
 
-        export(folder, options.output or WEIGHTS)
+        export(folder, options.output or POCKET)
     elif part == "measure":
         from .measure import measure
 

@@ -16,7 +16,7 @@ from ..diffusers_attention import DecoupledAttentionProcessor
 from ..shared import LinearProjection
 from .data import Pictures
 from .encoders import VISION, Encoders, prepare
-from .loop import average, train
+from .loop import Run, average, train
 from .unet import SCHEDULE, Conditions, Latents, build_unet, weighted_loss
 
 TOKENS = 4
@@ -75,28 +75,28 @@ def cached_embeddings(folder: Path, pictures: Pictures) -> Tensor:
     return torch.from_numpy(np.load(path))
 
 
-def train_adapter(folder: Path, steps: int, batch: int, count: int) -> Adapter:
+def train_adapter(run: Run) -> Adapter:
     """Train, or go on training, on the finished UNet."""
     torch.manual_seed(0)
-    unet, latents, conditions = build_unet(), Latents(folder, count), Conditions(folder, count)
-    average(unet, folder, "unet")
+    unet, latents, conditions = build_unet(), Latents(run.folder, run.pictures), Conditions(run.folder, run.pictures)
+    average(unet, run.folder, "unet")
     unet.requires_grad_(False)
     adapter, scheduler = Adapter(unet), DDPMScheduler(**SCHEDULE)
-    embeddings = cached_embeddings(folder, latents.pictures)
+    embeddings = cached_embeddings(run.folder, latents.pictures)
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        target, reference = latents.pictures.twins(batch, rng)
+        target, reference = latents.pictures.twins(run.batch, rng)
         x = torch.from_numpy(latents.single[target].astype(np.float32))
-        fate = torch.from_numpy(rng.random(batch))
+        fate = torch.from_numpy(rng.random(run.batch))
         no_text = fate < NO_TEXT + NEITHER
         no_reference = (fate >= NO_TEXT) & (fate < NO_TEXT + NEITHER + NO_REFERENCE)
         states = conditions.some(latents.pictures.single_index[target], rng, no_text)
-        timesteps, noise = torch.randint(0, 1000, (batch,)), torch.randn_like(x)
+        timesteps, noise = torch.randint(0, 1000, (run.batch,)), torch.randn_like(x)
         noisy = scheduler.add_noise(x, noise, timesteps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             adapter.apply(unet, embeddings[reference] * ~no_reference[:, None])
             prediction = unet(noisy, timesteps, states).sample
         return weighted_loss(prediction.float(), scheduler.get_velocity(x, noise, timesteps), timesteps, scheduler), {}
 
-    train(adapter, step, folder, "adapter", steps, learning_rate=1e-3)
+    train(adapter, step, run, "adapter", learning_rate=1e-3)
     return adapter

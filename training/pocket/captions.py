@@ -1,7 +1,8 @@
 """Captions of scenes, in varied words, and what each of them says, so that prompt following can be counted.
 
 What varies (pose, expression, background, light, framing) is mostly said; what belongs to the identity is said or left
-out at random. Only what the picture shows is said.
+out at random. Only what the picture shows is said. A few captions say "character" for the kind, for prompts that leave
+it to a reference.
 """
 
 from dataclasses import dataclass
@@ -104,7 +105,9 @@ def _around(speak: _Speaker, scene: Scene, varying: float) -> tuple[dict[str, st
             rest.insert(0, speak.one_of(OBSTACLE_WORDS[scene.obstacle]))
     if scene.logo is not None:
         mark = f"a {scene.logo.colour} {scene.logo.shape} logo"
-        rest.insert(0, f"{mark} on the wall" if scene.logo.place == "wall" else f"with {mark} on the {scene.logo.place}")
+        rest.insert(
+            0, f"{mark} on the wall" if scene.logo.place == "wall" else f"with {mark} on the {scene.logo.place}"
+        )
     if scene.framing != "portrait" and speak.chance(varying):
         named["framing"] = scene.framing
     if scene.style in STYLE_WORDS:
@@ -119,7 +122,8 @@ def _article(words: str) -> str:
 
 def _subject(speak: _Speaker, subject: Subject, varying: float, owned: float, said: list[dict[str, str]]) -> str:
     shown = subject.values()
-    named = {"kind": shown["kind"]}
+    anonymous = speak.chance(0.08)
+    named = {} if anonymous else {"kind": shown["kind"]}
     said.append(named)
 
     def name(*attributes: str) -> bool:
@@ -167,7 +171,8 @@ def _subject(speak: _Speaker, subject: Subject, varying: float, owned: float, sa
         if pattern:
             named["pattern"] = shown["pattern"]
         wears.append(_article(f"{shown['clothes']} {pattern}{speak.one_of(('shirt', 'sweater', 'top'))}"))
-    return _compose(speak, shown["kind"], before, own, wears, after)
+    noun = "character" if anonymous else NOUNS[shown["kind"]] if speak.chance(0.15) else shown["kind"]
+    return _compose(speak, noun, before, own, wears, after)
 
 
 def _person_words(shown: dict[str, str], name, own: list[str]) -> None:
@@ -192,8 +197,7 @@ def _listed(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def _compose(speak: _Speaker, kind: str, before: list[str], own: list[str], wears: list[str], after: list[str]) -> str:
-    noun = NOUNS[kind] if speak.chance(0.15) else kind
+def _compose(speak: _Speaker, noun: str, before: list[str], own: list[str], wears: list[str], after: list[str]) -> str:
     phrase = _article(" ".join([*before, noun]))
     own, wears = [list(speak.rng.permutation(words)) for words in (own, wears)]
     if own:

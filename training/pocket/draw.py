@@ -18,8 +18,9 @@ def draw(scene: Scene, masks: list[Image.Image] | None = None) -> Image.Image:
     rng = np.random.default_rng(scene.seed)
     canvas = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     ink = INK if scene.style == "comic" else None
-    pixels = Pen(canvas, scale=height / 64, ink=ink)
-    across = round(width * 64 / height)
+    factor = height / 64
+    pixels = Pen(canvas, scale=factor, ink=ink, stroke=factor)
+    across = round(width / factor)
     draw_background(pixels, scene.background, across, rng)
     poster = scene.logo is not None and scene.logo.place == "wall"
     side = -1 if rng.random() < 0.5 else 1
@@ -36,8 +37,8 @@ def draw(scene: Scene, masks: list[Image.Image] | None = None) -> Image.Image:
         scale, y = scale * rng.uniform(0.95, 1.05), y + rng.uniform(-1.5, 1.5)
         mask = None if masks is None else Image.new("L", canvas.size)
         logo = scene.logo if scene.logo is not None and scene.logo.place == "shirt" else None
-        factor = height / 64
-        draw_subject(Pen(canvas, (x * factor, y * factor), scale * factor, ink, mask), subject, logo)
+        pen = Pen(canvas, (x * factor, y * factor), scale * factor, ink, mask, factor)
+        draw_subject(pen, subject, logo)
         if masks is not None and mask is not None:
             masks.append(mask.reduce(SUPERSAMPLING))
     if scene.obstacle != "none":

@@ -5,8 +5,6 @@ are thrown away afterwards make every token and the image embedding tell the att
 an IP-Adapter the embedding.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,10 +17,10 @@ from transformers import (
 )
 
 from ..clip_tokenizer import LENGTH
-from ..shared import CLIP_MEAN
+from ..shared import CLIP_MEAN, CLIP_STD
 from .data import TRAIN, Pictures
 from .labels import SCENE_SIZES, SUBJECT_SIZES, cached_labels
-from .loop import train
+from .loop import Run, train
 from .words import Captions, add_unknown_words
 
 TEXT = CLIPTextConfig(
@@ -48,7 +46,6 @@ VISION = CLIPVisionConfig(
     patch_size=8,
     hidden_act="quick_gelu",
 )
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Readers(nn.Module):
@@ -108,17 +105,19 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
     return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
 
 
-def train_encoders(folder: Path, steps: int, batch: int, count: int) -> Encoders:
+def train_encoders(run: Run) -> Encoders:
     """Train, or go on training, both encoders."""
     torch.manual_seed(0)
-    encoders, pictures = Encoders(), Pictures(folder / "pictures", TRAIN, count)
-    subjects, scenes = cached_labels(folder / "pictures", TRAIN, pictures.single_index, f"single-{TRAIN}-{count}")
+    encoders, pictures = Encoders(), Pictures(run.folder / "pictures", TRAIN, run.pictures)
+    subjects, scenes = cached_labels(
+        run.folder / "pictures", TRAIN, pictures.single_index, f"single-{TRAIN}-{run.pictures}"
+    )
     labels = torch.from_numpy(np.concatenate([subjects[:, 0], scenes], axis=1)).long()
-    captions = Captions(folder / "pictures", TRAIN, count)
-    wide = batch // 4
+    captions = Captions(run.folder / "pictures", TRAIN, run.pictures)
+    wide = run.batch // 4
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        a, b = pictures.twins(batch - wide, rng)
+        a, b = pictures.twins(run.batch - wide, rng)
         c = rng.choice(len(pictures.pair), size=wide, replace=False)
         ids, named = captions.some(np.concatenate([pictures.single_index[a], pictures.pair_index[c]]), rng)
         pixels = torch.cat([prepare(pictures.single[a]), prepare(pictures.single[b]), prepare(pictures.pair[c])])
@@ -136,5 +135,5 @@ def train_encoders(folder: Path, steps: int, batch: int, count: int) -> Encoders
         loss = match + 0.5 * same + reading + seeing
         return loss, {"match": match.item(), "same": same.item(), "reading": reading.item(), "seeing": seeing.item()}
 
-    train(encoders, step, folder, "encoders", steps)
+    train(encoders, step, run, "encoders")
     return encoders

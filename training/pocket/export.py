@@ -8,19 +8,17 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..shared import ROOT, single_file_names, write_safetensors
+from ..shared import POCKET, VISION_CONFIG, single_file_names, write_safetensors
 from .encoders import Encoders
 from .judge import Judge
 from .loop import average
 from .unet import build_unet
 from .vae import build
 
-WEIGHTS = ROOT / "models" / "pocket"
 CHECKPOINT = Path("checkpoints") / "pocket_portraits.safetensors"
 IMAGE_ENCODER = Path("clip_vision") / "pocket_portraits_vision.safetensors"
 ADAPTER = Path("ipadapter") / "pocket_portraits_ip_adapter.safetensors"
 JUDGE = Path("pocket_portraits_judge.safetensors")
-VISION_CONFIG = "personalize.clip_vision_config"
 
 
 def metadata(title: str, method: str) -> dict[str, str]:
@@ -69,7 +67,7 @@ def save_image_encoder(path: Path, encoder: nn.Module) -> None:
     save(path, encoder.state_dict(), about | {VISION_CONFIG: json.dumps(encoder.config.to_dict())})
 
 
-def export(folder: Path, to: Path = WEIGHTS) -> None:
+def export(folder: Path, to: Path = POCKET) -> None:
     """Write what has been trained in `folder` so far."""
     vae, unet, encoders, judge = build(), build_unet(), Encoders(), Judge()
     trained = {"vae": vae, "unet": unet, "encoders": encoders, "judge": judge}

@@ -3,6 +3,7 @@
 A picture of two is read as two windows, its left and its right 64 columns.
 """
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from .data import TRAIN, VALIDATION, Pictures
 from .encoders import contrast
 from .labels import SCENE_NAMES, SCENE_SIZES, SUBJECT_NAMES, SUBJECT_SIZES, cached_labels
-from .loop import train
+from .loop import Run, train
 from .vae import to_tensor
 
 NAMES = (*SUBJECT_NAMES, *SCENE_NAMES)
@@ -43,7 +44,7 @@ class Judge(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, WIDTHS[0], 3, 1, 1)
-        self.blocks = nn.Sequential(*(Block(a, b) for a, b in zip(WIDTHS, WIDTHS[1:], strict=False)))
+        self.blocks = nn.Sequential(*(Block(a, b) for a, b in itertools.pairwise(WIDTHS)))
         self.heads = nn.Linear(WIDTHS[-1], sum(SIZES))
         self.identity = nn.Linear(WIDTHS[-1], IDENTITY)
 
@@ -100,14 +101,14 @@ class Windows:
         return x, torch.cat([self.labels["pair"][rows, 0], self.labels["pair"][rows, 1]])
 
 
-def train_judge(folder: Path, steps: int, batch: int, count: int) -> Judge:
+def train_judge(run: Run) -> Judge:
     """Train, or go on training; prints the accuracy on pictures never seen."""
     torch.manual_seed(0)
-    judge, seen = Judge().to(memory_format=torch.channels_last), Windows(folder, TRAIN, count)
+    judge, seen = Judge().to(memory_format=torch.channels_last), Windows(run.folder, TRAIN, run.pictures)
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        a, b = seen.pictures.twins(batch // 3, rng)
-        c = rng.choice(len(seen.pictures.pair), size=batch // 6, replace=False)
+        a, b = seen.pictures.twins(run.batch // 3, rng)
+        c = rng.choice(len(seen.pictures.pair), size=run.batch // 6, replace=False)
         parts = [seen.single(a), seen.single(b), seen.pair(c)]
         x, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         x = _soften(x, rng).contiguous(memory_format=torch.channels_last)
@@ -123,14 +124,14 @@ def train_judge(folder: Path, steps: int, batch: int, count: int) -> Judge:
         same = contrast(who[: len(a)], who[len(a) :], torch.tensor(12.0))
         return reading + 0.1 * same, {"reading": reading.item(), "same": same.item()}
 
-    train(judge, step, folder, "judge", steps)
-    for name, (right, of) in test_accuracy(judge, Windows(folder, VALIDATION, 4000)).items():
+    train(judge, step, run, "judge")
+    for name, (right, of) in count_right(judge, Windows(run.folder, VALIDATION, 4000)).items():
         print(f"judge, {name}: {right / of:.2%} of {of}")
     return judge
 
 
 @torch.no_grad()
-def test_accuracy(judge: Judge, fresh: Windows) -> dict[str, tuple[int, int]]:
+def count_right(judge: Judge, fresh: Windows) -> dict[str, tuple[int, int]]:
     """For each attribute, how many visible ones were read rightly, and of how many."""
     right, of = np.zeros(len(NAMES), int), np.zeros(len(NAMES), int)
     for get, size in ((fresh.single, len(fresh.pictures.single)), (fresh.pair, len(fresh.pictures.pair))):

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +18,40 @@ from tqdm import tqdm
 Step = Callable[[int, np.random.Generator], tuple[Tensor, dict[str, float]]]
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the command line says of a training."""
+
+    folder: Path
+    """Of checkpoints and logs; `folder/pictures` holds what was drawn."""
+    steps: int
+    batch: int
+    pictures: int
+    """How many pictures to draw and train on."""
+    save_minutes: float = 3.0
+    """Between checkpoints."""
+
+
 def train(
     module: nn.Module,
     step: Step,
-    folder: Path,
+    run: Run,
     name: str,
-    steps: int,
     learning_rate: float = 2e-3,
     warmup: int = 200,
     weight_decay: float = 0.01,
     ema_decay: float = 0.999,
-    minutes_between_saves: float = 3.0,
 ) -> None:
-    """Train until `steps`, and leave the averaged weights in `module`.
+    """Train until `run.steps`, and leave the averaged weights in `module`.
 
     `step(number, rng)` returns the loss and figures for the log. Both generators are seeded from the step's number, so
-    that a run killed at any moment repeats from its last checkpoint (`folder/name.pt`) what it would have done.
+    that a run killed at any moment repeats from its last checkpoint (`name.pt`) what it would have done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path, log = run.folder / f"{name}.pt", run.folder / f"{name}.jsonl"
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = Muon(_groups(module), lr=learning_rate, weight_decay=weight_decay, nesterov=True)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=run.steps)
     ema = EMAModel(trained, decay=ema_decay, use_ema_warmup=True, power=0.75)
     start = 0
     if path.exists():
@@ -62,7 +75,7 @@ def train(
 
     saved, figures = time.monotonic(), {}
     module.train()
-    for number in (bar := tqdm(range(start, steps), initial=start, total=steps, desc=name, unit=" steps")):
+    for number in (bar := tqdm(range(start, run.steps), initial=start, total=run.steps, desc=name, unit=" steps")):
         torch.manual_seed(number)
         loss, figures = step(number, np.random.default_rng([7, number]))
         optimizer.zero_grad(set_to_none=True)
@@ -71,12 +84,12 @@ def train(
         optimizer.step()
         schedule.step()
         ema.step(trained)
-        if number % 50 == 49 or number + 1 == steps:
+        if number % 50 == 49 or number + 1 == run.steps:
             figures = {"loss": loss.item(), **figures}
             bar.set_postfix({key: f"{value:.3f}" for key, value in figures.items()})
             with log.open("a") as file:
                 file.write(json.dumps({"step": number + 1, "lr": schedule.get_last_lr()[0], **figures}) + "\n")
-        if time.monotonic() - saved > 60 * minutes_between_saves or number + 1 == steps:
+        if time.monotonic() - saved > 60 * run.save_minutes or number + 1 == run.steps:
             save(number + 1)
             saved = time.monotonic()
     ema.copy_to(trained)

@@ -11,15 +11,15 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 
 from ..diffusers_attention import apply_image_prompts
-from ..shared import IPAdapter, References, read_ip_adapter
+from ..shared import POCKET, IPAdapter, References, read_ip_adapter
 from .attributes import SCENE_VALUES, SUBJECT_VALUES, sample_scene
 from .captions import Caption, caption
 from .data import VALIDATION, Pictures, identity, scene
 from .draw import draw
-from .export import ADAPTER, WEIGHTS
-from .judge import NAMES, Judge, Windows, test_accuracy, windows
+from .export import ADAPTER
+from .judge import NAMES, Judge, Windows, count_right, windows
 from .shipped import Pocket, load_pocket
-from .vae import test_psnr, to_tensor
+from .vae import mean_psnr, to_tensor
 
 FRESH = 3  # a seed that no training or validation uses
 VALUES = {**SUBJECT_VALUES, **SCENE_VALUES}
@@ -60,8 +60,8 @@ def following(pocket: Pocket, count: int) -> tuple[Counter, Counter]:
                     key = name if subjects == 1 else f"two subjects, {name}"
                     named[key] += 1
                     right[key] += hit
-                both.append(VALUES["kind"][window["kind"][i]] == subject["kind"])
-            if subjects == 2:
+                both.append(VALUES["kind"][window["kind"][i]] == subject.get("kind"))
+            if subjects == 2 and all("kind" in subject for subject in words.subjects):
                 named["two subjects, both kinds"] += 1
                 right["two subjects, both kinds"] += all(both)
     return right, named
@@ -158,16 +158,16 @@ def likeness(pocket: Pocket, adapter: IPAdapter, count: int, weights: tuple[floa
 
 def measure(folder: Path, count: int = 1000, generated: int = 5000, real: int = 10000) -> None:
     """Every figure of the model card, printed."""
-    pocket = load_pocket(WEIGHTS)
+    pocket = load_pocket()
     fresh = Windows(folder, VALIDATION, 4000)
-    print(f"VAE: {test_psnr(pocket.pipeline.vae, Pictures(folder / 'pictures', VALIDATION, 500)):.2f} dB")
-    for name, (right, of) in test_accuracy(pocket.judge, fresh).items():
+    print(f"VAE: {mean_psnr(pocket.pipeline.vae, Pictures(folder / 'pictures', VALIDATION, 500)):.2f} dB")
+    for name, (right, of) in count_right(pocket.judge, fresh).items():
         print(f"judge, {name}: {right / of:.2%} of {of}")
     hits, named = following(pocket, count)
     for name in named:
         print(f"prompt, {name}: {hits[name] / named[name]:.1%} of {named[name]}")
     for name, value in (retrieval(pocket, count) | fidelity(pocket, folder / "pictures", generated, real)).items():
         print(f"{name}: {value:.4g}")
-    adapter = IPAdapter.from_state(read_ip_adapter(WEIGHTS / ADAPTER))
+    adapter = IPAdapter.from_state(read_ip_adapter(POCKET / ADAPTER))
     for weight, scores in likeness(pocket, adapter, 200, (0.0, 0.25, 0.5, 0.75, 1.0)).items():
         print(f"lambda {weight}: " + ", ".join(f"{name} {value:.0%}" for name, value in scores.items()))

@@ -22,7 +22,8 @@ class Pen:
     """Draws on `image`, and the same silhouettes in white on `mask` where one is given.
 
     x to the right and y down, in units of `scale` pixels from `centre` (pixels of the finished picture).
-    Shapes get an outline in a darker shade; `ink`, where set, replaces its colour and doubles its width.
+    Shapes get an outline in a darker shade; `ink`, where set, replaces its colour and doubles its width. `stroke`
+    widens outlines in pictures larger than 64 px.
     """
 
     def __init__(
@@ -32,11 +33,12 @@ class Pen:
         scale: float = 1,
         ink: Colour | None = None,
         mask: Image.Image | None = None,
+        stroke: float = 1,
     ):
         self.image, self.mask = image, mask
         self.draw = ImageDraw.Draw(image)
         self.mask_draw = None if mask is None else ImageDraw.Draw(mask)
-        self.centre, self.scale, self.ink = centre, scale, ink
+        self.centre, self.scale, self.ink, self.stroke = centre, scale, ink, stroke
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Canvas coordinates of a point."""
@@ -49,8 +51,8 @@ class Pen:
         if not outlined:
             return {"fill": fill}
         if self.ink is not None:
-            return {"fill": fill, "outline": self.ink, "width": 6}
-        return {"fill": fill, "outline": shade(fill, 0.72), "width": 3}
+            return {"fill": fill, "outline": self.ink, "width": round(6 * self.stroke)}
+        return {"fill": fill, "outline": shade(fill, 0.72), "width": round(3 * self.stroke)}
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Colour, outlined: bool = True) -> None:
         box = (*self.at(x - rx, y - ry), *self.at(x + rx, y + ry))

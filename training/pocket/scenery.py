@@ -99,7 +99,7 @@ def draw_obstacle(pen: Pen, obstacle: str, logo: Logo | None, width: int, rng: n
         case "mug":
             for r in (6.5, 6.0, 5.5, 5.0):
                 box = (*pen.at(x + side * 9 - r, 53 - r), *pen.at(x + side * 9 + r, 53 + r))
-                pen.draw.ellipse(box, outline=(200, 200, 205), width=4)
+                pen.draw.ellipse(box, outline=(200, 200, 205), width=round(4 * pen.stroke))
             pen.rectangle(x - 9, 44, x + 9, 66, (246, 246, 248), 2)
             if logo is not None:
                 draw_logo(pen, logo, x, 54, 7.5)
@@ -122,8 +122,8 @@ def finish(image: Image.Image, light: str, style: str) -> Image.Image:
     """Reduce the large drawing, light it, and give it its style."""
     picture = image.reduce(SUPERSAMPLING)
     if light != "daylight":
-        bands = [band.point(lambda v, f=f: min(int(v * f), 255)) for band, f in zip(picture.split(), TINTS[light])]
-        picture = Image.merge("RGB", bands)
+        lit = np.asarray(picture, dtype=np.float32) * np.array(TINTS[light], dtype=np.float32)
+        picture = Image.fromarray(lit.clip(0, 255).astype(np.uint8))
     match style:
         case "pastel":
             picture = Image.blend(picture, Image.new("RGB", picture.size, (255, 250, 244)), 0.5)

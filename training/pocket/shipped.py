@@ -1,6 +1,5 @@
 """The shipped pocket model, ready to use and to measure."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,12 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionModelWithProjection
 
-from ..base_model import load_pipeline
-from ..shared import read_safetensors
+from ..base_model import load_image_encoder, load_pipeline
+from ..shared import POCKET, read_safetensors
 from .encoders import prepare
-from .export import CHECKPOINT, IMAGE_ENCODER, JUDGE, VISION_CONFIG, WEIGHTS
+from .export import CHECKPOINT, IMAGE_ENCODER, JUDGE
 from .judge import Judge
 
 STEPS, GUIDANCE, BATCH = 20, 4.0, 50
@@ -23,10 +22,11 @@ STEPS, GUIDANCE, BATCH = 20, 4.0, 50
 
 @dataclass
 class Pocket:
-    """The pipeline, the image encoder and the judge."""
+    """The pipeline, the image encoder with the text's projection into its space, and the judge."""
 
     pipeline: StableDiffusionPipeline
     encoder: CLIPVisionModelWithProjection
+    text_projection: Tensor
     judge: Judge
 
     @torch.no_grad()
@@ -64,33 +64,19 @@ class Pocket:
         ids = tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
         return encoder(ids).pooler_output @ self.text_projection.T
 
-    @property
-    def text_projection(self) -> Tensor:
-        state, _ = read_safetensors(self.checkpoint)
-        return state["cond_stage_model.transformer.text_projection.weight"].float()
 
-    checkpoint: Path = WEIGHTS / CHECKPOINT
-
-
-def load_encoder(path: Path) -> CLIPVisionModelWithProjection:
-    """An image encoder with its configuration in the file's metadata."""
-    state, metadata = read_safetensors(path)
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**json.loads(metadata[VISION_CONFIG])))
-    encoder.load_state_dict({name: value.float() for name, value in state.items()})
-    return encoder.eval()
-
-
-def load_judge(path: Path = WEIGHTS / JUDGE) -> Judge:
+def load_judge(path: Path = POCKET / JUDGE) -> Judge:
     """The judge."""
     judge = Judge()
     judge.load_state_dict({name: value.float() for name, value in read_safetensors(path)[0].items()})
     return judge.eval()
 
 
-def load_pocket(folder: Path = WEIGHTS) -> Pocket:
+def load_pocket(folder: Path = POCKET) -> Pocket:
     """Everything in the folder of weights."""
     pipeline = load_pipeline(folder / CHECKPOINT)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    encoder, judge = load_encoder(folder / IMAGE_ENCODER), load_judge(folder / JUDGE)
-    return Pocket(pipeline, encoder, judge, folder / CHECKPOINT)  # type: ignore[arg-type]
+    state, _ = read_safetensors(folder / CHECKPOINT)
+    projection = state["cond_stage_model.transformer.text_projection.weight"].float()
+    return Pocket(pipeline, load_image_encoder(folder / IMAGE_ENCODER), projection, load_judge(folder / JUDGE))

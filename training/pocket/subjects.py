@@ -141,7 +141,7 @@ def _person(pen: Pen, subject: Subject, turn: int) -> None:
         colour = (250, 200, 40) if who.earrings == "gold" else (30, 90, 230)
         for x in (-0.95, 0.95) if turn == 0 else (-0.16 * turn,):
             pen.ellipse(x, 0.5, 0.17, 0.22, colour)
-    if who.kind != "man" and not (who.beard == "beard"):
+    if who.kind != "man":
         for x in (-0.55, 0.55) if turn == 0 else (0.3 * turn,):
             pen.ellipse(x, 0.36, 0.17, 0.12, _blush(skin), outlined=False)
     if turn == 0:
@@ -321,9 +321,9 @@ def _glasses(pen: Pen, glasses: str, places: tuple[float, ...], y: float, turn: 
             r = 0.42 - step * 0.03
             box = (*pen.at(x - r, y - r * 0.95), *pen.at(x + r, y + r * 0.95))
             if glasses == "round":
-                pen.draw.ellipse(box, outline=frame, width=3)
+                pen.draw.ellipse(box, outline=frame, width=round(3 * pen.stroke))
             else:
-                pen.draw.rectangle(box, outline=frame, width=3)
+                pen.draw.rectangle(box, outline=frame, width=round(3 * pen.stroke))
 
 
 def _mouth(pen: Pen, subject: Subject, x: float, y: float, colour: Colour, size: float = 1.0) -> None:

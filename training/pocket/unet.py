@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .data import TRAIN, Pictures
 from .encoders import TEXT, Encoders
-from .loop import average, train
+from .loop import Run, average, train
 from .vae import CHANNELS, build, to_tensor
 from .words import Captions, add_unknown_words, tokenize
 
@@ -112,14 +112,14 @@ def weighted_loss(prediction: Tensor, target: Tensor, timesteps: Tensor, schedul
     return (weight * (prediction - target).square().mean((1, 2, 3))).mean()
 
 
-def train_unet(folder: Path, steps: int, batch: int, count: int) -> UNet2DConditionModel:
+def train_unet(run: Run) -> UNet2DConditionModel:
     """Train, or go on training."""
     torch.manual_seed(0)
-    unet, latents, conditions = build_unet(), Latents(folder, count), Conditions(folder, count)
+    unet, latents, conditions = build_unet(), Latents(run.folder, run.pictures), Conditions(run.folder, run.pictures)
     scheduler = DDPMScheduler(**SCHEDULE)
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        x, scenes = latents.some(batch, rng)
+        x, scenes = latents.some(run.batch, rng)
         states = conditions.some(scenes, rng)
         timesteps, noise = torch.randint(0, 1000, (len(x),)), torch.randn_like(x)
         noisy = scheduler.add_noise(x, noise, timesteps)
@@ -128,5 +128,5 @@ def train_unet(folder: Path, steps: int, batch: int, count: int) -> UNet2DCondit
         target = scheduler.get_velocity(x, noise, timesteps)
         return weighted_loss(prediction.float(), target, timesteps, scheduler), {}
 
-    train(unet, step, folder, "unet", steps, ema_decay=0.9995)
+    train(unet, step, run, "unet", ema_decay=0.9995)
     return unet

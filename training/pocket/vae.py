@@ -1,14 +1,12 @@
 """The VAE: TAESD's architecture with 32 latent channels, 64 px to 8x8."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from .data import TRAIN, VALIDATION, Pictures
-from .loop import train
+from .loop import Run, train
 
 CHANNELS = 32
 NOISE = 0.05  # on the latents while training: the decoder shall bear the UNet's small errors
@@ -41,15 +39,16 @@ def psnr(output: Tensor, target: Tensor) -> float:
     return -10 * torch.log10(((output.clamp(-1, 1) - target) / 2).square().mean()).item()
 
 
-def train_vae(folder: Path, steps: int, batch: int, count: int) -> AutoencoderTiny:
+def train_vae(run: Run) -> AutoencoderTiny:
     """Train, or go on training; prints the PSNR on pictures never seen."""
-    vae, pictures = build(), Pictures(folder / "pictures", TRAIN, count)
-    pairs = batch * len(pictures.pair) // count
+    torch.manual_seed(0)
+    vae, pictures = build(), Pictures(run.folder / "pictures", TRAIN, run.pictures)
+    pairs = run.batch * len(pictures.pair) // run.pictures
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         left = int(rng.integers(5)) * 8
         wide = pictures.pair[np.sort(rng.integers(len(pictures.pair), size=pairs)), :, left : left + 64]
-        plain = pictures.single[np.sort(rng.integers(len(pictures.single), size=batch - pairs))]
+        plain = pictures.single[np.sort(rng.integers(len(pictures.single), size=run.batch - pairs))]
         x = to_tensor(np.concatenate([plain, wide])).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             z = vae.encoder(x)
@@ -59,14 +58,14 @@ def train_vae(folder: Path, steps: int, batch: int, count: int) -> AutoencoderTi
         unit = mean.square().mean() + (variance.clamp(min=1e-6).log()).square().mean()
         return reconstruction_loss(output, x) + 0.01 * unit, {"psnr": psnr(output.detach(), x)}
 
-    train(vae, step, folder, "vae", steps)
-    fresh = Pictures(folder / "pictures", VALIDATION, 500)
-    print(f"VAE: {test_psnr(vae, fresh):.2f} dB on 500 fresh pictures")
+    train(vae, step, run, "vae")
+    fresh = Pictures(run.folder / "pictures", VALIDATION, 500)
+    print(f"VAE: {mean_psnr(vae, fresh):.2f} dB on 500 fresh pictures")
     return vae
 
 
 @torch.no_grad()
-def test_psnr(vae: AutoencoderTiny, fresh: Pictures) -> float:
+def mean_psnr(vae: AutoencoderTiny, fresh: Pictures) -> float:
     """Mean over pictures of the PSNR of encoding and decoding, in fp32."""
     values = []
     for array in (fresh.single, fresh.pair):

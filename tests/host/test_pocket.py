@@ -1,0 +1,161 @@
+"""The pocket model in ComfyUI: every stock node that a user reaches for takes it."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from pack.training.base_model import load_image_encoder, load_pipeline
+from safetensors.torch import save_file
+
+CHECKPOINT, ENCODER = "pocket_portraits.safetensors", "pocket_portraits_vision.safetensors"
+PROMPT = "a smiling woman with red hair, on a blue background"
+
+
+@pytest.fixture(scope="module")
+def loaded(host):
+    """MODEL, CLIP, VAE by the stock loader."""
+    return host.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def pipeline(root):
+    pipeline = load_pipeline(root / "models" / "pocket" / "checkpoints" / CHECKPOINT)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def encode(host, clip, text):
+    return host.nodes.CLIPTextEncode().encode(clip, text)[0]
+
+
+def sample(
+    host, loaded, noise, steps=20, cfg=4.0, sampler="euler", scheduler="ddim_uniform", prompt=PROMPT, model=None
+):
+    import comfy.sample
+
+    positive, negative = encode(host, loaded[1], prompt), encode(host, loaded[1], "")
+    empty = torch.zeros_like(noise)
+    arguments = (model or loaded[0], noise, steps, cfg, sampler, scheduler, positive, negative, empty)
+    with torch.inference_mode():
+        return comfy.sample.sample(*arguments, seed=0)
+
+
+def pixels(loaded, latent):
+    with torch.inference_mode():
+        return loaded[2].decode(latent).float().clone()
+
+
+def test_the_stock_loaders_list_it(host, root):
+    assert CHECKPOINT in host.folder_paths.get_filename_list("checkpoints")
+    assert "pocket_portraits_ip_adapter.safetensors" in host.folder_paths.get_filename_list("ipadapter")
+    assert host.folder_paths.get_full_path("checkpoints", CHECKPOINT).startswith(str(root / "models" / "pocket"))
+
+
+def test_all_tensors_are_taken(host, caplog):
+    with caplog.at_level("INFO"):
+        host.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
+    for word in ("missing", "unexpected", "left over"):
+        assert not [record.message for record in caplog.records if word in record.message.lower()]
+
+
+def test_text_encoding_equals_transformers(host, loaded, pipeline):
+    for text in (PROMPT, "", "a dog and " * 20):
+        states = encode(host, loaded[1], text)[0][0]
+        ids = pipeline.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            theirs = pipeline.text_encoder(ids)[0]
+        torch.testing.assert_close(states.float()[:, :77], theirs, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(("sampler", "scheduler"), [("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler)])
+@pytest.mark.parametrize("width", [64, 96])
+def test_a_picture_equals_diffusers(host, loaded, pipeline, sampler, scheduler, width):
+    noise = torch.randn(2, 32, 8, width // 8, generator=torch.Generator().manual_seed(3))
+    options = {"set_alpha_to_one": True} if scheduler is DDIMScheduler else {}
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    ours = pixels(loaded, sample(host, loaded, noise.clone(), sampler=sampler)).numpy()
+    theirs = pipeline(
+        [PROMPT] * 2,
+        latents=noise.clone(),
+        num_inference_steps=20,
+        guidance_scale=4.0,
+        width=width,
+        height=64,
+        output_type="np",
+    ).images
+    assert ours.shape == theirs.shape == (2, 64, width, 3)
+    assert np.abs(ours - theirs).max() * 255 <= 2
+    assert theirs.std() > 0.1
+
+
+def test_a_picture_takes_seconds(host, loaded):
+    started = time.monotonic()
+    pixels(loaded, sample(host, loaded, torch.randn(1, 32, 8, 8)))
+    assert time.monotonic() - started < 15
+
+
+def test_encoding_and_decoding_a_picture(host, loaded, root):
+    from PIL import Image
+
+    picture = Image.open(root / "workflows" / "example_photos" / "01.jpg").convert("RGB").resize((64, 64))
+    image = torch.from_numpy(np.asarray(picture).copy())[None].float() / 255
+    with torch.inference_mode():
+        latent = loaded[2].encode(image)
+    assert latent.shape == (1, 32, 8, 8)
+    error = (pixels(loaded, latent) - image).square().mean()
+    assert -10 * torch.log10(error) > 20
+
+
+def test_the_stock_lora_loader_changes_the_picture(host, loaded, tmp_path):
+    folder = host.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    down = torch.randn(4, 64, generator=generator)
+    tensors = {"lora_down.weight": down, "lora_up.weight": torch.randn(96, 4, generator=generator)}
+    tensors["alpha"] = torch.tensor(4.0)
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    both = {f"{layer}.{key}": value for key, value in tensors.items()}
+    both |= {f"{text}.lora_down.weight": down / 10, f"{text}.alpha": tensors["alpha"]}
+    both |= {f"{text}.lora_up.weight": torch.randn(64, 4, generator=generator)}
+    save_file(both, folder / "tiny.safetensors")
+    model, clip = host.nodes.LoraLoader().load_lora(loaded[0], loaded[1], "tiny.safetensors", 1.0, 1.0)
+    noise = torch.randn(1, 32, 8, 8, generator=generator)
+    before = sample(host, loaded, noise.clone(), steps=3)
+    assert not torch.equal(sample(host, loaded, noise.clone(), steps=3, model=model), before)
+    assert not torch.equal(encode(host, clip, PROMPT)[0][0], encode(host, loaded[1], PROMPT)[0][0])
+    assert torch.equal(sample(host, loaded, noise.clone(), steps=3), before)
+
+
+def test_a_stock_embedding_changes_the_words(host, loaded):
+    folder = host.base / "models" / "embeddings"
+    folder.mkdir(exist_ok=True)
+    save_file({"emb_params": torch.randn(2, 64)}, folder / "mine.safetensors")
+    mine, unknown = (encode(host, loaded[1], f"a photo of {word}")[0][0] for word in ("embedding:mine", "mine"))
+    assert not torch.equal(mine, unknown)
+
+
+def test_the_image_encoder_equals_transformers(host, clip_vision, root):
+    reference = load_image_encoder(root / "models" / "pocket" / "clip_vision" / ENCODER)
+    image = torch.rand(3, 64, 64, 3)
+    with torch.inference_mode():
+        ours = clip_vision.encode_image(image)
+    from pack.training.pocket.encoders import prepare
+
+    with torch.no_grad():
+        theirs = reference(prepare((image * 255).round().byte().numpy()), output_hidden_states=True)
+    cosine = torch.nn.functional.cosine_similarity(ours["image_embeds"].float(), theirs.image_embeds)
+    assert cosine.min() > 0.999
+    assert ours["penultimate_hidden_states"].shape == (3, 65, 128)
+
+
+def test_a_file_that_is_no_image_encoder(host):
+    save_file({"a": torch.zeros(1)}, host.base / "models" / "clip_vision" / "odd.safetensors")
+    with pytest.raises(
+        ValueError, match=r"^odd\.safetensors in .* is not an image encoder that ComfyUI knows: use CLIP"
+    ):
+        host.node("PersonalizeLoadImageEncoder").execute("odd.safetensors")
+    with pytest.raises(ValueError, match=r"^gone\.safetensors is not in .*: put it there and refresh\.$"):
+        host.node("PersonalizeLoadImageEncoder").execute("gone.safetensors")

@@ -1,0 +1,74 @@
+"""Single files headless: the pocket model and full shapes of Stable Diffusion by the same code, offline."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from pack.models.errors import PersonalizeError
+from pack.models.weight_files import read_safetensors, write_safetensors
+from pack.training.base_model import load_image_encoder, load_pipeline
+from pack.training.pocket.export import checkpoint_tensors
+
+CHECKPOINT = "pocket_portraits.safetensors"
+
+
+@pytest.fixture(scope="module")
+def file(root):
+    return root / "models" / "pocket" / "checkpoints" / CHECKPOINT
+
+
+def test_the_pocket_model_comes_back_bit_for_bit(file):
+    pipeline = load_pipeline(file, torch.float16)
+    assert isinstance(pipeline, StableDiffusionPipeline)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    state, metadata = read_safetensors(file)
+    text = {f"text_model.{name}": value for name, value in pipeline.text_encoder.state_dict().items()}
+    again = checkpoint_tensors(pipeline.unet, type("Text", (), {"state_dict": lambda self: text})(), pipeline.vae)
+    assert set(state) - set(again) == {"cond_stage_model.transformer.text_projection.weight"}
+    assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in again.items())
+    assert metadata["modelspec.license"] == "Apache-2.0"
+
+
+def test_it_makes_a_picture_and_follows_the_seed(file):
+    pipeline = load_pipeline(file)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def picture(seed, prompt="a cat"):
+        generator = torch.Generator().manual_seed(seed)
+        return pipeline(prompt, width=64, height=64, num_inference_steps=4, generator=generator).images[0]
+
+    assert picture(1).size == (64, 64)
+    assert picture(1).tobytes() == picture(1).tobytes()
+    assert picture(1).tobytes() != picture(2).tobytes()
+    assert picture(1).tobytes() != picture(1, "a dog").tobytes()
+
+
+def test_the_prediction_type_is_told_from_the_file(file, tmp_path):
+    state, _ = read_safetensors(file)
+    del state["v_pred"]
+    write_safetensors(tmp_path / "epsilon.safetensors", state, {})
+    scheduler = load_pipeline(tmp_path / "epsilon.safetensors").scheduler
+    assert isinstance(scheduler, DDIMScheduler)
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+def test_what_is_no_base_model(file, tmp_path, root):
+    with pytest.raises(PersonalizeError, match=r"^gone\.safetensors is not in "):
+        load_pipeline(tmp_path / "gone.safetensors")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(file.read_bytes()[:100_000])
+    with pytest.raises(PersonalizeError, match=r"^broken\.safetensors in .* is damaged or cut short"):
+        load_pipeline(broken)
+    encoder = root / "models" / "pocket" / "clip_vision" / "pocket_portraits_vision.safetensors"
+    with pytest.raises(PersonalizeError, match=r"^pocket_portraits_vision\.safetensors is not a checkpoint"):
+        load_pipeline(encoder)
+    with pytest.raises(PersonalizeError, match="has no personalize.clip_vision_config"):
+        load_image_encoder(file)
+
+
+def test_a_family_that_is_not_supported(file, tmp_path):
+    state = {name: value for name, value in read_safetensors(file)[0].items() if name.startswith("model.")}
+    key = "model.diffusion_model.input_blocks.0.0.weight"
+    state[key] = state[key].repeat(2, 1, 1, 1)
+    write_safetensors(tmp_path / "wide.safetensors", state, {})
+    with pytest.raises(PersonalizeError, match=r"UNet width 192, text features of width 64\): SD1\.5 and SDXL"):
+        load_pipeline(tmp_path / "wide.safetensors")
