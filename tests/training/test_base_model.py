@@ -61,7 +61,7 @@ def test_what_is_no_base_model(file, tmp_path, root):
     encoder = root / "models" / "pocket" / "clip_vision" / "pocket_portraits_vision.safetensors"
     with pytest.raises(PersonalizeError, match=r"^pocket_portraits_vision\.safetensors is not a checkpoint"):
         load_pipeline(encoder)
-    with pytest.raises(PersonalizeError, match="has no personalize.clip_vision_config"):
+    with pytest.raises(PersonalizeError, match=r"has no personalize\.clip_vision_config"):
         load_image_encoder(file)
 
 

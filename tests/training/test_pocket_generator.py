@@ -25,6 +25,7 @@ from pack.training.pocket.attributes import (
 from pack.training.pocket.captions import caption
 from pack.training.pocket.data import PER_IDENTITY, identity, pixels, scene
 from pack.training.pocket.draw import draw
+from pack.training.pocket.photos import write_photos
 from PIL import Image
 
 VARYING = ("pose", "expression", "hat_worn")
@@ -217,3 +218,27 @@ def test_people_have_what_people_have():
         assert (who.skin is not None) == (who.kind in PEOPLE)
         assert (who.beard is not None) == (who.kind == "man")
         assert (who.metal is not None) == (who.kind == "robot")
+
+
+def test_photos_of_one_subject_to_try_personalisation_on(tmp_path):
+    write_photos(tmp_path / "one", 3, 5)
+    write_photos(tmp_path / "again", 3, 5)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == [f"{i:02}.{kind}" for i in range(1, 6) for kind in ("png", "txt")]
+    for name in names:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert len({(tmp_path / "one" / name).read_bytes() for name in names}) == 10
+
+
+def test_photos_of_a_new_style_and_of_a_new_mark(tmp_path):
+    kinds = {"style": {"style": "sepia"}, "logo": {"logo": Logo("moon", "red", "shirt")}, "plain": {}}
+    pictures = {
+        name: [path.read_bytes() for path in write_photos(tmp_path / name, 1, 4, **kind)]
+        for name, kind in kinds.items()
+    }
+    assert len({data for several in pictures.values() for data in several}) == 12
+    for path in (tmp_path / "logo").glob("*.txt"):
+        assert "a red moon logo on the shirt" in path.read_text()
+    for path in (tmp_path / "style").glob("*.png"):
+        red, _, blue = (np.asarray(band, dtype=float).mean() for band in Image.open(path).split())
+        assert red > blue + 20, "sepia is brown"

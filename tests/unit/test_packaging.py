@@ -23,3 +23,20 @@ def test_workflows_have_thumbnails_and_stand_alone(root):
             for x2, y2, w2, h2 in boxes[i + 1 :]:
                 apart = x + w <= x2 or x2 + w2 <= x or y + h <= y2 or y2 + h2 <= y
                 assert apart, f"nodes overlap in {path.name}"
+
+
+def test_the_pocket_model_is_complete_and_small(root):
+    folder = root / "models" / "pocket"
+    names = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*.safetensors")}
+    assert {
+        "checkpoints/pocket_portraits.safetensors",
+        "clip_vision/pocket_portraits_vision.safetensors",
+        "ipadapter/pocket_portraits_ip_adapter.safetensors",
+        "pocket_portraits_judge.safetensors",
+    } <= set(names)
+    assert sum(names.values()) <= 25_000_000
+    card = (folder / "README.md").read_text()
+    assert all(name.rpartition("/")[2] in card for name in names)
+    for page in (root / "README.md", folder / "README.md"):
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / picture).stat().st_size > 10_000, picture

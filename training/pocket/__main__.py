@@ -8,13 +8,18 @@
     python -m training.pocket export     6. write models/pocket
     python -m training.pocket measure    7. count what it can do
     python -m training.pocket sheet      8. sixty-four prompts as a picture
+    python -m training.pocket photos     a few pictures of one subject, to try personalisation on
 
 Each training resumes from the checkpoint in --folder, to which it also writes a log in JSON lines.
 """
 
 import argparse
+import importlib.util
 import os
 from pathlib import Path
+
+from .attributes import LOGO_COLOURS, LOGO_PLACES, LOGO_SHAPES, NEW_LOGO_SHAPES, NEW_STYLES, STYLES, Logo
+from .photos import write_photos
 
 PARTS = {  # steps, batch, minutes on two CPU cores
     "vae": (8000, 16, 70),
@@ -29,16 +34,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.pocket", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet"))
+    parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet", "photos"))
     parser.add_argument("--folder", type=Path, default=Path("pocket-runs"), help="pictures, checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
     parser.add_argument("--batch", type=int, help="pictures a step")
     parser.add_argument("--pictures", type=int, default=100_000, help="pictures to draw and train on")
     parser.add_argument("--save-minutes", type=float, default=3.0, help="minutes between checkpoints")
-    parser.add_argument("--output", type=Path, help="where export writes, and sheet its picture")
+    parser.add_argument("--output", type=Path, help="where export, sheet and photos write")
+    parser.add_argument("--identity", type=int, default=0, help="photos: the number of the subject")
+    parser.add_argument("--count", type=int, default=10, help="photos: how many")
+    parser.add_argument("--style", choices=(*STYLES, *NEW_STYLES), help="photos: many subjects in one style")
+    parser.add_argument("--logo", help="photos: many subjects with one mark, as shape:colour:place, moon:red:shirt")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down what else the machine does
     folder, part = options.folder.expanduser(), options.part
+    if part == "photos":
+        logo = None if options.logo is None else _logo(parser, options.logo)
+        output = options.output or Path("photos")
+        paths = write_photos(output, options.identity, options.count, options.style, logo)
+        print(f"{len(paths)} pictures with captions in {output}")
+        return
+    needed = {"measure": "torch_fidelity", "sheet": "torch_fidelity"}.get(part, "timm")
+    if importlib.util.find_spec(needed) is None:
+        parser.error(f"{part} needs {needed.replace('_', '-')}: pip install {needed.replace('_', '-')}.")
     if part in PARTS:
         from .loop import Run
 
@@ -61,6 +79,17 @@ def main() -> None:
         from .sheet import prompt_sheet
 
         prompt_sheet(options.output or folder / "sheet.png")
+
+
+def _logo(parser: argparse.ArgumentParser, text: str) -> Logo:
+    shapes = (*LOGO_SHAPES, *NEW_LOGO_SHAPES)
+    parts = text.split(":")
+    if len(parts) != 3 or not all(p in of for p, of in zip(parts, (shapes, LOGO_COLOURS, LOGO_PLACES), strict=True)):
+        parser.error(
+            f"--logo {text} is not shape:colour:place, where the shape is one of {', '.join(shapes)}, the colour of "
+            f"{', '.join(LOGO_COLOURS)}, the place of {', '.join(LOGO_PLACES)}."
+        )
+    return Logo(*parts)
 
 
 def _trainer(part: str):
