@@ -24,9 +24,23 @@ TEXT = {
 }
 
 
+# Latent to picture by least squares (R² 0.96), in thousandths of -1..1, for previews while sampling.
+# fmt: off
+PREVIEW = (
+    (-7, 61, 64), (-76, -19, -69), (-60, -42, -27), (26, 39, -8), (-9, 74, 33), (36, 6, -28), (-32, -15, -4),
+    (51, 1, -4), (-14, -2, -62), (34, -26, -21), (13, 18, -22), (-18, -14, 30), (-2, -19, 3), (3, -4, -40),
+    (12, -41, -57), (-9, 32, -13), (22, 82, 13), (-17, 23, -61), (0, 59, -7), (-80, -28, -54), (12, 45, 24),
+    (-31, -41, -44), (6, -2, -106), (70, 28, 2), (39, -28, -19), (-23, -31, -15), (-42, 22, 25), (-87, -47, 13),
+    (6, -18, 14), (13, -12, 8), (-35, -15, -66), (16, -20, -30),
+)
+# fmt: on
+
+
 class PocketLatent(comfy.latent_formats.LatentFormat):
     latent_channels = CHANNELS
     scale_factor = 1.0
+    latent_rgb_factors = [[value / 1000 for value in row] for row in PREVIEW]  # noqa: RUF012
+    latent_rgb_factors_bias = [0.184, 0.211, 0.181]  # noqa: RUF012
 
 
 class PocketTextModel(comfy.sd1_clip.SDClipModel):
