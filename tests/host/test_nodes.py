@@ -116,15 +116,15 @@ def test_pictures_of_any_sizes_and_batches(host, encode):
     references, seen = outputs[0], outputs[1]
     assert references.names == ("image0", "image1[0]", "image1[1]", "image1[2]", "image10")
     assert references.weights.tolist() == [1, 2, 3, 4, 5]
-    assert references.pooled.shape == (5, 48)
-    assert references.patches.shape == (5, 50, 64)
-    assert seen.shape == (5, 224, 224, 3)
+    assert references.pooled.shape == (5, 96)
+    assert references.patches.shape == (5, 65, 128)
+    assert seen.shape == (5, 64, 64, 3)
 
 
 def test_grey_pictures_and_masks_of_other_shapes(encode):
     images = {"image0": torch.rand(1, 50, 50, 1), "image1": torch.rand(1, 50, 50, 3)}
     outputs = encode(images=images, masks={"mask0": torch.rand(50, 50), "mask1": torch.rand(1, 1, 50, 50)})
-    assert outputs[1].shape == (2, 224, 224, 3)
+    assert outputs[1].shape == (2, 64, 64, 3)
 
 
 def test_a_path_as_windows_copies_it(encode, photos):

@@ -75,10 +75,14 @@ def test_a_picture_equals_diffusers(host, loaded, pipeline, sampler, scheduler, 
     noise = torch.randn(2, 32, 8, width // 8, generator=torch.Generator().manual_seed(3))
     options = {"set_alpha_to_one": True} if scheduler is DDIMScheduler else {}
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    # The same noisy latent: ComfyUI starts at sigma times the noise, diffusers at a multiple of its own.
+    pipeline.scheduler.set_timesteps(20)
+    sigma = loaded[0].get_model_object("model_sampling").sigma(torch.tensor(951.0))
+    start = noise * sigma if scheduler is EulerDiscreteScheduler else noise * sigma / (sigma**2 + 1) ** 0.5
     ours = pixels(loaded, sample(host, loaded, noise.clone(), sampler=sampler)).numpy()
     theirs = pipeline(
         [PROMPT] * 2,
-        latents=noise.clone(),
+        latents=start / pipeline.scheduler.init_noise_sigma,
         num_inference_steps=20,
         guidance_scale=4.0,
         width=width,
@@ -118,7 +122,7 @@ def test_the_stock_lora_loader_changes_the_picture(host, loaded, tmp_path):
     tensors["alpha"] = torch.tensor(4.0)
     text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     both = {f"{layer}.{key}": value for key, value in tensors.items()}
-    both |= {f"{text}.lora_down.weight": down / 10, f"{text}.alpha": tensors["alpha"]}
+    both |= {f"{text}.lora_down.weight": down / 10, f"{text}.alpha": torch.tensor(4.0)}
     both |= {f"{text}.lora_up.weight": torch.randn(64, 4, generator=generator)}
     save_file(both, folder / "tiny.safetensors")
     model, clip = host.nodes.LoraLoader().load_lora(loaded[0], loaded[1], "tiny.safetensors", 1.0, 1.0)
@@ -152,7 +156,9 @@ def test_the_image_encoder_equals_transformers(host, clip_vision, root):
 
 
 def test_a_file_that_is_no_image_encoder(host):
-    save_file({"a": torch.zeros(1)}, host.base / "models" / "clip_vision" / "odd.safetensors")
+    folder = host.base / "models" / "clip_vision"
+    folder.mkdir(exist_ok=True)
+    save_file({"a": torch.zeros(1)}, folder / "odd.safetensors")
     with pytest.raises(
         ValueError, match=r"^odd\.safetensors in .* is not an image encoder that ComfyUI knows: use CLIP"
     ):

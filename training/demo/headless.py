@@ -41,7 +41,9 @@ def in_diffusers(photos: Path, prompt: str) -> list[tuple[str, Image.Image]]:
             generator=torch.Generator().manual_seed(42),
         ).images[0]
         pipeline.unet.set_attn_processor(before)
-        results.append((f"{aggregation}, weight {WEIGHT:g}", picture.resize((ENLARGED, ENLARGED), Image.BICUBIC)))
+        results.append(
+            (f"{aggregation}, weight {WEIGHT:g}", picture.resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC))
+        )
     return results
 
 

@@ -133,7 +133,10 @@ def _subject(speak: _Speaker, subject: Subject, varying: float, owned: float, sa
             return True
         return False
 
-    before, own, wears, after = [], [], [], []
+    before: list[str] = []
+    own: list[str] = []
+    wears: list[str] = []
+    after: list[str] = []
     if speak.chance(varying):
         named["expression"] = shown["expression"]
         word = speak.one_of(EXPRESSION_WORDS[shown["expression"]])

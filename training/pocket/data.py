@@ -27,7 +27,7 @@ def identity(seed: int, number: int) -> Identity:
 def scene(seed: int, index: int, pairs: float = PAIRS) -> Scene:
     """Scene `index` of a seed: its first subject is identity index // 4."""
     rng = np.random.default_rng([seed, 1, index])
-    who = (identity(seed, index // PER_IDENTITY),)
+    who: tuple[Identity, ...] = (identity(seed, index // PER_IDENTITY),)
     if rng.random() < pairs:
         who = (*who, sample_identity(rng))
     return sample_scene(rng, who)

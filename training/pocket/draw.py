@@ -22,17 +22,17 @@ def draw(scene: Scene, masks: list[Image.Image] | None = None) -> Image.Image:
     pixels = Pen(canvas, scale=factor, ink=ink, stroke=factor)
     across = round(width / factor)
     draw_background(pixels, scene.background, across, rng)
-    poster = scene.logo is not None and scene.logo.place == "wall"
+    poster = scene.logo if scene.logo is not None and scene.logo.place == "wall" else None
     side = -1 if rng.random() < 0.5 else 1
-    if poster:
-        draw_poster(pixels, scene.logo, side, across)
+    if poster is not None:
+        draw_poster(pixels, poster, side, across)
     for i, subject in enumerate(scene.subjects):
         scale, y = SCALES[scene.framing], HEIGHTS[scene.framing]
         x = across / 2 + rng.uniform(-3, 3)
         if len(scene.subjects) > 1:
             scale, y = 13.5, 32.0
             x = across * (0.27 + 0.46 * i) + rng.uniform(-1.5, 1.5)
-        elif poster:
+        elif poster is not None:
             x = across / 2 - side * 6
         scale, y = scale * rng.uniform(0.95, 1.05), y + rng.uniform(-1.5, 1.5)
         mask = None if masks is None else Image.new("L", canvas.size)

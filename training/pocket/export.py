@@ -9,6 +9,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..shared import POCKET, VISION_CONFIG, single_file_names, write_safetensors
+from .adapter import Adapter
 from .encoders import Encoders
 from .judge import Judge
 from .loop import average
@@ -55,24 +56,24 @@ def save(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> No
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
-def save_checkpoint(path: Path, unet: UNet2DConditionModel, text: nn.Module, vae: AutoencoderTiny) -> None:
-    """UNet, text encoder and VAE in one file, as the stock checkpoint loader takes it."""
-    about = metadata("Pocket portraits", "base_model") | {"modelspec.prediction_type": "v"}
-    save(path, checkpoint_tensors(unet, text, vae), about)
-
-
-def save_image_encoder(path: Path, encoder: nn.Module) -> None:
-    """The image encoder, with its configuration, which its shapes do not tell in full."""
-    about = metadata("Pocket portraits, image encoder", "image_encoder")
-    save(path, encoder.state_dict(), about | {VISION_CONFIG: json.dumps(encoder.config.to_dict())})
-
-
 def export(folder: Path, to: Path = POCKET) -> None:
     """Write what has been trained in `folder` so far."""
     vae, unet, encoders, judge = build(), build_unet(), Encoders(), Judge()
-    trained = {"vae": vae, "unet": unet, "encoders": encoders, "judge": judge}
-    for name, module in trained.items():
-        print(f"{name}: {average(module, folder, name)} steps")
-    save_checkpoint(to / CHECKPOINT, unet, encoders.text, vae)
-    save_image_encoder(to / IMAGE_ENCODER, encoders.image)
-    save(to / JUDGE, judge.state_dict(), metadata("Pocket portraits, judge", "judge"))
+    adapter = Adapter(unet)
+    trained = {"vae": vae, "encoders": encoders, "judge": judge, "unet": unet, "adapter": adapter}
+    steps = json.dumps({name: average(module, folder, name) for name, module in trained.items()})
+    print(f"Steps: {steps}")
+
+    def about(title: str, method: str) -> dict[str, str]:
+        return metadata(title, method) | {"personalize.training_steps": steps}
+
+    checkpoint = checkpoint_tensors(unet, encoders.text, vae)
+    save(to / CHECKPOINT, checkpoint, about("Pocket portraits", "base_model") | {"modelspec.prediction_type": "v"})
+    config = {VISION_CONFIG: json.dumps(encoders.image.config.to_dict())}
+    save(
+        to / IMAGE_ENCODER,
+        encoders.image.state_dict(),
+        about("Pocket portraits, image encoder", "image_encoder") | config,
+    )
+    save(to / ADAPTER, adapter.tensors(), about("Pocket portraits, IP-Adapter", "ip_adapter"))
+    save(to / JUDGE, judge.state_dict(), about("Pocket portraits, judge", "judge"))

@@ -104,7 +104,8 @@ class Windows:
 def train_judge(run: Run) -> Judge:
     """Train, or go on training; prints the accuracy on pictures never seen."""
     torch.manual_seed(0)
-    judge, seen = Judge().to(memory_format=torch.channels_last), Windows(run.folder, TRAIN, run.pictures)
+    judge, seen = Judge(), Windows(run.folder, TRAIN, run.pictures)
+    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         a, b = seen.pictures.twins(run.batch // 3, rng)
@@ -125,7 +126,7 @@ def train_judge(run: Run) -> Judge:
         return reading + 0.1 * same, {"reading": reading.item(), "same": same.item()}
 
     train(judge, step, run, "judge")
-    for name, (right, of) in count_right(judge, Windows(run.folder, VALIDATION, 4000)).items():
+    for name, (right, of) in count_right(judge, Windows(run.folder, VALIDATION, min(4000, run.pictures))).items():
         print(f"judge, {name}: {right / of:.2%} of {of}")
     return judge
 

@@ -73,7 +73,7 @@ def train(
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
-    saved, figures = time.monotonic(), {}
+    saved, figures = time.monotonic(), dict[str, float]()
     module.train()
     for number in (bar := tqdm(range(start, run.steps), initial=start, total=run.steps, desc=name, unit=" steps")):
         torch.manual_seed(number)
@@ -100,7 +100,7 @@ def _groups(module: nn.Module) -> list[dict]:
     """Muon for matrices and convolutions; its AdamW for vectors, and for embeddings, whose rows are independent."""
     rows = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict] = [
         {"params": [p for p in trained if id(p) not in rows]},
         {"params": [p for p in trained if id(p) in rows], "use_fallback": True, "weight_decay": 0.0},
     ]
@@ -109,6 +109,8 @@ def _groups(module: nn.Module) -> list[dict]:
 
 def average(module: nn.Module, folder: Path, name: str) -> int:
     """Load the averaged weights of a run's checkpoint; the number of steps done."""
+    if not (folder / f"{name}.pt").exists():
+        raise SystemExit(f"{name}.pt is not in {folder}: train it first, python -m training.pocket {name}.")
     state = torch.load(folder / f"{name}.pt", weights_only=True)
     module.load_state_dict(state["module"])
     trained = [p for p in module.parameters() if p.requires_grad]

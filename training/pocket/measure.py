@@ -40,19 +40,20 @@ def fresh_captions(count: int, subjects: int) -> list[Caption]:
     """Captions of scenes that were never drawn, all of so many subjects."""
     captions = []
     for i in range(count):
-        rng = np.random.default_rng([FRESH, subjects, i])
+        rng = np.random.default_rng([FRESH, 10 + subjects, i])
         captions.append(caption(sample_scene(rng, pairs=float(subjects - 1)), rng))
     return captions
 
 
 def following(pocket: Pocket, count: int) -> tuple[Counter, Counter]:
     """Named attributes that the pictures show, and all that were named: by attribute, for single and for two."""
-    right, named = Counter(), Counter()
+    right: Counter[str] = Counter()
+    named: Counter[str] = Counter()
     for subjects, share, width in ((1, 0.7, 64), (2, 0.3, 96)):
         captions = fresh_captions(round(count * share), subjects)
         seen = read(pocket.judge, pocket.generate([words.text for words in captions], width, seed=subjects))
         for i, words in enumerate(captions):
-            both = []
+            both: list[bool] = []
             for subject, around in zip(words.subjects, [words.scene] + [{}] * (subjects - 1), strict=True):
                 window = seen[len(both)]
                 for name, value in {**subject, **around}.items():
@@ -119,7 +120,7 @@ def retrieval(pocket: Pocket, count: int) -> dict[str, float]:
     def top(similarity: Tensor, k: int) -> float:
         return (similarity.topk(k).indices == own[:, None]).any(1).float().mean().item()
 
-    scores = {}
+    scores: dict[str, float] = {}
     for name, similarity in {"image to text": a @ t.T, "text to image": t @ a.T, "image to image": a @ b.T}.items():
         scores |= {f"{name}, first of {count}": top(similarity, 1), f"{name}, in the first 5": top(similarity, 5)}
     return scores | {"chance, first": 1 / count, "chance, in the first 5": 5 / count}
@@ -133,7 +134,7 @@ def likeness(pocket: Pocket, adapter: IPAdapter, count: int, weights: tuple[floa
     scenes = [scene(VALIDATION, 4 * i, pairs=0.0) for i in range(count)]
     references = np.stack([np.asarray(draw(picture)) for picture in scenes])
     embedded = pocket.embed(references)
-    unet, scores = pocket.pipeline.unet, {}
+    unet, scores = pocket.pipeline.unet, dict[str, dict[str, float]]()
     own = pocket.judge(to_tensor(references))[1]
     for weight in weights:
         pictures = []
@@ -145,7 +146,8 @@ def likeness(pocket: Pocket, adapter: IPAdapter, count: int, weights: tuple[floa
             unet.set_attn_processor(dict(before))
         array = np.stack(pictures)
         seen, who = read(pocket.judge, array)[0], pocket.judge(to_tensor(array))[1]
-        right, of = Counter(), Counter()
+        right: Counter[str] = Counter()
+        of: Counter[str] = Counter()
         for i, picture in enumerate(scenes):
             for name, value in picture.subjects[0].values().items():
                 of[name] += 1

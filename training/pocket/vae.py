@@ -59,8 +59,8 @@ def train_vae(run: Run) -> AutoencoderTiny:
         return reconstruction_loss(output, x) + 0.01 * unit, {"psnr": psnr(output.detach(), x)}
 
     train(vae, step, run, "vae")
-    fresh = Pictures(run.folder / "pictures", VALIDATION, 500)
-    print(f"VAE: {mean_psnr(vae, fresh):.2f} dB on 500 fresh pictures")
+    fresh = Pictures(run.folder / "pictures", VALIDATION, min(500, run.pictures))
+    print(f"VAE: {mean_psnr(vae, fresh):.2f} dB on {fresh.count} fresh pictures")
     return vae
 
 
