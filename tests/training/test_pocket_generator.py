@@ -113,12 +113,26 @@ def test_what_is_hidden_changes_no_pixel_and_what_is_visible_does(kind):
     raise AssertionError(checked)
 
 
+def test_a_close_up_cuts_the_clothes_off():
+    checked = 0
+    for number in range(300):
+        close = replace(scene(6, number, pairs=0.0), framing="close-up", obstacle="none", logo=None, style="flat")
+        who = close.subjects[0].identity
+        other = with_identity(close, clothes="green" if who.clothes != "green" else "red")
+        changed = (picture(close) != picture(other)).any(-1).sum()
+        assert changed < 0.06 * 64 * 64
+        assert not {"clothes", "pattern"} & set(close.subject_values()[0])
+        assert {"clothes", "pattern"} <= set(replace(close, framing="portrait").subject_values()[0])
+        checked += changed > 0
+    assert checked > 200
+
+
 def test_no_picture_shows_a_whole_identity_and_several_show_more():
     for number in range(100):
         who = identity(7, number)
         all_of_it = {name for name, value in vars(who).items() if value is not None}
         rng = np.random.default_rng(number)
-        seen = [set(sample_scene(rng, (who,)).subjects[0].values()) for _ in range(30)]
+        seen = [set(sample_scene(rng, (who,)).subject_values()[0]) for _ in range(30)]
         assert not any(all_of_it <= shown for shown in seen)
         hidden_for_good = {"eyes"} if who.glasses == "sunglasses" else set()
         assert all_of_it - set.union(*seen) <= hidden_for_good
@@ -186,8 +200,7 @@ def test_captions_say_only_what_is_shown():
         this = scene(2, index)
         words = caption(this, np.random.default_rng(index))
         texts.add(words.text)
-        for said, subject in zip(words.subjects, this.subjects, strict=True):
-            shown = subject.values()
+        for said, shown in zip(words.subjects, this.subject_values(), strict=True):
             assert said.items() <= shown.items(), (words.text, shown)
             named.update(list(said))
         assert words.scene.items() <= this.values().items()

@@ -1,6 +1,7 @@
 """Every script of the pocket model starts from nothing, and goes on where it was killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 TRAININGS = ("vae", "encoders", "judge", "unet", "adapter")
 SMALL = ("--batch", "12", "--pictures", "200")
@@ -52,6 +54,26 @@ def test_the_parts_become_the_shipped_files(root, trained, tmp_path):
     for name in names:
         assert name.name in printed
         assert (tmp_path / name).stat().st_size == pytest.approx((shipped / name).stat().st_size, rel=0.01)
+
+
+def test_the_shipped_files_become_checkpoints_to_go_on_from(root, trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "pictures").symlink_to(folder / "pictures")
+    shutil.copy(folder / "vae.pt", tmp_path)
+    printed = run(root, tmp_path, "restore")
+    assert f"{tmp_path / 'vae.pt'} is there already and was left alone." in printed
+    (tmp_path / "vae.pt").unlink()
+    run(root, tmp_path, "restore")
+    run(root, tmp_path, "export", "--output", str(tmp_path / "again"))
+    shipped = root / "models" / "pocket"
+    for path in shipped.rglob("*.safetensors"):
+        ours, again = load_file(path), load_file(tmp_path / "again" / path.relative_to(shipped))
+        assert ours.keys() == again.keys()
+        assert all(torch.equal(ours[name], again[name]) for name in ours)
+    run(root, tmp_path, "unet", "--steps", "2", *SMALL)
+    before, after = (torch.load(tmp_path / "unet.pt", weights_only=True)[key] for key in ("before", "step"))
+    assert before > 1000
+    assert after == 2
 
 
 @pytest.mark.parametrize(("part", "steps"), [("vae", 12), ("unet", 30)])

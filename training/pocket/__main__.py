@@ -8,6 +8,7 @@
     python -m training.pocket export     6. write models/pocket
     python -m training.pocket measure    7. count what it can do
     python -m training.pocket sheet      8. sixty-four prompts as a picture
+    python -m training.pocket restore    the shipped weights as checkpoints, to go on from them
     python -m training.pocket photos     a few pictures of one subject, to try personalisation on
 
 Each training resumes from the checkpoint in --folder, to which it also writes a log in JSON lines.
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.pocket", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet", "photos"))
+    parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet", "restore", "photos"))
     parser.add_argument("--folder", type=Path, default=Path("pocket-runs"), help="pictures, checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all")
     parser.add_argument("--batch", type=int, help="pictures a step")
@@ -71,6 +72,10 @@ def main() -> None:
         from .export import export
 
         export(folder, options.output or POCKET)
+    elif part == "restore":
+        from .restore import restore
+
+        restore(folder)
     elif part == "measure":
         from .measure import measure
 

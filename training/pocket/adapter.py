@@ -4,6 +4,7 @@ Target and reference are two pictures of one identity, so that the adapter learn
 and background to the prompt. The prompt is dropped often, the reference sometimes, for guidance.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..diffusers_attention import DecoupledAttentionProcessor
 from ..shared import LinearProjection
 from .data import Pictures
 from .encoders import VISION, Encoders, prepare
-from .loop import Run, average, train
+from .loop import Run, autocast, average, train
 from .unet import SCHEDULE, Conditions, Latents, build_unet, weighted_loss
 
 TOKENS = 4
@@ -52,6 +53,14 @@ class Adapter(nn.Module):
             state[f"ip_adapter.{2 * i + 1}.to_k_ip.weight"] = key.weight
             state[f"ip_adapter.{2 * i + 1}.to_v_ip.weight"] = value.weight
         return state
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of `tensors`."""
+        state = {name: value for name, value in tensors.items() if name.startswith("image_proj.")}
+        for i in range(len(self.names)):
+            for which in ("to_k_ip", "to_v_ip"):
+                state[f"{which}.{i}.weight"] = tensors[f"ip_adapter.{2 * i + 1}.{which}.weight"]
+        self.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -93,7 +102,7 @@ def train_adapter(run: Run) -> Adapter:
         states = conditions.some(latents.pictures.single_index[target], rng, no_text)
         timesteps, noise = torch.randint(0, 1000, (run.batch,)), torch.randn_like(x)
         noisy = scheduler.add_noise(x, noise, timesteps)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             adapter.apply(unet, embeddings[reference] * ~no_reference[:, None])
             prediction = unet(noisy, timesteps, states).sample
         return weighted_loss(prediction.float(), scheduler.get_velocity(x, noise, timesteps), timesteps, scheduler), {}

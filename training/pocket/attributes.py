@@ -2,7 +2,7 @@
 
 An identity is a fixed set of attributes. A scene shows one or two identities and varies what a photograph varies:
 pose, expression, framing, background, light, a hat worn or not, a thing in front. What a scene hides it says
-(`Subject.visible`), so that a judge is asked only what a person could see.
+(`Scene.subject_values`), so that a judge is asked only what a person could see.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -155,7 +155,7 @@ class Subject:
     hat_worn: bool
 
     def values(self) -> dict[str, str]:
-        """Every attribute that the picture really shows, by name."""
+        """Every attribute that is to be seen from head to shoulders, by name."""
         shown = {name: value for name, value in asdict(self.identity).items() if value is not None}
         shown |= {"pose": self.pose, "expression": self.expression, "hat_worn": "yes" if self.hat_worn else "no"}
         hidden = {"hair_style", "marking", "antenna"} if self.hat_worn else {"hat", "hat_colour"}
@@ -179,6 +179,13 @@ class Scene:
     logo: Logo | None = None
     seed: int = 0
     size: tuple[int, int] = field(default=(64, 64))  # width, height in pixels
+
+    def subject_values(self) -> list[dict[str, str]]:
+        """Every attribute of each subject that the picture really shows, by name; a close-up cuts the clothes off."""
+        hidden = {"clothes", "pattern"} if self.framing == "close-up" else set()
+        return [
+            {name: value for name, value in subject.values().items() if name not in hidden} for subject in self.subjects
+        ]
 
     def values(self) -> dict[str, str]:
         """What the picture shows beside its subjects, by name."""

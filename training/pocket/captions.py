@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .attributes import BACKGROUND_COLOURS, PEOPLE, PETS, Scene, Subject
+from .attributes import BACKGROUND_COLOURS, PEOPLE, PETS, Scene
 
 EXPRESSION_WORDS = {
     "smiling": ("smiling", "happy"),
@@ -77,7 +77,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     varying = 0.0 if mood < 0.12 else 0.75
     owned = 0.0 if mood < 0.35 else float(rng.choice((0.2, 0.4, 0.7))) * (0.6 if len(scene.subjects) > 1 else 1.0)
     said: list[dict[str, str]] = []
-    phrases = [_subject(speak, subject, varying, owned, said) for subject in scene.subjects]
+    phrases = [_subject(speak, shown, varying, owned, said) for shown in scene.subject_values()]
     joint = speak.one_of((" and ", " and ", " next to ", " beside "))
     text = ("," * any("," in phrase for phrase in phrases) + joint).join(phrases)
     named, rest = _around(speak, scene, varying)
@@ -120,8 +120,8 @@ def _article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _subject(speak: _Speaker, subject: Subject, varying: float, owned: float, said: list[dict[str, str]]) -> str:
-    shown = subject.values()
+def _subject(speak: _Speaker, shown: dict[str, str], varying: float, owned: float, said: list[dict[str, str]]) -> str:
+    """One subject in words; appends to `said` what of `shown` they name."""
     anonymous = speak.chance(0.08)
     named = {} if anonymous else {"kind": shown["kind"]}
     said.append(named)

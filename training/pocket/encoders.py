@@ -20,7 +20,7 @@ from ..clip_tokenizer import LENGTH
 from ..shared import CLIP_MEAN, CLIP_STD
 from .data import TRAIN, Pictures
 from .labels import SCENE_SIZES, SUBJECT_SIZES, cached_labels
-from .loop import Run, train
+from .loop import Run, autocast, train
 from .words import Captions, add_unknown_words
 
 TEXT = CLIPTextConfig(
@@ -122,7 +122,7 @@ def train_encoders(run: Run) -> Encoders:
         ids, named = captions.some(np.concatenate([pictures.single_index[a], pictures.pair_index[c]]), rng)
         pixels = torch.cat([prepare(pictures.single[a]), prepare(pictures.single[b]), prepare(pictures.pair[c])])
         pixels = pixels + 0.05 * torch.randn_like(pixels)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             text = encoders.text(add_unknown_words(ids, rng))
             image = encoders.image(pixels).image_embeds
         image, words = image.float(), text.text_embeds.float()

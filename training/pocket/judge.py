@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, normalize
 from .data import TRAIN, VALIDATION, Pictures
 from .encoders import contrast
 from .labels import SCENE_NAMES, SCENE_SIZES, SUBJECT_NAMES, SUBJECT_SIZES, cached_labels
-from .loop import Run, train
+from .loop import Run, autocast, train
 from .vae import to_tensor
 
 NAMES = (*SUBJECT_NAMES, *SCENE_NAMES)
@@ -113,7 +113,7 @@ def train_judge(run: Run) -> Judge:
         parts = [seen.single(a), seen.single(b), seen.pair(c)]
         x, labels = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         x = _soften(x, rng).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             features = judge.features(x)
         features = features.float()
         losses = [

@@ -30,7 +30,7 @@ def scene_labels(said: dict[str, str]) -> list[int]:
 
 def shown(picture: Scene) -> tuple[list[list[int]], list[int]]:
     """Labels of what the picture shows: of each subject, and of the scene."""
-    return [subject_labels(subject.values()) for subject in picture.subjects], scene_labels(picture.values())
+    return [subject_labels(values) for values in picture.subject_values()], scene_labels(picture.values())
 
 
 def said(words: Caption) -> tuple[list[list[int]], list[int]]:

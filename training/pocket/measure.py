@@ -149,7 +149,7 @@ def likeness(pocket: Pocket, adapter: IPAdapter, count: int, weights: tuple[floa
         right: Counter[str] = Counter()
         of: Counter[str] = Counter()
         for i, picture in enumerate(scenes):
-            for name, value in picture.subjects[0].values().items():
+            for name, value in picture.subject_values()[0].items():
                 of[name] += 1
                 right[name] += SUBJECT_VALUES[name][seen[name][i]] == value
         scores[f"{weight:g}"] = {name: right[name] / of[name] for name in of} | {

@@ -132,7 +132,7 @@ def _person(pen: Pen, subject: Subject, turn: int) -> None:
     else:
         pen.ellipse(0, 0, wide, tall, skin)
     if who.beard == "beard":
-        colour = HAIRS[who.hair_colour or "brown"]
+        colour = HAIRS[who.hair_colour or "grey"]
         pen.chord(0.1 * turn, 0.06, wide, 1.06, (15, 165), colour)
     _front_hair(pen, subject, turn, wide)
     if turn != 0:
@@ -148,7 +148,7 @@ def _person(pen: Pen, subject: Subject, turn: int) -> None:
         pen.ellipse(0, 0.22, 0.1, 0.13, shade(skin, 0.78), outlined=False)
     _eyes(pen, subject, turn, 0.38, -0.06)
     if who.beard == "moustache":
-        colour, x = HAIRS[who.hair_colour or "brown"], 0.5 * turn
+        colour, x = HAIRS[who.hair_colour or "grey"], 0.5 * turn
         pen.polygon([(x - 0.5, 0.56), (x - 0.2, 0.3), (x + 0.2, 0.3), (x + 0.5, 0.56), (x, 0.48)], colour)
     _mouth(pen, subject, 0.46 * turn, 0.6, (206, 52, 76) if who.kind == "woman" else MOUTH)
     if subject.hat_worn:

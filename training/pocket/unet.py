@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .data import TRAIN, Pictures
 from .encoders import TEXT, Encoders
-from .loop import Run, average, train
+from .loop import Run, autocast, average, train
 from .vae import CHANNELS, build, to_tensor
 from .words import Captions, add_unknown_words, tokenize
 
@@ -79,7 +79,7 @@ def _encoded(folder: Path, name: str, pictures: np.ndarray) -> np.ndarray:
         store = open_memmap(path.with_suffix(".partial.npy"), "w+", np.float16, shape)
         for start in tqdm(range(0, len(pictures), 64), desc=f"Encoding {name}", unit=" x 64", mininterval=5):
             x = to_tensor(pictures[start : start + 64]).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with autocast():
                 store[start : start + 64] = vae.encoder(x).float().numpy()
         store.flush()
         path.with_suffix(".partial.npy").replace(path)
@@ -123,7 +123,7 @@ def train_unet(run: Run) -> UNet2DConditionModel:
         states = conditions.some(scenes, rng)
         timesteps, noise = torch.randint(0, 1000, (len(x),)), torch.randn_like(x)
         noisy = scheduler.add_noise(x, noise, timesteps)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             prediction = unet(noisy, timesteps, states).sample
         target = scheduler.get_velocity(x, noise, timesteps)
         return weighted_loss(prediction.float(), target, timesteps, scheduler), {}

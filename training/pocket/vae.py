@@ -6,7 +6,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from .data import TRAIN, VALIDATION, Pictures
-from .loop import Run, train
+from .loop import Run, autocast, train
 
 CHANNELS = 32
 NOISE = 0.05  # on the latents while training: the decoder shall bear the UNet's small errors
@@ -50,7 +50,7 @@ def train_vae(run: Run) -> AutoencoderTiny:
         wide = pictures.pair[np.sort(rng.integers(len(pictures.pair), size=pairs)), :, left : left + 64]
         plain = pictures.single[np.sort(rng.integers(len(pictures.single), size=run.batch - pairs))]
         x = to_tensor(np.concatenate([plain, wide])).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast():
             z = vae.encoder(x)
             output = vae.decoder(z + NOISE * torch.randn_like(z))
         z, output = z.float(), output.float()
