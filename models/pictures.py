@@ -175,6 +175,14 @@ def frame_picture(
     return _resize(canvas, size, size)
 
 
+def cover_picture(pixels: Tensor, height: int, width: int) -> Tensor:
+    """[H, W, C] resized until it covers `height` x `width`, and the middle of it cut out."""
+    scale = max(height / pixels.shape[0], width / pixels.shape[1])
+    resized = _resize(pixels, max(height, round(pixels.shape[0] * scale)), max(width, round(pixels.shape[1] * scale)))
+    top, left = (resized.shape[0] - height) // 2, (resized.shape[1] - width) // 2
+    return resized[top : top + height, left : left + width]
+
+
 def _isolate(pixels: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
     """The subject's bounding box, on a plain background."""
     pixels = pixels * mask[..., None] + colour * (1 - mask[..., None])

@@ -15,7 +15,7 @@ ROOT = TESTS.parent
 
 # ComfyUI has its own top-level `nodes` and `models`, so the repository's root must not be on the path.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-sys.path[:0] = [str(TESTS), str(TESTS / "host")]
+sys.path[:0] = [str(TESTS), str(TESTS / "host"), str(TESTS / "training")]
 pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack

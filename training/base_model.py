@@ -1,73 +1,276 @@
-"""A base model from one .safetensors file, offline: SD1.5, SDXL and the pocket model by the same code.
+"""A base model from one file, a diffusers folder or a hub id: SD1.5, SD2.x, SDXL and the pocket model by the same code.
 
-The family is told from the file's shapes, never from its name. Configurations and the tokenizer come with the pack
-(`configs/`); a file with a TAESD-shaped VAE gets diffusers' AutoencoderTiny.
+From one file it works offline: the family is told from the file's shapes, never from its name; configurations and the
+tokenizer come with the pack (`configs/`); a file with a TAESD-shaped VAE gets diffusers' AutoencoderTiny. The network
+is touched only for a hub id.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .clip_tokenizer import clip_tokenizer
-from .shared import VISION_CONFIG, PersonalizeError, read_safetensors
+from .shared import (
+    VISION_CONFIG,
+    PersonalizeError,
+    family_of_widths,
+    fingerprint,
+    read_safetensors,
+    read_weights,
+    single_file_names,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
-FAMILIES = {(320, 768): "sd15", (320, 2048): "sdxl", (96, 64): "pocket"}
-"""By the UNet's first width and the width of the text features."""
+OFFLINE = {"sd15", "sd2", "sdxl", "pocket"}
+"""Families whose configuration comes with the pack."""
+PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+Pipeline = Any
+"""One of PIPELINES."""
 
-_CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+_UNET = "model.diffusion_model."
+_CONV_IN = f"{_UNET}input_blocks.0.0.weight"
 _CROSS = ".attn2.to_k.weight"
 _TINY_VAE = "first_stage_model.taesd_"
+_SD2_NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_SD2_V = 0.09
+"""Standard deviation of that bias above which a SD2.x predicts v: no key of the file says it (ComfyUI's rule)."""
+
+
+@dataclass
+class BaseModel:
+    """A base model, loaded."""
+
+    pipeline: Pipeline
+    name: str
+    """Of the file, folder or hub id."""
+    family: str
+    """Of models.base_models: "sd15", "sdxl", ..."""
+    file: Path | None
+    """Where it came from, if that was one file."""
+
+    @property
+    def layout(self) -> str:
+        """ "sd", "sd2" or "sdxl": which text encoders it has, and how single files name them."""
+        if isinstance(self.pipeline, StableDiffusionXLPipeline):
+            return "sdxl"
+        return "sd2" if self.family == "sd2" else "sd"
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """One or two."""
+        two = [self.pipeline.text_encoder_2] if self.layout == "sdxl" else []
+        return [self.pipeline.text_encoder, *two]
+
+    @property
+    def v_prediction(self) -> bool:
+        """Whether the network predicts v rather than the noise."""
+        return self.pipeline.scheduler.config.prediction_type == "v_prediction"
+
+    @property
+    def size_step(self) -> int:
+        """Pixels of which the sides of a picture are multiples."""
+        return self.pipeline.vae_scale_factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
+
+    def unet_names(self) -> dict[str, str]:
+        """Single-file name of each of the UNet's parameters."""
+        unet = self.pipeline.unet
+        return single_file_names(list(unet.state_dict()), unet.config.layers_per_block)
+
+    def fingerprint(self) -> str:
+        """See models.base_models."""
+        state = self.pipeline.unet.state_dict()
+        return fingerprint({single.removeprefix(_UNET): state[name] for name, single in self.unet_names().items()})
+
+
+def load_base(
+    where: str,
+    dtype: torch.dtype = torch.float32,
+    prediction_type: str = "auto",
+    revision: str | None = None,
+    variant: str | None = None,
+    vae: str | None = None,
+) -> BaseModel:
+    """A base model, on the CPU, without a safety checker.
+
+    Args:
+        where: a file, a folder in diffusers' layout, or a hub id such as "owner/name".
+        dtype: of the UNet and the text encoders; the VAE is always in fp32, as SDXL's overflows in fp16.
+        prediction_type: "auto" takes what the file says, else "epsilon" or "v_prediction".
+        revision, variant: of a hub id; variant also of a folder.
+        vae: another VAE: a folder, or a file.
+
+    Raises:
+        PersonalizeError: nothing there, damaged, or of another family.
+    """
+    hush()
+    path = Path(where).expanduser()
+    if path.is_file():
+        pipeline, file = load_pipeline(path, dtype), path
+    else:
+        pipeline, file = _load_folder(where, path, dtype, revision, variant), None
+    if vae is not None:
+        pipeline.vae = load_vae(Path(vae).expanduser())
+    pipeline.vae.to(torch.float32)
+    if prediction_type != "auto":
+        _predict(pipeline, prediction_type)
+    unet = pipeline.unet.config
+    family = family_of_widths(unet.block_out_channels[0], unet.cross_attention_dim)
+    return BaseModel(pipeline, path.name if file or path.is_dir() else where, family, file)
+
+
+def hush() -> None:
+    """No progress bars and advice from diffusers while it loads."""
+    diffusers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+
+
+def _load_folder(where: str, path: Path, dtype: torch.dtype, revision: str | None, variant: str | None) -> Pipeline:
+    local = path.is_dir()
+    if not local and (
+        where.count("/") != 1 or path.suffix in (".safetensors", ".ckpt") or where.startswith((".", "~", "/"))
+    ):
+        raise PersonalizeError(f"{where} is no file, no folder, and no hub id (owner/name).")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(path) if local else where,
+            torch_dtype=dtype,
+            revision=revision,
+            variant=variant,
+            local_files_only=local,
+            **({"safety_checker": None} if _wants_checker(path) else {}),
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        kind = "folder" if local else "hub id"
+        raise PersonalizeError(f"The {kind} {where} cannot be loaded as a base model: {reason}") from None
+    if not isinstance(pipeline, PIPELINES):
+        raise PersonalizeError(f"{where} is a {type(pipeline).__name__}; SD1.5, SD2.x and SDXL models are supported.")
+    return pipeline
+
+
+def _wants_checker(path: Path) -> bool:
+    index = path / "model_index.json"
+    return not index.is_file() or "safety_checker" in index.read_text(encoding="utf-8")
+
+
+def _predict(pipeline: Pipeline, kind: str) -> None:
+    if pipeline.scheduler.config.prediction_type != kind:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=kind)
+
+
+def load_vae(path: Path) -> AutoencoderKL | AutoencoderTiny:
+    """A VAE by itself: a folder, or a file, in diffusers' or the single-file layout.
+
+    Raises:
+        PersonalizeError: it cannot be loaded.
+    """
+    try:
+        if path.is_dir():
+            return AutoencoderKL.from_pretrained(str(path), torch_dtype=torch.float32, local_files_only=True)
+        config = str(CONFIGS / "sd15" / "vae")
+        return AutoencoderKL.from_single_file(
+            str(path), config=config, torch_dtype=torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PersonalizeError(f"{path} cannot be loaded as a VAE: {reason}") from None
+
+
+def widths_of(state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """The UNet's first width and the width of the text features, from a single file's tensors or their shapes."""
+    context = next((value.shape[1] for key, value in state.items() if key.endswith(_CROSS)), 0)
+    return state[_CONV_IN].shape[0], context
 
 
 def family_of(state: Mapping[str, Tensor], name: str) -> str:
-    """ "sd15", "sdxl" or "pocket".
+    """ "sd15", "sd2", "sdxl" or "pocket".
 
     Raises:
         PersonalizeError: not a single-file checkpoint of one of these; the message names the file.
     """
     if _CONV_IN not in state:
         raise PersonalizeError(f"{name} is not a checkpoint: it has no {_CONV_IN}.")
-    width = state[_CONV_IN].shape[0]
-    context = next((value.shape[1] for key, value in state.items() if key.endswith(_CROSS)), 0)
-    if (width, context) not in FAMILIES:
+    width, context = widths_of(state)
+    family = family_of_widths(width, context)
+    if family not in OFFLINE:
         raise PersonalizeError(
             f"{name} is of a family that is not supported (UNet width {width}, text features of width {context}): "
-            "SD1.5 and SDXL checkpoints, and the pocket model, are."
+            "SD1.5, SD2.x and SDXL checkpoints, and the pocket model, are."
         )
-    return FAMILIES[width, context]
+    channels = state[_CONV_IN].shape[1]
+    if family != "pocket" and channels != 4:
+        raise PersonalizeError(
+            f"{name} takes {channels} channels (an inpainting or editing model): use a plain text-to-image checkpoint."
+        )
+    return family
 
 
-def load_pipeline(
-    path: Path, dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .ckpt file.
+
+    Raises:
+        PersonalizeError: the file is missing or damaged, or holds more than tensors.
+    """
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    weights = read_weights(path)
+    return {key: value for key, value in weights.get("state_dict", weights).items() if isinstance(value, Tensor)}
+
+
+def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
     """The checkpoint as a diffusers pipeline on the CPU, without a safety checker; never touches the network.
 
     Raises:
         PersonalizeError: the file is missing, damaged, or of another family.
     """
-    state, _ = read_safetensors(path)
+    state = read_checkpoint(path)
     family = family_of(state, path.name)
     tokenizer = clip_tokenizer()
     parts: dict = {"tokenizer": tokenizer}
     if family == "sdxl":
-        parts["tokenizer_2"] = tokenizer
+        parts["tokenizer_2"] = _padded_with_zero()
+    if family == "sd2":
+        parts["tokenizer"] = _padded_with_zero()
     if any(key.startswith(_TINY_VAE) for key in state):
         parts["vae"] = tiny_vae(state, dtype)
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     pipeline = kind.from_single_file(
         str(path), config=str(CONFIGS / family), torch_dtype=dtype, local_files_only=True, **parts
     )
-    v_prediction = "v_pred" in state
-    if v_prediction != (pipeline.scheduler.config.prediction_type == "v_prediction"):
-        kind_of = "v_prediction" if v_prediction else "epsilon"
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=kind_of)
+    _predict(pipeline, "v_prediction" if predicts_v(state, family) else "epsilon")
+    if "ztsnr" in state:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
     return pipeline
+
+
+def predicts_v(state: Mapping[str, Tensor], family: str) -> bool:
+    """Whether a single file's network predicts v: it says so, or its weights do."""
+    if family == "sd2" and _SD2_NORM in state:
+        return bool(state[_SD2_NORM].float().std(unbiased=False) > _SD2_V)
+    return "v_pred" in state
+
+
+def _padded_with_zero():
+    """The tokenizer of OpenCLIP models: the same tokens, padded with the first of them."""
+    tokenizer = clip_tokenizer.__wrapped__()
+    tokenizer.pad_token = "!"
+    return tokenizer
 
 
 def tiny_vae(state: Mapping[str, Tensor], dtype: torch.dtype) -> AutoencoderTiny:

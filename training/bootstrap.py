@@ -94,8 +94,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m training.bootstrap", description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("demo", "test"))
     what, rest = parser.parse_known_args()
-    if sys.version_info < (3, 10):  # noqa: UP036
-        raise SystemExit(f"Python 3.10 or newer is needed, this is {sys.version.split()[0]}.")
+    if sys.version_info < (3, 11):  # noqa: UP036
+        raise SystemExit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}.")
     comfyui = find_comfyui()
     if comfyui is None:
         print("No ComfyUI found (COMFYUI_PATH, the custom_nodes around this folder, ~/ComfyUI): going on without.")

@@ -1,0 +1,110 @@
+"""Single-file checkpoints with some tensors replaced: everything else stays byte for byte as it was.
+
+A safetensors file is a header (eight bytes of length, then JSON) and the tensors' bytes one after another, so that a
+trained model is written by copying the user's file and putting the trained tensors, in the file's own precision, in
+the places of the old ones. VAE, extra keys (`v_pred`, `ztsnr`) and their order are kept, and memory holds one tensor.
+"""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from .errors import PersonalizeError
+
+CHUNK = 1 << 24
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
+    """What a safetensors file holds: `{name: {"dtype", "shape", "data_offsets"}}`, metadata, and where the data begins.
+
+    Raises:
+        PersonalizeError: the file is missing or no safetensors file.
+    """
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > 100_000_000:
+                raise ValueError("its header is too long")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise PersonalizeError(f"{path.name} is not in {path.parent}.") from None
+    except (struct.error, ValueError, OSError) as error:
+        raise PersonalizeError(f"{path.name} in {path.parent} is not a whole .safetensors file ({error}).") from None
+    metadata = header.pop("__metadata__", {})
+    return header, metadata, 8 + length
+
+
+def overwrite_tensors(source: Path, target: Path, trained: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `target` as `source` with the tensors of `trained` in place of its own; atomic.
+
+    Args:
+        source: a .safetensors file; its metadata is kept where `metadata` does not say otherwise.
+        target: may not be `source`.
+        trained: by the file's names, of the file's shapes.
+        metadata: to add.
+
+    Raises:
+        PersonalizeError: a tensor is not in the file, or has another shape there.
+    """
+    if target.exists() and target.samefile(source):
+        raise PersonalizeError(f"{target} is the base model itself: write to another file.")
+    header, old, start = read_header(source)
+    for name, value in trained.items():
+        if name not in header:
+            raise PersonalizeError(f"{source.name} has no {name}: it is not the base that was trained.")
+        if list(value.shape) != header[name]["shape"]:
+            raise PersonalizeError(
+                f"{name} is {tuple(value.shape)} after training, but {tuple(header[name]['shape'])} in {source.name}."
+            )
+    text = json.dumps({"__metadata__": {**old, **metadata}, **header}, separators=(",", ":"), ensure_ascii=False)
+    encoded = text.encode()
+    encoded += b" " * (-len(encoded) % 8)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    places = sorted((header[name]["data_offsets"][0], name) for name in trained)
+    try:
+        with open(source, "rb") as old_file, open(temporary, "wb") as file:
+            file.write(struct.pack("<Q", len(encoded)) + encoded)
+            old_file.seek(start)
+            done = 0
+            for begin, name in places:
+                _copy(old_file, file, begin - done)
+                data = _bytes(trained[name], header[name]["dtype"])
+                file.write(data)
+                old_file.seek(len(data), os.SEEK_CUR)
+                done = begin + len(data)
+            _copy(old_file, file, None)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _copy(source: IO[bytes], target: IO[bytes], count: int | None) -> None:
+    """`count` bytes, or all that are left."""
+    while count is None or count > 0:
+        part = source.read(CHUNK if count is None else min(CHUNK, count))
+        if not part:
+            return
+        target.write(part)
+        count = None if count is None else count - len(part)
+
+
+def _bytes(value: Tensor, dtype: str) -> bytes:
+    return value.detach().to("cpu", DTYPES[dtype]).contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,68 @@
+"""What our files say of themselves: the method, for which base, by which words it is called."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import PersonalizeError
+
+FORMAT = "1"
+METHODS = ("lora", "textual_inversion", "dreambooth", "custom_diffusion", "ip_adapter", "subject_diffusion")
+
+
+@dataclass(frozen=True)
+class About:
+    """The metadata of one personalisation file."""
+
+    method: str
+    """One of METHODS."""
+    base_family: str = ""
+    """Of models.base_models."""
+    base_name: str = ""
+    base_hash: str = ""
+    """SHA-256 of the base's file; empty where it was a folder."""
+    base_fingerprint: str = ""
+    trigger: str = ""
+    """The words that call the subject."""
+    class_name: str = ""
+    """The noun of its class."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Of the training."""
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Keys that other tools read, `modelspec.*` and `ss_*`."""
+
+    def as_metadata(self) -> dict[str, str]:
+        """Strings, as safetensors keeps them; what is empty is left out."""
+        own = {
+            "method": self.method,
+            "format": FORMAT,
+            "base_family": self.base_family,
+            "base_name": self.base_name,
+            "base_hash": self.base_hash,
+            "base_fingerprint": self.base_fingerprint,
+            "trigger": self.trigger,
+            "class_name": self.class_name,
+            "settings": json.dumps(dict(self.settings), sort_keys=True) if self.settings else "",
+        }
+        return {f"personalize.{key}": value for key, value in own.items() if value} | dict(self.extra)
+
+
+def read_about(metadata: Mapping[str, str], name: str) -> About | None:
+    """The reverse of `About.as_metadata`; None where the file is not ours.
+
+    Raises:
+        PersonalizeError: the file is of a later format.
+    """
+    if "personalize.method" not in metadata:
+        return None
+    if metadata.get("personalize.format") != FORMAT:
+        raise PersonalizeError(
+            f"{name} has format {metadata.get('personalize.format')}, this version of Personalize reads format {FORMAT}: "
+            "update Personalize."
+        )
+    own = {key.removeprefix("personalize."): value for key, value in metadata.items()}
+    fields = ("method", "base_family", "base_name", "base_hash", "base_fingerprint", "trigger", "class_name")
+    settings = json.loads(own.get("settings") or "{}")
+    extra = {key: value for key, value in metadata.items() if not key.startswith("personalize.")}
+    return About(**{key: own.get(key, "") for key in fields}, settings=settings, extra=extra)

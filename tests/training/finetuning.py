@@ -1,0 +1,61 @@
+"""Short trainings on the pocket model, for the tests."""
+
+import os
+import subprocess
+import sys
+
+from pack.training.pocket.photos import write_photos
+from pack.training.run import METHODS, personalize
+from pack.training.settings import make_settings
+
+CHECKPOINT = "models/pocket/checkpoints/pocket_portraits.safetensors"
+
+
+def photos(folder, count=5, captions=False):
+    """Pictures of one held-out subject."""
+    for path in write_photos(folder, 3, count):
+        if not captions:
+            path.with_suffix(".txt").unlink()
+    return folder
+
+
+def settings_of(method, root, folder, output, **values):
+    """Settings for a few steps."""
+    common = {
+        "pretrained_model_name_or_path": str(root / CHECKPOINT),
+        "instance_data_dir": str(folder),
+        "output_dir": str(output),
+        "class_name": "woman",
+        "max_train_steps": 3,
+        "save_precision": "fp32",
+    }
+    return make_settings(METHODS[method][0], common | values)
+
+
+def train(method, root, folder, output, **values):
+    """Train in this process; returns the files."""
+    return personalize(method, settings_of(method, root, folder, output, **values))
+
+
+def command(method, root, folder, output, *options):
+    """The same as a user runs it."""
+    return [
+        sys.executable,
+        "-m",
+        f"training.{method}",
+        "--pretrained_model_name_or_path",
+        str(root / CHECKPOINT),
+        "--instance_data_dir",
+        str(folder),
+        "--output_dir",
+        str(output),
+        "--class_name",
+        "woman",
+        *options,
+    ]
+
+
+def run(root, *arguments, timeout=300):
+    """Run to the end."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=timeout, env=environment)

@@ -1,0 +1,150 @@
+"""Checkpoints with replaced tensors, differences, learned words, metadata."""
+
+import pytest
+import torch
+from pack.models.base_models import fingerprint
+from pack.models.checkpoints import overwrite_tensors, read_header
+from pack.models.delta import delta_tensors, truncated_delta_tensors
+from pack.models.errors import PersonalizeError
+from pack.models.metadata import About, read_about
+from pack.models.textual_inversion import LearnedWord, read_word, word_tensors
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "base.safetensors"
+    tensors = {
+        "a.weight": torch.randn(3, 4).half(),
+        "b.bias": torch.randn(5),
+        "c": torch.randn(2, 2).bfloat16(),
+        "v_pred": torch.zeros(0),
+        "d": torch.arange(7),
+    }
+    save_file(tensors, path, {"who": "me", "kept": "yes"})
+    return path
+
+
+def test_everything_else_stays_byte_for_byte(source, tmp_path):
+    target = tmp_path / "new" / "trained.safetensors"
+    trained = {"a.weight": torch.full((3, 4), 0.1), "c": torch.ones(2, 2)}
+    overwrite_tensors(source, target, trained, {"who": "you"})
+    before, after = load_file(source), load_file(target)
+    assert list(before) == list(after)
+    for name, value in before.items():
+        assert after[name].dtype == value.dtype
+        if name not in trained:
+            assert after[name].numpy().tobytes() == value.numpy().tobytes()
+    assert torch.equal(after["a.weight"], trained["a.weight"].half())
+    assert torch.equal(after["c"], trained["c"].bfloat16())
+    header, metadata, start = read_header(target)
+    assert metadata == {"who": "you", "kept": "yes"}
+    assert start % 8 == 0
+    old, _, old_start = read_header(source)
+    assert header == old
+    data, old_data = target.read_bytes()[start:], source.read_bytes()[old_start:]
+    assert len(data) == len(old_data)
+    for name, entry in old.items():
+        begin, end = entry["data_offsets"]
+        assert (data[begin:end] == old_data[begin:end]) == (name not in trained or begin == end)
+    assert [path.name for path in target.parent.iterdir()] == ["trained.safetensors"]
+
+
+def test_what_cannot_be_overwritten(source, tmp_path):
+    target = tmp_path / "trained.safetensors"
+    with pytest.raises(PersonalizeError, match=r"^base\.safetensors has no z: it is not the base that was trained\.$"):
+        overwrite_tensors(source, target, {"z": torch.ones(1)}, {})
+    with pytest.raises(PersonalizeError, match=r"^c is \(3, 2\) after training, but \(2, 2\) in base\.safetensors\.$"):
+        overwrite_tensors(source, target, {"c": torch.ones(3, 2)}, {})
+    with pytest.raises(PersonalizeError, match="is the base model itself"):
+        overwrite_tensors(source, source, {}, {})
+    source.write_bytes(source.read_bytes()[:20])
+    with pytest.raises(PersonalizeError, match=r"^base\.safetensors in .* is not a whole \.safetensors file"):
+        overwrite_tensors(source, target, {}, {})
+    assert not target.exists()
+
+
+def changes():
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(40, 3, generator=generator) @ torch.randn(3, 30, generator=generator)
+    return {
+        "diffusion_model.x.weight": low,
+        "diffusion_model.x.bias": torch.randn(40, generator=generator),
+        "diffusion_model.conv.weight": 0.01 * torch.randn(8, 6, 3, 3, generator=generator),
+        "diffusion_model.same.weight": torch.zeros(5, 5),
+    }
+
+
+def test_a_difference_is_named_as_the_stock_loader_wants_it():
+    tensors = delta_tensors(changes())
+    assert set(tensors) == {"diffusion_model.x.diff", "diffusion_model.x.diff_b", "diffusion_model.conv.diff"}
+    assert torch.equal(tensors["diffusion_model.x.diff"], changes()["diffusion_model.x.weight"].half())
+
+
+def test_a_difference_cut_to_a_size_keeps_the_most():
+    whole = changes()
+    budget = 40 * 2 + 3 * (40 + 30) * 2
+    tensors, kept = truncated_delta_tensors(whole, budget)
+    assert sum(value.numel() * 2 for value in tensors.values() if value.ndim) <= budget
+    assert 0.99 < kept < 1
+    up, down = (tensors[f"diffusion_model.x.lora_{side}.weight"] for side in ("up", "down"))
+    assert tensors["diffusion_model.x.alpha"] == up.shape[1] == 3
+    torch.testing.assert_close(up.float() @ down.float(), whole["diffusion_model.x.weight"], atol=2e-2, rtol=2e-2)
+    assert not any("conv" in name for name in tensors)
+    more, all_of_it = truncated_delta_tensors(whole, 100_000)
+    assert all_of_it == pytest.approx(1, abs=1e-4)
+    conv_up, conv_down = (more[f"diffusion_model.conv.lora_{side}.weight"] for side in ("up", "down"))
+    product = (conv_up.float().flatten(1) @ conv_down.float().flatten(1)).reshape(8, 6, 3, 3)
+    torch.testing.assert_close(product, whole["diffusion_model.conv.weight"], atol=1e-3, rtol=1e-2)
+    fewer, less = truncated_delta_tensors(whole, 40 * 2 + (40 + 30) * 2)
+    assert less < kept
+    assert fewer["diffusion_model.x.alpha"] == 1
+
+
+def test_a_learned_word_leaves_all_other_rows_alone():
+    table = nn.Embedding(10, 4)
+    table.requires_grad_(False)
+    before = table.weight.clone()
+    word = LearnedWord(table, [10, 11], torch.randn(2, 4))
+    ids = torch.tensor([[1, 10, 11, 9]])
+    out = word(ids)
+    assert torch.equal(out[0, [0, 3]], before[[1, 9]])
+    assert torch.equal(out[0, 1:3], word.vectors)
+    out.square().sum().backward()
+    assert torch.equal(word.vectors.grad, 2 * word.vectors)
+    assert [name for name, p in word.named_parameters() if p.requires_grad] == ["vectors"]
+    assert torch.equal(table.weight, before)
+    with pytest.raises(ValueError, match="follow each other"):
+        LearnedWord(table, [9, 10], torch.randn(2, 4))
+
+
+def test_words_of_any_tool():
+    one, two = torch.randn(3, 768), torch.randn(3, 1280)
+    assert set(word_tensors([one])) == {"emb_params"}
+    assert set(word_tensors([one, two])) == {"clip_l", "clip_g"}
+    for tensors in ({"emb_params": one}, {"<cat>": one}, {"clip_l": one}):
+        assert torch.equal(read_word(tensors, (768,), "w", "SD1.5")[0], one)
+    assert torch.equal(read_word({"<cat>": one[0]}, (768,), "w", "SD1.5")[0], one[:1])
+    assert [v.shape[1] for v in read_word({"clip_g": two, "clip_l": one}, (768, 1280), "w", "SDXL")] == [768, 1280]
+    with pytest.raises(
+        PersonalizeError, match=r"^w has vectors of width 768, but SDXL needs 768 and 1280: it was made"
+    ):
+        read_word({"emb_params": one}, (768, 1280), "w", "SDXL")
+    with pytest.raises(PersonalizeError, match="is not a Textual Inversion"):
+        read_word({"x": torch.zeros(2, 3, 4)}, (768,), "w", "SD1.5")
+
+
+def test_metadata_comes_back():
+    about = About("lora", "sd15", "base", "ab", "cd", "ohwx", "dog", {"rank": 4}, {"ss_v2": "False"})
+    assert read_about(about.as_metadata(), "a") == about
+    assert read_about({"format": "pt"}, "a") is None
+    with pytest.raises(PersonalizeError, match=r"^a has format 9, this version of Personalize reads format 1"):
+        read_about({"personalize.method": "lora", "personalize.format": "9"}, "a")
+
+
+def test_a_fingerprint_is_of_one_model_in_any_precision():
+    names = ("time_embed.0.bias", "time_embed.2.bias", "middle_block.0.in_layers.2.bias", "out.2.bias")
+    unet = {name: torch.randn(8) for name in names}
+    assert fingerprint(unet) == fingerprint({name: value.half() for name, value in unet.items()})
+    assert fingerprint(unet) != fingerprint({name: value + 0.01 for name, value in unet.items()})

@@ -1,0 +1,116 @@
+"""Where a training stands, on disk: everything that the next step depends on, so that it goes on bit for bit.
+
+A checkpoint is a folder, written under another name and renamed when whole. Nothing random is in it: what a step draws
+follows from the seed and the step's number.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .shared import PersonalizeError, read_safetensors, write_safetensors
+
+PREFIX = "step-"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "state.json").is_file())
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    average: Mapping[str, Tensor] | None,
+    state: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    limit: int,
+) -> Path:
+    """Write a checkpoint, and then delete those beyond `limit`.
+
+    Args:
+        folder: of all checkpoints.
+        step: how many are done.
+        weights: what trains, by name.
+        average: the same, averaged, or None.
+        state: of optimiser, schedule and gradient scaler.
+        settings: which a run that goes on must share.
+        limit: how many to keep.
+    """
+    path = folder / f"{PREFIX}{step:07}"
+    temporary = folder / f".{path.name}.{os.getpid()}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write_safetensors(temporary / "weights.safetensors", {k: v.detach().cpu() for k, v in weights.items()}, {})
+        if average is not None:
+            write_safetensors(temporary / "average.safetensors", {k: v.cpu() for k, v in average.items()}, {})
+        torch.save(dict(state), temporary / "state.pt")
+        (temporary / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=2))
+        for file in temporary.iterdir():
+            with open(file, "rb+") as opened:
+                os.fsync(opened.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in checkpoints_in(folder)[:-limit]:
+        shutil.rmtree(old)
+    return path
+
+
+def find_checkpoint(folder: Path, wanted: str) -> Path | None:
+    """The checkpoint to go on from, if any.
+
+    Args:
+        folder: of all checkpoints.
+        wanted: "latest", "none", the name of one, or a path.
+
+    Raises:
+        PersonalizeError: the one that was named does not exist.
+    """
+    if wanted == "none":
+        return None
+    found = checkpoints_in(folder)
+    if wanted == "latest":
+        return found[-1] if found else None
+    for path in (folder / wanted, Path(wanted).expanduser()):
+        if (path / "state.json").is_file():
+            return path
+    names = ", ".join(path.name for path in found) or "none"
+    raise PersonalizeError(f"There is no checkpoint {wanted}; in {folder} there are: {names}.")
+
+
+def read_settings_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
+    """The steps that were done, and the settings they were done with."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    return state["step"], state["settings"]
+
+
+def load_checkpoint(
+    checkpoint: Path, weights: Mapping[str, Tensor], average: Mapping[str, Tensor] | None
+) -> dict[str, Any]:
+    """Put the checkpoint's weights in place; returns the state of optimiser, schedule and scaler.
+
+    Raises:
+        PersonalizeError: it is damaged, or holds other weights.
+    """
+    for name, into in (("weights", weights), ("average", average)):
+        if into is None:
+            continue
+        stored, _ = read_safetensors(checkpoint / f"{name}.safetensors")
+        if stored.keys() != into.keys():
+            raise PersonalizeError(
+                f"{checkpoint} holds other weights than are trained now: start in another output_dir."
+            )
+        for key, value in into.items():
+            value.data.copy_(stored[key])
+    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)

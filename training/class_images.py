@@ -1,0 +1,41 @@
+"""Pictures of others of the class, drawn by the frozen base model, for prior preservation; kept and used again."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from .base_model import BaseModel
+from .encoding import read_text
+from .shared import SUFFIXES
+from .watch import draw_samples, resting
+
+
+def draw_class_images(
+    accelerator: Accelerator, base: BaseModel, folder: Path, prompt: str, count: int, resolution: int, seed: int
+) -> int:
+    """Draw what is missing of `count` pictures into the folder; returns how many were drawn.
+
+    Whatever pictures are in the folder count, whoever made them. Each has a seed of its own, so that a run that was
+    stopped goes on; processes share the work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = {path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+    mark = hashlib.sha256(f"{base.fingerprint()} {prompt} {resolution} {seed}".encode()).hexdigest()[:8]
+    wanted = [(i, f"class-{mark}-{i:04}.png") for i in range(count)]
+    missing = [(i, name) for i, name in wanted if name not in there][: max(0, count - len(there))]
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    with resting(base), accelerator.autocast():
+        row, empty = (read_text(base, [text]) for text in (prompt, ""))
+        for i, name in tqdm(
+            mine, desc=f"Drawing '{prompt}'", unit=" pictures", disable=not accelerator.is_main_process
+        ):
+            picture = draw_samples(accelerator, base, [row], empty, 1, resolution, seed * 100_003 + i)[0][0]
+            picture.save(folder / f".{name}.part", format="png")
+            (folder / f".{name}.part").rename(folder / name)
+    accelerator.wait_for_everyone()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return len(missing)

@@ -1,0 +1,70 @@
+"""What suits a base model and a method, where the user did not say."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Suits:
+    """Rates and steps that work for most subjects."""
+
+    learning_rate: float
+    text_encoder_lr: float
+    max_train_steps: int
+    train_text_encoder: bool
+
+
+RESOLUTIONS = {"sd15": 512, "sd2": 768, "sdxl": 1024, "pocket": 64}
+LARGE = {
+    "lora": Suits(1e-4, 5e-5, 1000, False),
+    "textual_inversion": Suits(5e-3, 0.0, 2000, False),
+    "dreambooth": Suits(2e-6, 1e-6, 800, True),
+}
+POCKET = {
+    "lora": Suits(1e-3, 2e-4, 600, False),
+    "textual_inversion": Suits(1e-2, 0.0, 600, False),
+    "dreambooth": Suits(2e-4, 5e-5, 300, True),
+}
+DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
+
+
+def fill_defaults(settings: Settings, method: str, family: str) -> Settings:
+    """The settings with nothing open.
+
+    Args:
+        settings: as the user gave them.
+        method: of models.metadata.METHODS.
+        family: of models.base_models; one that is not known is treated as SD1.5.
+    """
+    suits = DEFAULTS.get(family, LARGE)[method]
+    training, data, output = settings.training, settings.data, settings.output
+    steps = training.max_train_steps
+    if steps is None and training.num_train_epochs is None:
+        steps = suits.max_train_steps
+
+    def given(value, default):
+        return default if value is None else value
+
+    return replace(
+        settings,
+        data=replace(data, resolution=given(data.resolution, RESOLUTIONS.get(family, 512))),
+        training=replace(
+            training,
+            max_train_steps=steps,
+            learning_rate=given(training.learning_rate, suits.learning_rate),
+            text_encoder_lr=given(training.text_encoder_lr, suits.text_encoder_lr),
+            train_text_encoder=given(training.train_text_encoder, suits.train_text_encoder),
+            mixed_precision=given(training.mixed_precision, best_precision()),
+        ),
+        output=replace(output, output_name=given(output.output_name, data.trigger)),
+    )
+
+
+def best_precision() -> str:
+    """bf16 on accelerators that compute in it, fp16 on older ones, none on the CPU."""
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"

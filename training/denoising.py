@@ -1,0 +1,128 @@
+"""One step of fine-tuning: noise on latents, the network's prediction, the loss.
+
+Everything random about a picture in a step comes from a generator of its own, seeded by the run's seed, the batch's
+number and the picture's place in the batch over all processes. So a run can stop and go on bit for bit, and two
+processes draw together what one with twice the batch draws.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from .encoding import Latent, TextStates
+from .shared import denoising_losses, min_snr_weights, offset_noise, prior_preservation_loss
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What is random in a step, for each picture of a batch."""
+
+    latents: Tensor
+    """[n, C, h, w], drawn from the VAE's distributions."""
+    noise: Tensor
+    """[n, C, h, w]."""
+    timesteps: Tensor
+    """[n], whole numbers."""
+    captions: list[float]
+    """Which of a picture's captions, 0..1; below zero, none."""
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How errors count."""
+
+    snr_gamma: float | None = None
+    noise_offset: float = 0.0
+    caption_dropout: float = 0.0
+    prior_loss_weight: float = 1.0
+
+
+def generator_of(seed: int, *numbers: int) -> torch.Generator:
+    """A generator for one thing, independent of those for all other numbers."""
+    digest = hashlib.sha256(repr((seed, *numbers)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def draw(
+    latents: Sequence[Latent], places: Sequence[int], seed: int, number: int, timesteps: int, weighting: Weighting
+) -> Draw:
+    """Draw a batch's noise, on the CPU.
+
+    Args:
+        latents: of n pictures of one size.
+        places: of each in the batch over all processes.
+        seed: of the run.
+        number: of the batch.
+        timesteps: how many the schedule has.
+        weighting: says how noise is drawn, and how many captions are left out.
+    """
+    z, noises, times, captions = [], [], [], []
+    for latent, place in zip(latents, places, strict=True):
+        generator = generator_of(seed, number, place)
+        times.append(torch.randint(timesteps, (), generator=generator))
+        noise = torch.randn(latent.mean.shape, generator=generator)
+        if weighting.noise_offset:
+            shift = torch.randn(latent.mean.shape[0], 1, 1, generator=generator)
+            noise = offset_noise(noise, shift, weighting.noise_offset)
+        noises.append(noise)
+        deviation = torch.randn(latent.mean.shape, generator=generator)
+        z.append(latent.mean if latent.deviation is None else latent.mean + latent.deviation * deviation)
+        dropped, which = torch.rand(2, generator=generator).tolist()
+        captions.append(-1.0 if dropped < weighting.caption_dropout else which)
+    return Draw(torch.stack(z), torch.stack(noises), torch.stack(times), captions)
+
+
+def picture_sizes(latents: Tensor, vae_scale: int) -> Tensor:
+    """SDXL's time ids [n, 6]: original size, crop, and target size, all of an uncut picture of this size."""
+    height, width = (side * vae_scale for side in latents.shape[-2:])
+    row = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32, device=latents.device)
+    return row.expand(len(latents), 6)
+
+
+def training_losses(
+    unet: UNet2DConditionModel,
+    scheduler: SchedulerMixin,
+    drawn: Draw,
+    text: TextStates,
+    mask: Tensor | None,
+    vae_scale: int,
+    weighting: Weighting,
+) -> Tensor:
+    """The loss of each picture, [n].
+
+    Args:
+        unet: the network, on its device, which everything is brought to.
+        scheduler: a DDPMScheduler of the base's schedule and prediction type.
+        drawn: noise and latents.
+        text: [n, 77, width] states.
+        mask: [n, 1, h, w] or None.
+        vae_scale: pixels a latent, along each side.
+        weighting: min-SNR.
+    """
+    device = next(unet.parameters()).device
+    z, noise = drawn.latents.to(device), drawn.noise.to(device)
+    timesteps = drawn.timesteps.to(device)
+    noisy = scheduler.add_noise(z, noise, timesteps)
+    v_prediction = scheduler.config.prediction_type == "v_prediction"
+    target = scheduler.get_velocity(z, noise, timesteps) if v_prediction else noise
+    added = {}
+    if text.pooled is not None:
+        added = {"added_cond_kwargs": {"text_embeds": text.pooled, "time_ids": picture_sizes(z, vae_scale)}}
+    dtype = unet.dtype
+    prediction = unet(noisy.to(dtype), timesteps, text.states.to(dtype), **added).sample
+    losses = denoising_losses(prediction, target, None if mask is None else mask.to(device))
+    if weighting.snr_gamma is not None:
+        losses = losses * min_snr_weights(compute_snr(scheduler, timesteps), weighting.snr_gamma, v_prediction)
+    return losses
+
+
+def total_loss(losses: Tensor, is_prior: Sequence[bool], weighting: Weighting) -> Tensor:
+    """The mean of the losses, or with pictures of the class, DreamBooth's."""
+    if not any(is_prior):
+        return losses.mean()
+    return prior_preservation_loss(losses, torch.tensor(is_prior, device=losses.device), weighting.prior_loss_weight)

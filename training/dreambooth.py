@@ -1,0 +1,136 @@
+"""Fine-tune the whole model (DreamBooth): the best likeness, in the largest file.
+
+    python -m training.dreambooth --pretrained_model_name_or_path MODEL --instance_data_dir PICTURES --output_dir FOLDER
+
+The UNet trains, and if wanted the text encoders; with --with_prior_preservation also on pictures of others of the class,
+so that the class stays what it was (Ruiz et al. 2023, eq. 2). The result is a checkpoint in which only what trained
+differs from yours, or its difference from the base.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .base_model import BaseModel, read_checkpoint
+from .export import whole_checkpoint
+from .methods import PRECISIONS, group_of, text_modules
+from .options import DreamBooth
+from .settings import Settings
+from .shared import (
+    PREFIXES,
+    TEXT_MODELS,
+    About,
+    delta_tensors,
+    host_text_tensors,
+    host_unet_names,
+    overwrite_tensors,
+    read_header,
+    text_tensors,
+    truncated_delta_tensors,
+    write_safetensors,
+)
+
+
+class DreamBoothMethod:
+    """The UNet, and if wanted the text encoders, as a whole."""
+
+    name = "dreambooth"
+
+    def __init__(self, base: BaseModel, settings: Settings):
+        self.base, self.settings = base, settings
+        unet = base.pipeline.unet
+        self.text = text_modules(base) if settings.training.train_text_encoder else []
+        for encoder in base.text_encoders:
+            encoder.requires_grad_(False)
+        modules = [("unet", unet), *self.text]
+        for _, module in modules:
+            module.requires_grad_(True).to(torch.float32)
+        options: DreamBooth = settings.method
+        self.before = {name: _copy(module) for name, module in modules} if options.save_as != "full" else {}
+        self._groups = [group_of([("unet", unet)], settings.rate)]
+        if self.text:
+            self._groups.append(group_of(self.text, settings.text_rate))
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """See Method."""
+        return self._groups
+
+    @property
+    def trains_text(self) -> bool:
+        """See Method."""
+        return bool(self.text)
+
+    def spoken(self, text: str) -> str:
+        """The trigger is an ordinary word."""
+        return text
+
+    def write(self, folder: Path, name: str, about: About) -> list[Path]:
+        """NAME.safetensors, NAME.delta.safetensors, or both."""
+        options: DreamBooth = self.settings.method
+        paths = []
+        if options.save_as != "delta":
+            paths.append(self._write_full(folder / f"{name}.safetensors", about))
+        if options.save_as != "full":
+            paths.append(self._write_delta(folder / f"{name}.delta.safetensors", about))
+        return paths
+
+    def trained(self) -> dict[str, Tensor]:
+        """What trained, under its single-file names."""
+        state, names = self.base.pipeline.unet.state_dict(), self.base.unet_names()
+        tensors = {names[name]: value for name, value in state.items()}
+        prefixes = PREFIXES[self.base.layout]
+        for (prefix, open_clip), (_, encoder) in zip(prefixes, self.text, strict=False):
+            tensors |= text_tensors(encoder.state_dict(), prefix, open_clip)
+        return tensors
+
+    def _write_full(self, path: Path, about: About) -> Path:
+        source = self.base.file
+        if source is not None and source.suffix == ".safetensors":
+            known, _, _ = read_header(source)
+            trained = {name: value for name, value in self.trained().items() if name in known}
+            overwrite_tensors(source, path, trained, about.as_metadata())
+            return path
+        dtype = PRECISIONS[self.settings.output.save_precision]
+        tensors = read_checkpoint(source) if source is not None else whole_checkpoint(self.base)
+        tensors |= {name: value for name, value in self.trained().items() if name in tensors}
+        write_safetensors(path, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, about.as_metadata())
+        return path
+
+    def _write_delta(self, path: Path, about: About) -> Path:
+        changes: dict[str, Tensor] = {}
+        unet = _difference(self.base.pipeline.unet, self.before["unet"])
+        names = host_unet_names(self.base.unet_names())
+        changes |= {names[name]: value for name, value in unet.items()}
+        for text_model, (name, encoder) in zip(TEXT_MODELS[self.base.layout], self.text, strict=False):
+            changes |= host_text_tensors(_difference(encoder, self.before[name]), text_model)
+        megabytes = self.settings.method.delta_megabytes
+        if megabytes is None:
+            tensors = delta_tensors(changes)
+        else:
+            tensors, kept = truncated_delta_tensors(changes, int(megabytes * 1e6), progress=_bar)
+            print(f"{path.name}: {kept:.1%} of the change's squared length fits into {megabytes:g} MB.")
+        write_safetensors(path, tensors, about.as_metadata())
+        return path
+
+
+def _copy(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+
+
+def _difference(module: torch.nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().float() - before[name].float() for name, value in module.state_dict().items()}
+
+
+def _bar(names):
+    return tqdm(names, desc="Singular values", unit=" matrices")
+
+
+if __name__ == "__main__":
+    from .run import main
+
+    sys.exit(main("dreambooth", __doc__))

@@ -1,0 +1,327 @@
+"""The training loop of every method: steps, averages, checkpoints, samples; stops when asked, goes on where it stopped."""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from tqdm import tqdm
+
+from .base_model import BaseModel
+from .checkpoint import load_checkpoint, save_checkpoint
+from .dataset import Example, Order
+from .denoising import Weighting, draw, total_loss, training_losses
+from .encoding import Latent, TextStates, read_text
+from .methods import Method
+from .record import Record
+from .settings import Settings
+from .shared import PersonalizeError
+
+READ_EVERY = 10  # steps between looks at the loss on an accelerator, which must wait for each look
+
+
+@dataclass
+class Stop:
+    """Whether somebody wants the training to stop."""
+
+    signal: int | None = None
+    asked: Callable[[], bool] = lambda: False
+
+    def __bool__(self) -> bool:
+        return self.signal is not None or self.asked()
+
+
+@contextmanager
+def stopping_on_signals(stop: Stop) -> Iterator[None]:
+    """SIGINT and SIGTERM ask the loop to stop after the step; a second one stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _frame: Any) -> None:
+        stop.signal = number
+        signal.signal(number, before[signal.Signals(number)])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Trainer:
+    """A training that is ready to run: networks on their device, pictures and captions encoded."""
+
+    accelerator: Accelerator
+    base: BaseModel
+    method: Method
+    settings: Settings
+    examples: Sequence[Example]
+    latents: dict[Example, Latent]
+    texts: dict[str, TextStates]
+    """Of every caption, if the text encoders do not train."""
+    order: Order
+    record: Record
+    watch: Callable[[int], dict[str, float]]
+    """Called after validation_steps: draws samples, measures; returns figures for the log."""
+    stop: Stop = field(default_factory=Stop)
+
+    def __post_init__(self) -> None:
+        training = self.settings.training
+        config = self.base.pipeline.scheduler.config
+        self.scheduler = DDPMScheduler.from_config(config)
+        self.weighting = Weighting(
+            training.snr_gamma,
+            training.noise_offset,
+            self.settings.data.caption_dropout,
+            self.settings.data.prior_loss_weight,
+        )
+        groups = self.method.groups
+        self.names = [name for group in groups for name in group["names"]]
+        self.parameters = [p for group in groups for p in group["params"]]
+        plain = [{key: value for key, value in group.items() if key != "names"} for group in groups]
+        self.optimizer = make_optimizer(plain, self.settings)
+        self.schedule = get_scheduler(
+            training.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=training.lr_warmup_steps,
+            num_training_steps=self.steps,
+            num_cycles=training.lr_num_cycles,
+            power=training.lr_power,
+        )
+        self.average = EMAModel(self.parameters, decay=training.ema_decay) if training.use_ema else None
+
+    @property
+    def steps(self) -> int:
+        """The optimiser's, in all."""
+        training = self.settings.training
+        if training.max_train_steps is not None:
+            return training.max_train_steps
+        return math.ceil((training.num_train_epochs or 1) * self.order.length / training.gradient_accumulation_steps)
+
+    def loss(self, number: int) -> Tensor:
+        """Of this process's part of batch `number`, with gradients."""
+        batch, training = self.order(number), self.settings.training
+        size, rank = training.train_batch_size, self.accelerator.process_index
+        both = range(0, len(batch), self.order.batch)  # the subject's pictures, then the class's
+        places = [start + rank * size + i for start in both for i in range(size)]
+        examples = [self.examples[batch[place]] for place in places]
+        latents = [self.latents[example] for example in examples]
+        timesteps = self.scheduler.config.num_train_timesteps
+        drawn = draw(latents, places, training.seed, number, timesteps, self.weighting)
+        captions = [
+            "" if which < 0 else example.captions[int(which * len(example.captions))]
+            for example, which in zip(examples, drawn.captions, strict=True)
+        ]
+        mask = stack_masks(latents) if self.settings.data.masked_loss else None
+        with self.accelerator.autocast():
+            text = self.text(captions)
+            losses = training_losses(
+                self.base.pipeline.unet,
+                self.scheduler,
+                drawn,
+                text,
+                mask,
+                self.base.pipeline.vae_scale_factor,
+                self.weighting,
+            )
+        return total_loss(losses, [example.is_prior for example in examples], self.weighting)
+
+    def text(self, captions: Sequence[str]) -> TextStates:
+        """The captions as the UNet reads them, on its device."""
+        if self.method.trains_text:
+            spoken = [self.method.spoken(caption) for caption in captions]
+            return read_text(self.base, spoken, self.settings.base.clip_skip)
+        rows = [self.texts[caption] for caption in captions]
+        states = torch.cat([row.states for row in rows])
+        pooled = None if rows[0].pooled is None else torch.cat([row.pooled for row in rows if row.pooled is not None])
+        return TextStates(states, pooled).to(self.accelerator.device, states.dtype)
+
+    def step(self, number: int) -> Tensor:
+        """One step of the optimiser; returns the loss, averaged over its batches."""
+        training, total = self.settings.training, torch.zeros((), device=self.accelerator.device)
+        torch.manual_seed(training.seed * 1_000_003 + number)  # for dropout
+        for part in range(training.gradient_accumulation_steps):
+            loss = self.loss(number * training.gradient_accumulation_steps + part)
+            loss = loss / training.gradient_accumulation_steps
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        self.share_gradients()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.unscale_(self.optimizer)
+        if training.max_grad_norm > 0:
+            torch.nn.utils.clip_grad_norm_(self.parameters, training.max_grad_norm)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.step(self.optimizer)
+            self.accelerator.scaler.update()
+        else:
+            self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.step(self.parameters)
+        return total
+
+    def share_gradients(self) -> None:
+        """Average the gradients over all processes."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
+        flat = self.accelerator.reduce(flat, "mean")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def run(self, start: int, shared: dict[str, Any]) -> int:
+        """From step `start` to the end, or until asked to stop; returns the steps done.
+
+        Args:
+            start: steps that were done before.
+            shared: settings that a run which goes on must share.
+
+        Raises:
+            PersonalizeError: the loss is no number any more, or the memory is not enough.
+        """
+        watching, main = self.settings.watching, self.accelerator.is_main_process
+        waiting: list[Tensor] = []
+        every = 1 if self.accelerator.device.type == "cpu" else READ_EVERY
+        bar = tqdm(
+            range(start, self.steps),
+            initial=start,
+            total=self.steps,
+            desc=self.method.name,
+            unit=" steps",
+            disable=not main,
+        )
+        done, kept = start, start
+        for number in bar:
+            try:
+                waiting.append(self.step(number))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                raise self.explained(error) from None
+            done = number + 1
+            last = done == self.steps
+            save = done % watching.checkpointing_steps == 0 or last
+            look = done % watching.validation_steps == 0 or last
+            if len(waiting) >= every or save or look or self.stop:
+                self.read(waiting, done, kept)
+                bar.set_postfix(self.record.shown() | {"GB": f"{memory():.1f}"})
+            if self.stop:
+                break
+            if look:
+                figures = self.watch(done)
+                if figures and main:
+                    self.record.add(done, figures)
+            if save and not last:
+                self.save(done, shared)
+                kept = done
+        bar.close()
+        if done > kept and done < self.steps:
+            self.save(done, shared)
+        return done
+
+    def read(self, waiting: list[Tensor], done: int, kept: int) -> None:
+        """Look at the losses since the last look, and log them."""
+        losses = self.accelerator.reduce(torch.stack(waiting), "mean").tolist()
+        first = done - len(waiting) + 1
+        rate = self.schedule.get_last_lr()[0]
+        waiting.clear()
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                where = f"go on from the checkpoint of step {kept}" if kept else "start again"
+                raise PersonalizeError(
+                    f"The loss of step {first + i} is {loss}: the training has diverged. Lower --learning_rate "
+                    f"(now {self.settings.training.learning_rate:g}) or use --mixed_precision bf16 or no, and {where}."
+                )
+            if self.accelerator.is_main_process:
+                self.record.add(first + i, {"loss": loss, "lr": rate})
+
+    def save(self, done: int, shared: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            average = self.average
+            save_checkpoint(
+                self.settings.folder / "checkpoints",
+                done,
+                dict(zip(self.names, self.parameters, strict=True)),
+                None if average is None else dict(zip(self.names, average.shadow_params, strict=True)),
+                {
+                    "optimizer": self.optimizer.state_dict(),
+                    "schedule": self.schedule.state_dict(),
+                    "scaler": None if scaler is None else scaler.state_dict(),
+                    "averaged": 0 if average is None else average.optimization_step,
+                },
+                shared,
+                self.settings.watching.checkpoints_total_limit,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint) -> None:
+        """Go on from a checkpoint."""
+        average = None if self.average is None else dict(zip(self.names, self.average.shadow_params, strict=True))
+        state = load_checkpoint(checkpoint, dict(zip(self.names, self.parameters, strict=True)), average)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.average is not None:
+            self.average.optimization_step = state["averaged"]
+
+    def explained(self, error: RuntimeError) -> BaseException:
+        """What to turn on where the memory was not enough; any other error as it is."""
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            return error
+        training, data = self.settings.training, self.settings.data
+        help_ = [
+            ("--gradient_checkpointing", not training.gradient_checkpointing),
+            ("--train_batch_size 1 with --gradient_accumulation_steps", training.train_batch_size > 1),
+            ("--mixed_precision bf16", training.mixed_precision == "no"),
+            ("--optimizer adamw8bit", training.optimizer == "adamw"),
+            ("--no-train_text_encoder", bool(training.train_text_encoder)),
+            (f"a --resolution below {data.resolution}", True),
+        ]
+        options = ", ".join(text for text, useful in help_ if useful)
+        return PersonalizeError(f"There is not enough memory for a step. These need less: {options}.")
+
+
+def stack_masks(latents: Sequence[Latent]) -> Tensor:
+    """[n, 1, h, w]; a picture without a mask counts everywhere."""
+    return torch.stack([torch.ones_like(x.mean[:1]) if x.mask is None else x.mask for x in latents])
+
+
+def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, its 8-bit form, or Prodigy."""
+    training = settings.training
+    common: dict[str, Any] = {
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "weight_decay": training.adam_weight_decay,
+    }
+    if training.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(groups, lr=1.0, eps=training.adam_epsilon, use_bias_correction=True, **common)
+    if training.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, eps=training.adam_epsilon, **common)
+    return torch.optim.AdamW(groups, eps=training.adam_epsilon, fused=True, **common)
+
+
+def memory() -> float:
+    """In GB: the most of the accelerator's that was used so far, or what the process uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9

@@ -1,0 +1,90 @@
+"""What the training loop asks of a method, and what the methods share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .base_model import BaseModel
+from .options import TextualInversion
+from .settings import Settings
+from .shared import About
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Method(Protocol):
+    """A way to personalise a base model: what of it trains, and which files come out.
+
+    Made with the base model's networks on the CPU. A method changes them in place: what trains requires a gradient and is
+    in fp32.
+    """
+
+    name: str
+    """As in models.metadata.METHODS."""
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's: `params`, `lr`, and `names` of the parameters."""
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether captions must be read anew in each step."""
+
+    def spoken(self, text: str) -> str:
+        """A caption as the tokenizer is to read it."""
+
+    def write(self, folder: Path, name: str, about: About) -> list[Path]:
+        """Write the result as `folder/name...`, read it back, check it."""
+
+
+TEMPLATES = ("a photo of {trigger} {class}",)
+WORD_TEMPLATES = {
+    "object": (
+        "a photo of {trigger}",
+        "a rendering of {trigger}",
+        "a cropped photo of {trigger}",
+        "the photo of {trigger}",
+        "a close-up photo of {trigger}",
+        "a bright photo of {trigger}",
+        "a dark photo of {trigger}",
+        "a good photo of {trigger}",
+        "a picture of {trigger}",
+    ),
+    "style": (
+        "a painting in the style of {trigger}",
+        "a rendering in the style of {trigger}",
+        "a picture in the style of {trigger}",
+        "a cropped painting in the style of {trigger}",
+        "a close-up painting in the style of {trigger}",
+        "a bright painting in the style of {trigger}",
+        "a dark painting in the style of {trigger}",
+    ),
+}
+
+
+def templates_of(settings: Settings) -> tuple[str, ...]:
+    """Captions of pictures that bring none; one of them in each step."""
+    if settings.data.instance_prompt is not None:
+        return (settings.data.instance_prompt,)
+    if isinstance(settings.method, TextualInversion):
+        return WORD_TEMPLATES[settings.method.learnable_property]
+    return TEMPLATES
+
+
+def group_of(modules: Sequence[tuple[str, nn.Module]], rate: float) -> dict[str, Any]:
+    """An optimiser's group of everything in `modules` that requires a gradient."""
+    named = [
+        (f"{prefix}.{name}", parameter)
+        for prefix, module in modules
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    ]
+    return {"params": [p for _, p in named], "lr": rate, "names": [n for n, _ in named]}
+
+
+def text_modules(base: BaseModel) -> list[tuple[str, Any]]:
+    """The text encoders, named."""
+    return [("text_encoder" if i == 0 else f"text_encoder_{i + 1}", te) for i, te in enumerate(base.text_encoders)]

@@ -1,0 +1,173 @@
+"""The options of the trainers: one field each, from the command line or a TOML file, checked before anything loads.
+
+A field's `help` is what `--help` prints. None means "what suits the base model and the method", and is filled in by
+`training.defaults`; the effective values are saved beside the output as config.toml.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+    """A field with its help, and the values that it may have."""
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+@dataclass
+class Base:
+    """Base model"""
+
+    pretrained_model_name_or_path: str | None = option(
+        None,
+        "the model to start from: a .safetensors or .ckpt file, a diffusers folder, or a hub id (needs the network)",
+    )
+    vae_path: str | None = option(None, "another VAE: a diffusers folder or a .safetensors file of the same layout")
+    revision: str | None = option(None, "of a hub id")
+    variant: str | None = option(None, "of a hub id or folder, such as fp16")
+    prediction_type: str = option("auto", "what the network predicts", ("auto", "epsilon", "v_prediction"))
+    clip_skip: int = option(1, "take the text from this layer, counted from the last; 2 for many anime models", least=1)
+
+
+@dataclass
+class Data:
+    """Pictures and captions"""
+
+    instance_data_dir: str | None = option(None, "folder with pictures of your subject: five to twenty are enough")
+    trigger: str = option("ohwx", "the word that will call your subject")
+    class_name: str = option("person", "what it is, as one noun: dog, backpack, woman, logo")
+    instance_prompt: str | None = option(
+        None,
+        "caption of pictures that have no .txt beside them, {trigger} and {class} are put in; by default 'a photo of "
+        "{trigger} {class}', and for Textual Inversion several",
+    )
+    resolution: int | None = option(None, "longer pictures get as many pixels as a square of this side", least=16)
+    buckets: bool = option(True, "keep each picture's aspect (groups of like aspect) instead of cutting squares")
+    repeats: int = option(1, "how often each picture counts in an epoch", least=1)
+    random_flip: bool = option(False, "show mirrored pictures too; not for faces, text and logos")
+    masked_loss: bool = option(False, "learn only where the mask is white: alpha, or NAME-masklabel.png beside NAME")
+    caption_dropout: float = option(0.0, "share of captions left out, so that the model stays good without", least=0)
+    validation_data_dir: str | None = option(None, "folder with further pictures, on which only the loss is measured")
+    with_prior_preservation: bool = option(False, "keep the class: learn from pictures of others of the class, too")
+    class_data_dir: str | None = option(None, "folder with those; what is missing is drawn by the base into it")
+    class_prompt: str = option(
+        "a photo of {class}", "caption of those that have no .txt, and the prompt they are drawn by"
+    )
+    num_class_images: int = option(100, "how many there shall be", least=1)
+    prior_loss_weight: float = option(1.0, "λ, how much they count", least=0)
+    cache_dir: str | None = option(None, "folder for encoded pictures and captions; by default in the output folder")
+
+
+@dataclass
+class Training:
+    """Training"""
+
+    max_train_steps: int | None = option(None, "steps of the optimiser", least=1)
+    num_train_epochs: int | None = option(None, "instead of steps: how often to see every picture", least=1)
+    train_batch_size: int = option(1, "pictures a step, on each device", least=1)
+    gradient_accumulation_steps: int = option(1, "batches before the optimiser steps", least=1)
+    learning_rate: float | None = option(None, "of the UNet; of the words in Textual Inversion", least=0)
+    train_text_encoder: bool | None = option(None, "train the text encoder, too")
+    text_encoder_lr: float | None = option(None, "its learning rate", least=0)
+    lr_scheduler: str = option(
+        "constant",
+        "how the rate changes",
+        ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
+    )
+    lr_warmup_steps: int = option(0, "steps in which the rate rises from zero", least=0)
+    lr_num_cycles: int = option(1, "restarts of cosine_with_restarts", least=1)
+    lr_power: float = option(1.0, "of polynomial", least=0)
+    optimizer: str = option(
+        "adamw",
+        "adamw8bit needs the package bitsandbytes, prodigy the package prodigyopt (with learning rate 1)",
+        ("adamw", "adamw8bit", "prodigy"),
+    )
+    adam_beta1: float = option(0.9, "of the optimiser", least=0)
+    adam_beta2: float = option(0.999, "of the optimiser", least=0)
+    adam_weight_decay: float = option(0.01, "of the optimiser", least=0)
+    adam_epsilon: float = option(1e-8, "of the optimiser", least=0)
+    max_grad_norm: float = option(1.0, "longer gradients are shortened to this; 0 leaves them", least=0)
+    mixed_precision: str | None = option(None, "what the network computes in", ("no", "fp16", "bf16"))
+    gradient_checkpointing: bool = option(False, "less memory, a third slower")
+    snr_gamma: float | None = option(None, "min-SNR weighting of the loss; 5 learns faster", least=0)
+    noise_offset: float = option(0.0, "0.05 to 0.1 lets very dark and bright pictures be learned", least=0)
+    use_ema: bool = option(False, "keep a running average of the weights and save that")
+    ema_decay: float = option(0.9999, "of the average", least=0)
+    channels_last: bool = option(False, "memory layout that is faster on many GPUs when the whole UNet trains")
+    allow_tf32: bool = option(False, "faster matrix products on NVIDIA's GPUs from Ampere on")
+    seed: int = option(0, "of everything random: the same seed gives the same file", least=0)
+
+
+@dataclass
+class Watching:
+    """While it trains"""
+
+    validation_prompt: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "draw pictures of this while training; may be given several times, with {trigger} and {class}"
+        },
+    )
+    num_validation_images: int = option(4, "pictures of each prompt", least=1)
+    validation_steps: int = option(
+        100, "steps between such pictures, and between measures of the validation loss", least=1
+    )
+    checkpointing_steps: int = option(100, "steps between checkpoints", least=1)
+    checkpoints_total_limit: int = option(2, "older checkpoints are deleted", least=1)
+    resume_from_checkpoint: str = option(
+        "latest", "go on from the output folder's last checkpoint, or from the one named; none starts anew"
+    )
+    report_to: str = option("none", "tensorboard and wandb need their packages", ("none", "tensorboard", "wandb"))
+
+
+@dataclass
+class Output:
+    """Output"""
+
+    output_dir: str | None = option(None, "folder for the result, checkpoints, samples, the log and the configuration")
+    output_name: str | None = option(None, "name of the result without ending; the trigger by default")
+    save_precision: str = option("fp16", "of the result", ("fp16", "bf16", "fp32"))
+
+
+@dataclass
+class Lora:
+    """LoRA"""
+
+    rank: int = option(16, "width of the low-rank matrices: more holds more details, in a larger file", least=1)
+    lora_alpha: float | None = option(
+        None, "scale alpha / rank of the change; as large as the rank by default", least=0
+    )
+    lora_dropout: float = option(0.0, "share of the input left out at random", least=0)
+    text_encoder_rank: int | None = option(None, "of the text encoder; as the UNet's by default", least=1)
+    block_ranks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "ranks of single blocks, as up_blocks.1=32; 0 leaves a block out; may be given several times"
+        },
+    )
+    lora_layers: str = option(
+        "attention",
+        "which layers: attention; also the feed-forward; or also convolutions",
+        ("attention", "linear", "all"),
+    )
+    use_dora: bool = option(False, "DoRA: learn the rows' lengths, too")
+
+
+@dataclass
+class TextualInversion:
+    """Textual Inversion"""
+
+    num_vectors: int = option(4, "vectors of the word: more hold more, and take more of the prompt's 77", least=1)
+    initializer_token: str | None = option(None, "words whose vectors it starts from; the class by default")
+    learnable_property: str = option("object", "what is learned, which chooses the captions", ("object", "style"))
+
+
+@dataclass
+class DreamBooth:
+    """DreamBooth"""
+
+    save_as: str = option(
+        "full", "a whole checkpoint, its difference from the base, or both", ("full", "delta", "both")
+    )
+    delta_megabytes: float | None = option(
+        None, "cut the difference to this size (singular values); whole by default", least=0
+    )

@@ -1,0 +1,247 @@
+"""From options to a file: what every fine-tuning method does alike."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from .about import about, digest_of_file
+from .base_model import BaseModel, load_base
+from .checkpoint import find_checkpoint, read_settings_of
+from .class_images import draw_class_images
+from .dataset import Example, Order, Sizes, fill_in, find_examples, find_priors
+from .defaults import fill_defaults
+from .dreambooth import DreamBoothMethod
+from .encoding import Cache, Latent, TextStates, digest_of, encode_captions, encode_pictures
+from .loop import Stop, Trainer, stopping_on_signals
+from .lora import LoraMethod
+from .methods import PRECISIONS, Method, templates_of
+from .options import DreamBooth, Lora, TextualInversion
+from .preflight import preflight, shared_settings
+from .record import Record
+from .settings import Settings, read_settings, save_settings
+from .shared import PersonalizeError
+from .textual_inversion import TextualInversionMethod
+from .watch import draw_samples, read_rows, resting, validation_loss, write_samples
+
+METHODS: dict[str, tuple[type, Callable[[BaseModel, Settings], Method]]] = {
+    "lora": (Lora, LoraMethod),
+    "textual_inversion": (TextualInversion, TextualInversionMethod),
+    "dreambooth": (DreamBooth, DreamBoothMethod),
+}
+
+
+def main(method: str, doc: str | None, arguments: list[str] | None = None) -> int:
+    """What `python -m training.<method>` does; returns the exit status.
+
+    0: the result is written. 1: something is wrong, and was said. 128 + n: stopped by signal n, with a checkpoint.
+    """
+    try:
+        settings = read_settings(METHODS[method][0], f"python -m training.{method}", doc or "", arguments)
+        stop = Stop()
+        with stopping_on_signals(stop):
+            paths = personalize(method, settings, stop)
+    except PersonalizeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not paths:
+        return 128 + (stop.signal or 0)
+    return 0
+
+
+def personalize(method: str, settings: Settings, stop: Stop | None = None) -> list[Path]:
+    """Train and write the result.
+
+    Args:
+        method: a key of METHODS.
+        settings: what the user said.
+        stop: asks the loop to stop.
+
+    Returns:
+        The files; none if it was stopped.
+
+    Raises:
+        PersonalizeError: whatever the user can mend.
+    """
+    findings = preflight(settings, quiet=int(os.environ.get("LOCAL_RANK", "0")) > 0)
+    for warning in findings.warnings:
+        print(warning, file=sys.stderr)
+    settings = fill_defaults(settings, method, findings.family or "sd15")
+    accelerator = start(settings)
+    dtype = PRECISIONS[{"no": "fp32"}.get(precision := settings.training.mixed_precision or "no", precision)]
+    options = settings.base
+    base = load_base(
+        options.pretrained_model_name_or_path or "",
+        torch.float32 if method == "dreambooth" else dtype,
+        options.prediction_type,
+        options.revision,
+        options.variant,
+        options.vae_path,
+    )
+    if findings.family is None:
+        settings = fill_defaults(settings, method, base.family)
+    if settings.training.channels_last:
+        base.pipeline.unet.to(memory_format=torch.channels_last)
+    for module in (base.pipeline.unet, *base.text_encoders, base.pipeline.vae):
+        module.to(accelerator.device)
+    if accelerator.is_main_process:
+        save_settings(settings, settings.folder / "config.toml")
+    trainer = prepare(method, settings, accelerator, base, stop or Stop())
+    checkpoint = find_checkpoint(settings.folder / "checkpoints", settings.watching.resume_from_checkpoint)
+    begun = 0
+    if checkpoint is not None:
+        begun, _ = read_settings_of(checkpoint)
+        trainer.load(checkpoint)
+        accelerator.print(f"Going on after step {begun}, from {checkpoint}.")
+    trainer.record = Record(settings.folder, begun, accelerator)
+    mark, digest = base.fingerprint(), digest_of_file(base)
+    done = trainer.run(begun, shared_settings(settings))
+    if accelerator.is_main_process:
+        trainer.record.draw(settings.folder / "loss.png")
+    accelerator.end_training()
+    if done < trainer.steps:
+        accelerator.print(f"Stopped after step {done} of {trainer.steps}. The same command goes on from there.")
+        return []
+    if not accelerator.is_main_process:
+        return [settings.folder]
+    if trainer.average is not None:
+        trainer.average.copy_to(trainer.parameters)
+    subject = [example for example in trainer.examples if not example.is_prior]
+    facts = about(base, settings, method, subject, digest, mark)
+    paths = trainer.method.write(settings.folder, settings.output.output_name or "result", facts)
+    for path in paths:
+        print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+    return paths
+
+
+def start(settings: Settings) -> Accelerator:
+    """The processes, their device and precision."""
+    if settings.training.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    tracker = settings.watching.report_to
+    accelerator = Accelerator(
+        mixed_precision=settings.training.mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=settings.folder,
+    )
+    if tracker != "none":
+        accelerator.init_trackers("personalize")
+    set_seed(settings.training.seed)
+    return accelerator
+
+
+def prepare(method: str, settings: Settings, accelerator: Accelerator, base: BaseModel, stop: Stop) -> Trainer:
+    """Find and encode pictures and captions, attach the method, free what is not needed any more."""
+    data, watching = settings.data, settings.watching
+    sizes = Sizes(settings.resolution, base.size_step, data.buckets)
+    if sizes.resolution % base.size_step:
+        raise PersonalizeError(
+            f"--resolution {sizes.resolution} is no multiple of {base.size_step}, which {base.name} needs."
+        )
+    templates = templates_of(settings)
+    examples = find_examples(Path(data.instance_data_dir or "").expanduser(), data, sizes, templates)
+    if data.with_prior_preservation:
+        folder = Path(data.class_data_dir or "").expanduser()
+        prompt = fill_in(data.class_prompt, data.trigger, data.class_name)
+        count, seed = data.num_class_images, settings.training.seed
+        drawn = draw_class_images(accelerator, base, folder, prompt, count, sizes.resolution, seed)
+        if drawn:
+            accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
+        examples += find_priors(folder, data, [example.size for example in examples])
+    kept_out: list[Example] = []
+    if data.validation_data_dir:
+        plain = replace(data, repeats=1, random_flip=False)
+        kept_out = find_examples(Path(data.validation_data_dir).expanduser(), plain, sizes, templates)
+    cache = Cache(Path(data.cache_dir).expanduser() if data.cache_dir else settings.folder / "cache")
+    latents = _latents(accelerator, base, [*examples, *kept_out], cache)
+    base.pipeline.vae.to("cpu")
+    prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in watching.validation_prompt]
+    captions = list(dict.fromkeys(["", *prompts, *(c for e in (*examples, *kept_out) for c in e.captions)]))
+    digests = "-".join(digest_of(encoder) for encoder in base.text_encoders)
+    made = METHODS[method][1](base, settings)
+    texts: dict[str, TextStates] = {}
+    if not made.trains_text:
+        bar = tqdm(captions, desc="Captions", unit="", disable=not accelerator.is_local_main_process, leave=False)
+        with resting(base):
+            texts = encode_captions(base, bar, cache, digests, settings.base.clip_skip)
+        for encoder in base.text_encoders:
+            encoder.to("cpu")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if settings.training.gradient_checkpointing:
+        base.pipeline.unet.enable_gradient_checkpointing()
+        for encoder in base.text_encoders if made.trains_text else []:
+            encoder.gradient_checkpointing_enable()
+    base.pipeline.unet.train()
+    for encoder in base.text_encoders:
+        encoder.train(made.trains_text)
+    order = Order(examples, settings.training.train_batch_size * accelerator.num_processes, settings.training.seed)
+    trainer = Trainer(
+        accelerator,
+        base,
+        made,
+        settings,
+        examples,
+        latents,
+        texts,
+        order,
+        Record(settings.folder, 0),
+        lambda _: {},
+        stop,
+    )
+    trainer.watch = _watch(trainer, prompts, kept_out)
+    return trainer
+
+
+def _latents(accelerator: Accelerator, base: BaseModel, examples: list[Example], cache: Cache) -> dict[Example, Latent]:
+    """Each process encodes its part, then all read all."""
+    unique, digest = list(dict.fromkeys(examples)), digest_of(base.pipeline.vae)
+    mine = unique[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(mine, desc="Encoding", unit=" pictures", disable=not accelerator.is_local_main_process, leave=False)
+    encoded = encode_pictures(base.pipeline.vae, bar, cache, digest)
+    if accelerator.num_processes == 1:
+        return encoded
+    accelerator.wait_for_everyone()
+    return encode_pictures(base.pipeline.vae, unique, cache, digest)
+
+
+def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Callable[[int], dict[str, float]]:
+    """Samples and the validation loss, by the main process."""
+    accelerator, base, settings = trainer.accelerator, trainer.base, trainer.settings
+
+    def rows(captions: list[str]) -> list[TextStates]:
+        return read_rows(base, trainer.method, trainer.texts, captions, settings.base.clip_skip)
+
+    def watch(step: int) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        if not accelerator.is_main_process or not (prompts or kept_out):
+            return figures
+        with resting(base), accelerator.autocast():
+            if kept_out:
+                texts = rows([example.captions[0] for example in kept_out])
+                figures["validation_loss"] = validation_loss(
+                    base, trainer.scheduler, kept_out, trainer.latents, texts, accelerator.device
+                )
+            if prompts:
+                pictures = draw_samples(
+                    accelerator,
+                    base,
+                    rows(prompts),
+                    rows([""])[0],
+                    settings.watching.num_validation_images,
+                    settings.resolution,
+                    settings.training.seed,
+                )
+                sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, prompts, step)
+                for tracker in accelerator.trackers:
+                    tracker.log_images({"samples": [sheet]}, step=step)
+        trainer.record.draw(settings.folder / "loss.png")
+        return figures
+
+    return watch

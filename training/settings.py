@@ -1,0 +1,208 @@
+"""Options from the command line and a TOML file to checked dataclasses, and back to the file saved beside the output."""
+
+import argparse
+import difflib
+import json
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .options import Base, Data, Output, Training, Watching
+from .shared import PersonalizeError
+
+SHARED: tuple[type, ...] = (Base, Data, Training, Watching, Output)
+
+
+@dataclass
+class Settings:
+    """Everything that a training is told."""
+
+    base: Base
+    data: Data
+    training: Training
+    watching: Watching
+    output: Output
+    method: Any
+    """An instance of the method's own options."""
+
+    @property
+    def groups(self) -> tuple[Any, ...]:
+        """The six of them."""
+        return self.base, self.data, self.training, self.watching, self.output, self.method
+
+    @property
+    def folder(self) -> Path:
+        """Where everything goes."""
+        return Path(self.output.output_dir or ".").expanduser()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate; like the next two, of settings with nothing open."""
+        return self.training.learning_rate or 0.0
+
+    @property
+    def text_rate(self) -> float:
+        """The text encoders' learning rate."""
+        return self.training.text_encoder_lr or 0.0
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of a square's side."""
+        return self.data.resolution or 512
+
+    def flat(self) -> dict[str, Any]:
+        """All options by name."""
+        return {f.name: getattr(group, f.name) for group in self.groups for f in fields(group)}
+
+
+def read_settings(method: type, prog: str, description: str, arguments: list[str] | None = None) -> Settings:
+    """From the command line, over the TOML file that `--config` names, over the defaults.
+
+    Raises:
+        PersonalizeError: the file cannot be read, or any option is wrong; all that are wrong are named at once.
+        SystemExit: after --help, or for an option that does not exist.
+    """
+    groups = (*SHARED, method)
+    given = vars(_parser(groups, prog, description).parse_args(arguments))
+    config = given.pop("config", None)
+    values = {} if config is None else _read_toml(Path(config).expanduser(), groups)
+    return make_settings(method, {**values, **given})
+
+
+def make_settings(method: type, values: dict[str, Any]) -> Settings:
+    """From values by name, as a node or a test has them.
+
+    Raises:
+        PersonalizeError: naming all that are wrong.
+    """
+    groups = (*SHARED, method)
+    known = {f.name: f for group in groups for f in fields(group)}
+    problems = [_unknown(name, known) for name in values if name not in known]
+    kinds = {name: kind for group in groups for name, kind in typing.get_type_hints(group).items()}
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in known:
+            problem, checked[name] = _check(name, value, kinds[name], known[name].metadata)
+            problems += [problem] * bool(problem)
+    if problems:
+        raise PersonalizeError("\n".join(problems))
+    made = [group(**{f.name: checked[f.name] for f in fields(group) if f.name in checked}) for group in groups]
+    return Settings(*made)
+
+
+def save_settings(settings: Settings, path: Path) -> None:
+    """As TOML, a table for each group; what is None is left out."""
+    parts = []
+    for group in settings.groups:
+        title = (type(group).__doc__ or "").strip()
+        lines = [f"{f.name} = {_toml(v)}" for f in fields(group) if (v := getattr(group, f.name)) is not None]
+        parts.append("\n".join([f"# {title}", f"[{type(group).__name__.lower()}]", *lines]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _toml(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists are written alike
+
+
+def _parser(groups: tuple[type, ...], prog: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", default=argparse.SUPPRESS, help="a TOML file with any of these; see training/configs"
+    )
+    for group in groups:
+        section = parser.add_argument_group((group.__doc__ or "").strip())
+        kinds = typing.get_type_hints(group)
+        for f in fields(group):
+            names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+            kind, text = _plain(kinds[f.name]), f.metadata["help"]
+            shown = "" if f.default in (None, True, False, MISSING) else f.default
+            extra: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
+            if kind is bool:
+                extra |= {"action": argparse.BooleanOptionalAction}
+            elif kind is list:
+                extra |= {"action": "append", "metavar": "TEXT"}
+            else:
+                extra |= {"type": _number(kind), "metavar": kind.__name__.upper()}
+                if f.metadata.get("choices"):
+                    text += f" ({', '.join(f.metadata['choices'])})"
+            if shown != "":
+                text += f" [{shown}]"
+            section.add_argument(*names, help=text.replace("%", "%%"), **extra)
+    return parser
+
+
+def _number(kind: type):
+    """Leaves to `_check` what is no number, so that all problems are told at once."""
+
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+
+    return convert
+
+
+def _plain(kind: Any) -> type:
+    """The type of an option that may be None."""
+    if isinstance(kind, types.UnionType):
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    return typing.get_origin(kind) or kind
+
+
+def _read_toml(path: Path, groups: tuple[type, ...]) -> dict[str, Any]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PersonalizeError(f"The configuration {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise PersonalizeError(f"The configuration {path} cannot be read: {error}.") from None
+    names = {group.__name__.lower() for group in groups}
+    values: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, dict):
+            if key not in names:
+                raise PersonalizeError(
+                    f"[{key}] in {path} is no group of options: they are {', '.join(sorted(names))}."
+                )
+            values |= value
+        else:
+            values[key] = value
+    return values
+
+
+def _unknown(name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"There is no option {name}{f': do you mean {near[0]}?' if near else '; see --help.'}"
+
+
+def _check(name: str, value: Any, kind: Any, metadata: Any) -> tuple[str, Any]:
+    """A sentence about what is wrong, or nothing, and the value."""
+    plain = _plain(kind)
+    if value is None and type(None) in typing.get_args(kind):
+        return "", None
+    if plain is float and type(value) is int:
+        value = float(value)
+    if type(value) is not plain:
+        wanted = {
+            bool: "true or false",
+            int: "a whole number",
+            float: "a number",
+            str: "a text",
+            list: "a list of texts",
+        }
+        return f"{name} is {value!r}, but must be {wanted[plain]}.", value
+    if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
+        return f"{name} is {value!r}, but must be a list of texts.", value
+    choices, least = metadata.get("choices"), metadata.get("least")
+    if choices and value not in choices:
+        return f"{name} is {value!r}, but must be one of {', '.join(choices)}.", value
+    if least is not None and not value >= least:
+        return f"{name} is {value}, but must be at least {least}.", value
+    return "", value

@@ -1,0 +1,104 @@
+"""Learn a new word (Textual Inversion): a file of a few kilobytes, for looks and styles rather than details.
+
+    python -m training.textual_inversion --pretrained_model_name_or_path MODEL --instance_data_dir PICTURES \\
+        --output_dir FOLDER
+
+Only the vectors of the new word train (Gal et al. 2022); in ComfyUI's prompts it is called as embedding:NAME.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base_model import BaseModel
+from .methods import PRECISIONS, text_modules
+from .options import TextualInversion
+from .settings import Settings
+from .shared import (
+    About,
+    LearnedWord,
+    PersonalizeError,
+    read_safetensors,
+    read_word,
+    title_of,
+    word_tensors,
+    write_safetensors,
+)
+
+NOISE = 0.1  # of the vectors' size, so that several that start from one word are not the same
+
+
+class TextualInversionMethod:
+    """A learned word in each text encoder."""
+
+    name = "textual_inversion"
+
+    def __init__(self, base: BaseModel, settings: Settings):
+        self.base, self.settings = base, settings
+        options: TextualInversion = settings.method
+        tokenizers = [base.pipeline.tokenizer, *([base.pipeline.tokenizer_2] if base.layout == "sdxl" else [])]
+        self.tokens = [f"<learned-{i}>" for i in range(options.num_vectors)]
+        base.pipeline.unet.requires_grad_(False)
+        self.words: list[LearnedWord] = []
+        for tokenizer, (_, encoder) in zip(tokenizers, text_modules(base), strict=True):
+            encoder.requires_grad_(False)
+            table = encoder.get_input_embeddings()
+            tokenizer.add_tokens(self.tokens)
+            ids = tokenizer.convert_tokens_to_ids(self.tokens)
+            word = LearnedWord(table, ids, self._start(tokenizer, table, options))
+            encoder.set_input_embeddings(word)
+            _find_the_end(encoder, tokenizer.eos_token_id)
+            self.words.append(word)
+
+    def _start(self, tokenizer, table, options: TextualInversion) -> torch.Tensor:
+        text = options.initializer_token or self.settings.data.class_name
+        known = tokenizer(text, add_special_tokens=False).input_ids
+        if not known:
+            raise PersonalizeError(f"initializer_token is {text!r}, which the tokenizer reads as nothing: use a word.")
+        rows = table.weight.detach()[[known[i % len(known)] for i in range(options.num_vectors)]].float()
+        generator = torch.Generator().manual_seed(self.settings.training.seed)
+        noise = torch.randn(rows.shape, generator=generator) * rows.std(dim=1, keepdim=True) * NOISE
+        first = torch.arange(options.num_vectors)[:, None] < len(known)
+        return torch.where(first, rows, rows + noise)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """See Method."""
+        names = [f"{name}.vectors" for name, _ in text_modules(self.base)]
+        rate = self.settings.rate
+        return [{"params": [w.vectors for w in self.words], "lr": rate, "names": names, "weight_decay": 0.0}]
+
+    @property
+    def trains_text(self) -> bool:
+        """See Method."""
+        return True
+
+    def spoken(self, text: str) -> str:
+        """The trigger becomes the word's tokens."""
+        return re.sub(rf"(?<!\w){re.escape(self.settings.data.trigger)}(?!\w)", "".join(self.tokens), text)
+
+    def write(self, folder: Path, name: str, about: About) -> list[Path]:
+        """NAME.safetensors."""
+        path, dtype = folder / f"{name}.safetensors", PRECISIONS[self.settings.output.save_precision]
+        tensors = word_tensors([word.vectors.detach().cpu().to(dtype) for word in self.words])
+        write_safetensors(path, tensors, about.as_metadata())
+        widths = [word.table.embedding_dim for word in self.words]
+        read_word(read_safetensors(path)[0], widths, path.name, title_of(self.base.family))
+        return [path]
+
+
+def _find_the_end(encoder, end: int) -> None:
+    """Old configurations let the encoder take the largest id for the end of the text, which a new word's would be."""
+    encoder.config.eos_token_id = end
+    for module in encoder.modules():
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end
+
+
+if __name__ == "__main__":
+    from .run import main
+
+    sys.exit(main("textual_inversion", __doc__))

@@ -1,0 +1,153 @@
+"""While it trains: sample pictures of fixed prompts and seeds, and the loss on pictures that are kept out."""
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from PIL import Image, ImageDraw
+
+from .base_model import BaseModel
+from .dataset import Example
+from .denoising import Weighting, draw, training_losses
+from .encoding import Latent, TextStates, read_text
+from .methods import Method
+
+STEPS, GUIDANCE = 20, 5.0
+LEVELS = 4  # timesteps at which the validation loss is measured
+LABEL = 16  # pixels of a line of text over the samples
+
+
+@contextmanager
+def resting(base: BaseModel):
+    """Without gradients and dropout."""
+    modules = [base.pipeline.unet, *(encoder for encoder in base.text_encoders if encoder is not None)]
+    before = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(modules, before, strict=True):
+            module.train(mode)
+
+
+def read_rows(
+    base: BaseModel, method: Method, texts: dict[str, TextStates], captions: Sequence[str], clip_skip: int
+) -> list[TextStates]:
+    """One row for each caption: read now if the text encoders train, else what was encoded before."""
+    if method.trains_text:
+        return [read_text(base, [method.spoken(caption)], clip_skip) for caption in captions]
+    return [texts[caption] for caption in captions]
+
+
+def draw_samples(
+    accelerator: Accelerator,
+    base: BaseModel,
+    rows: Sequence[TextStates],
+    empty: TextStates,
+    count: int,
+    resolution: int,
+    seed: int,
+) -> list[list[Image.Image]]:
+    """`count` pictures of each prompt, by DPM-Solver++ in 20 steps at guidance 5.
+
+    Args:
+        rows: text states of the prompts, one row each.
+        empty: of no text.
+        resolution: pixels, of a square.
+        seed: of the first picture of each prompt; the others count on.
+    """
+    pipeline, device = base.pipeline, accelerator.device
+    scheduler, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    vae_device = next(pipeline.vae.parameters()).device
+    pipeline.vae.to(device)
+    try:
+        pictures = []
+        for row in rows:
+            mine = []
+            for i in range(count):
+                mine.append(_one(accelerator, pipeline, row, empty, resolution, seed + i))
+            pictures.append(mine)
+        return pictures
+    finally:
+        pipeline.scheduler = scheduler
+        pipeline.set_progress_bar_config(**progress)
+        pipeline.vae.to(vae_device)
+
+
+def _one(accelerator, pipeline, row: TextStates, empty: TextStates, resolution: int, seed: int) -> Image.Image:
+    device, dtype = accelerator.device, pipeline.unet.dtype
+    text, nothing = row.to(device, dtype), empty.to(device, dtype)
+    pooled = {}
+    if text.pooled is not None:
+        pooled = {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": nothing.pooled}
+    with accelerator.autocast():
+        latents = pipeline(
+            prompt_embeds=text.states,
+            negative_prompt_embeds=nothing.states,
+            height=resolution,
+            width=resolution,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            **pooled,
+        ).images
+    vae = pipeline.vae
+    scaled = latents.to(torch.float32) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
+    decoded = vae.decode(scaled).sample[0].clamp(-1, 1)
+    return Image.fromarray(((decoded + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def grid(pictures: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> Image.Image:
+    """A row of pictures for each label, with the label over it."""
+    width = max(sum(picture.width + 4 for picture in row) for row in pictures)
+    width = max(width, 240)
+    heights = [row[0].height + LABEL for row in pictures]
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    pen, y = ImageDraw.Draw(sheet), 0
+    for row, label, height in zip(pictures, labels, heights, strict=True):
+        pen.text((3, y + 2), label[: width // 6], fill="black")
+        for i, picture in enumerate(row):
+            sheet.paste(picture, (i * (picture.width + 4), y + LABEL))
+        y += height
+    return sheet
+
+
+def write_samples(
+    path: Path, pictures: Sequence[Sequence[Image.Image]], prompts: Sequence[str], step: int
+) -> np.ndarray:
+    """The pictures of all prompts as one PNG that says the step and the prompts; returns it, [h, w, 3]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet = grid(pictures, [f"step {step}: {prompt}" for prompt in prompts])
+    sheet.save(path)
+    return np.asarray(sheet)
+
+
+def validation_loss(
+    base: BaseModel,
+    scheduler: DDPMScheduler,
+    examples: Sequence[Example],
+    latents: dict[Example, Latent],
+    rows: Sequence[TextStates],
+    device: torch.device,
+) -> float:
+    """The mean loss on pictures that are kept out, always with the same noise, at four timesteps each."""
+    total, times = 0.0, scheduler.config.num_train_timesteps
+    for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
+        for level in range(LEVELS):
+            drawn = draw([latents[example]], [i], 0, -1 - level, times, Weighting())
+            drawn.timesteps.fill_((2 * level + 1) * times // (2 * LEVELS))
+            text = row.to(device, row.states.dtype)
+            losses = training_losses(
+                base.pipeline.unet, scheduler, drawn, text, None, base.pipeline.vae_scale_factor, Weighting()
+            )
+            total += losses.item()
+    return total / (len(examples) * LEVELS)
