@@ -70,5 +70,5 @@ def test_a_family_that_is_not_supported(file, tmp_path):
     key = "model.diffusion_model.input_blocks.0.0.weight"
     state[key] = state[key].repeat(2, 1, 1, 1)
     write_safetensors(tmp_path / "wide.safetensors", state, {})
-    with pytest.raises(PersonalizeError, match=r"UNet width 192, text features of width 64\): SD1\.5 and SDXL"):
+    with pytest.raises(PersonalizeError, match=r"UNet width 192, text features of width 64\): SD1\.5, SD2\.x and SDXL"):
         load_pipeline(tmp_path / "wide.safetensors")

@@ -1,0 +1,252 @@
+"""Loaders of trained files: LoRA, Textual Inversion, DreamBooth, and one that takes any of ours."""
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import folder_paths
+from comfy_api.latest import io
+
+from ..models.base_models import title_of
+from ..models.checkpoints import read_header
+from ..models.errors import PersonalizeError
+from ..models.metadata import About, read_about
+from ..models.textual_inversion import read_word
+from .folders import find_model
+from .schema import schema
+from .trained_files import apply_patches, check_base, family_of_model, read_trained
+
+DELTA = ".delta.safetensors"
+TRIGGER = "The words that call the subject, to wire into a prompt; empty where the file does not say."
+WIDTHS = {"sd15": (768,), "sd2": (1024,), "sdxl": (768, 1280), "pocket": (64,)}
+
+
+def _strength(name: str, what: str) -> Any:
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+        tooltip=f"How much the file changes {what}: 0 not at all, 1 fully.",
+    )
+
+
+def _model(
+    optional: bool = False, tooltip: str = "The base model that the file was trained on, or one like it."
+) -> Any:
+    return io.Model.Input("model", optional=optional, tooltip=tooltip)
+
+
+def _clip(optional: bool = False, tooltip: str = "The text encoders of the same checkpoint.") -> Any:
+    return io.Clip.Input("clip", optional=optional, tooltip=tooltip)
+
+
+class LoadLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadLoRA",
+            display_name="Load LoRA (Personalize)",
+            description="Adds a LoRA of any trainer to a model, gives its trigger words, and says where it does not fit.",
+            search_aliases=["lora loader", "load lora", "lora"],
+            inputs=[
+                _model(),
+                _clip(optional=True),
+                io.Combo.Input(
+                    "file", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
+                ),
+                _strength("strength_model", "the model"),
+                _strength("strength_clip", "the text encoders"),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoders with the LoRA."),
+                io.String.Output(display_name="trigger", tooltip=TRIGGER),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, file: str, strength_model: float, strength_clip: float, clip=None) -> io.NodeOutput:
+        path = find_model("loras", file)
+        tensors, about = read_trained(path)
+        check_base(model, about, path.name, exactly=False)
+        model, clip = apply_patches(model, clip, tensors, (strength_model, strength_clip), path.name)
+        return io.NodeOutput(model, clip, about.trigger if about else "")
+
+
+class LoadTextualInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadTextualInversion",
+            display_name="Load Textual Inversion",
+            description="Gives the text that calls a learned word in a prompt, and says where the word does not fit.",
+            search_aliases=["embedding", "textual inversion loader"],
+            inputs=[
+                _model(tooltip="The model that the word is for; it is given on as it is."),
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list("embeddings"),
+                    tooltip="A file in models/embeddings: of this pack's trainer, or of another.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=3.0, step=0.05, tooltip="The word's weight in the prompt."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model as it came."),
+                io.String.Output(display_name="trigger", tooltip="The word, to wire into a prompt."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, file: str, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(model, checked_word(model, find_model("embeddings", file), file, strength))
+
+
+def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
+    """The prompt's text for a learned word.
+
+    Raises:
+        PersonalizeError: it was made for another base model.
+    """
+    tensors, about = read_trained(path)
+    check_base(model, about, path.name, exactly=False)
+    family = family_of_model(model)
+    if family in WIDTHS:
+        read_word(tensors, WIDTHS[family], path.name, title_of(family))
+    word = f"embedding:{file.rsplit('.', 1)[0]}"
+    return word if strength == 1 else f"({word}:{strength:g})"
+
+
+class LoadDreamBooth(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadDreamBooth",
+            display_name="Load DreamBooth",
+            description="Loads a fine-tuned checkpoint, or adds a fine-tuned model's difference to its base.",
+            search_aliases=["dreambooth", "checkpoint", "delta"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=dreambooth_files(),
+                    tooltip="A checkpoint in models/checkpoints, or a .delta.safetensors in models/loras.",
+                ),
+                _strength("strength", "its base; for a difference only"),
+                _model(optional=True, tooltip="The base; needed for a difference only."),
+                _clip(optional=True, tooltip="The base's text encoders; needed for a difference only."),
+                io.Vae.Input("vae", optional=True, tooltip="The base's VAE, given on; for a difference only."),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The fine-tuned model."),
+                io.Clip.Output(display_name="CLIP", tooltip="Its text encoders."),
+                io.Vae.Output(display_name="VAE", tooltip="Its VAE."),
+                io.String.Output(display_name="trigger", tooltip=TRIGGER),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str, strength: float, model=None, clip=None, vae=None) -> io.NodeOutput:
+        if file.endswith(DELTA):
+            return io.NodeOutput(
+                *with_difference(find_model("loras", file), strength, model, clip), vae, _trigger("loras", file)
+            )
+        return io.NodeOutput(*whole_checkpoint(find_model("checkpoints", file)), _trigger("checkpoints", file))
+
+
+def dreambooth_files() -> list[str]:
+    """Differences, then checkpoints."""
+    return [
+        *(name for name in folder_paths.get_filename_list("loras") if name.endswith(DELTA)),
+        *folder_paths.get_filename_list("checkpoints"),
+    ]
+
+
+def about_file(path: Path) -> About | None:
+    """What a .safetensors file says of itself, from its header alone."""
+    return read_about(read_header(path)[1], path.name) if path.suffix == ".safetensors" else None
+
+
+def _trigger(kind: str, file: str) -> str:
+    about = about_file(find_model(kind, file))
+    return about.trigger if about else ""
+
+
+def with_difference(path: Path, strength: float, model: Any, clip: Any) -> tuple[Any, Any]:
+    """MODEL and CLIP of a base with a trained model's difference.
+
+    Raises:
+        PersonalizeError: there is no base, or another one.
+    """
+    tensors, about = read_trained(path)
+    if model is None:
+        base = about.base_name if about else "its base"
+        raise PersonalizeError(f"{path.name} is a difference from {base}: connect that checkpoint's MODEL and CLIP.")
+    if clip is None and any(key.startswith("text_encoders.") for key in tensors):
+        raise PersonalizeError(f"{path.name} changes the text encoders, too: connect the checkpoint's CLIP.")
+    check_base(model, about, path.name, exactly=True)
+    return apply_patches(model, clip, tensors, (strength, strength), path.name)
+
+
+def whole_checkpoint(path: Path) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of a checkpoint."""
+    folders = folder_paths.get_folder_paths("embeddings")
+    return tuple(
+        comfy.sd.load_checkpoint_guess_config(
+            str(path), output_vae=True, output_clip=True, embedding_directory=folders
+        )[:3]
+    )
+
+
+class LoadPersonalization(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = [f"{kind}/{name}" for kind in KINDS for name in folder_paths.get_filename_list(kind)]
+        return schema(
+            node_id="PersonalizeLoadPersonalization",
+            display_name="Load Personalization",
+            description="Takes any file of this pack's trainers and does the right thing with it.",
+            search_aliases=["personalize", "lora", "dreambooth", "textual inversion"],
+            inputs=[
+                io.Combo.Input(
+                    "file", options=files, tooltip="A file of this pack's trainers, in any of their folders."
+                ),
+                _strength("strength", "the model"),
+                _model(optional=True, tooltip="The base; a whole checkpoint brings its own."),
+                _clip(optional=True, tooltip="The base's text encoders; a whole checkpoint brings its own."),
+                io.Vae.Input(
+                    "vae", optional=True, tooltip="The base's VAE, given on; a whole checkpoint brings its own."
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The personalised model."),
+                io.Clip.Output(display_name="CLIP", tooltip="Its text encoders."),
+                io.Vae.Output(display_name="VAE", tooltip="Its VAE."),
+                io.String.Output(display_name="trigger", tooltip=TRIGGER),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str, strength: float, model=None, clip=None, vae=None) -> io.NodeOutput:
+        kind, _, name = file.partition("/")
+        path = find_model(kind, name)
+        about = about_file(path)
+        if about is None:
+            raise PersonalizeError(f"{name} does not say how it was trained: use the loader of its method.")
+        if about.method == "dreambooth":
+            return LoadDreamBooth.execute(name, strength, model, clip, vae)
+        if model is None:
+            raise PersonalizeError(
+                f"{name} is a {about.method} for {about.base_name}: connect that checkpoint's MODEL and CLIP."
+            )
+        if about.method == "textual_inversion":
+            return io.NodeOutput(model, clip, vae, checked_word(model, path, name, strength))
+        if about.method == "lora":
+            model, clip, trigger = LoadLora.execute(model, name, strength, strength, clip).result
+            return io.NodeOutput(model, clip, vae, trigger)
+        raise PersonalizeError(f"{name} is a {about.method} file, which has nodes of its own.")
+
+
+KINDS = ("loras", "embeddings", "checkpoints")
