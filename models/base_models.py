@@ -18,8 +18,8 @@ FINGERPRINTED = ("time_embed.0.bias", "time_embed.2.bias", "middle_block.0.in_la
 
 
 def title_of(family: str) -> str:
-    """What people call it."""
-    return TITLES.get(family, f"a base model of width {family}" if family[:1].isdigit() else family)
+    """What people call it; one of another size by its widths."""
+    return TITLES.get(family, f"a base model of widths {family}")
 
 
 def family_of_widths(width: int, context: int) -> str:

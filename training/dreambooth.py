@@ -9,7 +9,6 @@ differs from yours, or its difference from the base.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from .base_model import BaseModel, read_checkpoint
 from .export import whole_checkpoint
-from .methods import PRECISIONS, group_of, text_modules
+from .methods import PRECISIONS, groups_of, text_modules
 from .options import DreamBooth
 from .settings import Settings
 from .shared import (
@@ -51,19 +50,7 @@ class DreamBoothMethod:
             module.requires_grad_(True).to(torch.float32)
         options: DreamBooth = settings.method
         self.before = {name: _copy(module) for name, module in modules} if options.save_as != "full" else {}
-        self._groups = [group_of([("unet", unet)], settings.rate)]
-        if self.text:
-            self._groups.append(group_of(self.text, settings.text_rate))
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """See Method."""
-        return self._groups
-
-    @property
-    def trains_text(self) -> bool:
-        """See Method."""
-        return bool(self.text)
+        self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
 
     def spoken(self, text: str) -> str:
         """The trigger is an ordinary word."""

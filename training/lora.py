@@ -8,7 +8,6 @@ W' = W + (alpha / rank) B A in the attention layers of the UNet, and if wanted o
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
@@ -18,7 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .base_model import BaseModel
-from .methods import PRECISIONS, group_of, text_modules
+from .methods import PRECISIONS, groups_of, text_modules
 from .options import Lora
 from .settings import Settings
 from .shared import (
@@ -56,23 +55,11 @@ class LoraMethod:
         torch.manual_seed(settings.training.seed)
         unet.add_adapter(unet_config(options))
         cast_training_params(unet, dtype=torch.float32)
-        self._groups = [group_of([("unet", unet)], settings.rate)]
         self.text = text_modules(base) if settings.training.train_text_encoder else []
         for _, encoder in self.text:
             encoder.add_adapter(text_config(options))
             cast_training_params(encoder, dtype=torch.float32)
-        if self.text:
-            self._groups.append(group_of(self.text, settings.text_rate))
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """See Method."""
-        return self._groups
-
-    @property
-    def trains_text(self) -> bool:
-        """See Method."""
-        return bool(self.text)
+        self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
 
     def spoken(self, text: str) -> str:
         """The trigger is an ordinary word."""

@@ -25,13 +25,10 @@ class Method(Protocol):
     name: str
     """As in models.metadata.METHODS."""
 
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimiser's: `params`, `lr`, and `names` of the parameters."""
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether captions must be read anew in each step."""
+    groups: list[dict[str, Any]]
+    """The optimiser's: `params`, `lr`, and `names` of the parameters."""
+    trains_text: bool
+    """Whether captions must be read anew in each step."""
 
     def spoken(self, text: str) -> str:
         """A caption as the tokenizer is to read it."""
@@ -83,6 +80,12 @@ def group_of(modules: Sequence[tuple[str, nn.Module]], rate: float) -> dict[str,
         if parameter.requires_grad
     ]
     return {"params": [p for _, p in named], "lr": rate, "names": [n for n, _ in named]}
+
+
+def groups_of(base: BaseModel, text: Sequence[tuple[str, nn.Module]], settings: Settings) -> list[dict[str, Any]]:
+    """The optimiser's groups of a UNet, and of the text encoders `text` if those train."""
+    unet = group_of([("unet", base.pipeline.unet)], settings.rate)
+    return [unet, group_of(text, settings.text_rate)] if text else [unet]
 
 
 def text_modules(base: BaseModel) -> list[tuple[str, Any]]:

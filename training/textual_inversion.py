@@ -9,7 +9,6 @@ Only the vectors of the new word train (Gal et al. 2022); in ComfyUI's prompts i
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,6 +51,10 @@ class TextualInversionMethod:
             encoder.set_input_embeddings(word)
             _find_the_end(encoder, tokenizer.eos_token_id)
             self.words.append(word)
+        names = [f"{name}.vectors" for name, _ in text_modules(base)]
+        vectors = [word.vectors for word in self.words]
+        self.trains_text = True
+        self.groups = [{"params": vectors, "lr": settings.rate, "names": names, "weight_decay": 0.0}]
 
     def _start(self, tokenizer, table, options: TextualInversion) -> torch.Tensor:
         text = options.initializer_token or self.settings.data.class_name
@@ -63,18 +66,6 @@ class TextualInversionMethod:
         noise = torch.randn(rows.shape, generator=generator) * rows.std(dim=1, keepdim=True) * NOISE
         first = torch.arange(options.num_vectors)[:, None] < len(known)
         return torch.where(first, rows, rows + noise)
-
-    @property
-    def groups(self) -> list[dict[str, Any]]:
-        """See Method."""
-        names = [f"{name}.vectors" for name, _ in text_modules(self.base)]
-        rate = self.settings.rate
-        return [{"params": [w.vectors for w in self.words], "lr": rate, "names": names, "weight_decay": 0.0}]
-
-    @property
-    def trains_text(self) -> bool:
-        """See Method."""
-        return True
 
     def spoken(self, text: str) -> str:
         """The trigger becomes the word's tokens."""

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..shared import POCKET, VISION_CONFIG, single_file_names, write_safetensors
+from ..shared import POCKET, VISION_CONFIG, single_file_names, tiny_vae_tensors, write_safetensors
 from .adapter import Adapter
 from .encoders import Encoders
 from .judge import Judge
@@ -42,9 +42,7 @@ def checkpoint_tensors(unet: UNet2DConditionModel, text: nn.Module, vae: Autoenc
     tensors = {names[name]: value for name, value in state.items()}
     for name, value in text.state_dict().items():
         tensors[f"cond_stage_model.transformer.{name}"] = value
-    for name, value in vae.state_dict().items():
-        side, _, number, rest = name.split(".", 3)
-        tensors[f"first_stage_model.taesd_{side}.{int(number) + (side == 'decoder')}.{rest}"] = value
+    tensors |= tiny_vae_tensors(vae.state_dict())
     tensors["first_stage_model.vae_scale"], tensors["first_stage_model.vae_shift"] = torch.ones(()), torch.zeros(())
     tensors["v_pred"] = torch.zeros(0)
     return tensors
