@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .folders import register_folders
 from .image_encoder import LoadImageEncoder
 from .ip_adapter import ApplyIPAdapter, LoadIPAdapter
+from .personalization import LoadDreamBooth, LoadLora, LoadPersonalization, LoadTextualInversion
 from .pocket import register_pocket
 from .references import EncodeReferences, LoadReferences, SaveReferences
 
@@ -15,6 +16,10 @@ NODES: list[type[io.ComfyNode]] = [
     SaveReferences,
     LoadReferences,
     ApplyIPAdapter,
+    LoadLora,
+    LoadTextualInversion,
+    LoadDreamBooth,
+    LoadPersonalization,
 ]
 
 

@@ -184,9 +184,9 @@ def with_difference(path: Path, strength: float, model: Any, clip: Any) -> tuple
     if model is None:
         base = about.base_name if about else "its base"
         raise PersonalizeError(f"{path.name} is a difference from {base}: connect that checkpoint's MODEL and CLIP.")
+    check_base(model, about, path.name, exactly=True)
     if clip is None and any(key.startswith("text_encoders.") for key in tensors):
         raise PersonalizeError(f"{path.name} changes the text encoders, too: connect the checkpoint's CLIP.")
-    check_base(model, about, path.name, exactly=True)
     return apply_patches(model, clip, tensors, (strength, strength), path.name)
 
 

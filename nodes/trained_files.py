@@ -7,9 +7,10 @@ from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.utils
 from torch import Tensor
 
-from ..models.base_models import family_of_widths, fingerprint, title_of
+from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, title_of
 from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
 from ..models.weight_files import read_safetensors, read_weights
@@ -51,8 +52,12 @@ def family_of_model(model: Any) -> str:
 
 
 def fingerprint_of_model(model: Any) -> str:
-    """See models.base_models."""
-    return fingerprint(model.model.diffusion_model.state_dict())
+    """See models.base_models. Of the weights as they were loaded: while a model is in use, patches are in its weights."""
+    weights = {}
+    for name in FINGERPRINTED:
+        before = model.backup.get(f"diffusion_model.{name}")
+        weights[name] = comfy.utils.get_attr(model.model.diffusion_model, name) if before is None else before.weight
+    return fingerprint(weights)
 
 
 def check_base(model: Any, about: About | None, name: str, exactly: bool) -> None:

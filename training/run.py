@@ -92,6 +92,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         module.to(accelerator.device)
     if accelerator.is_main_process:
         save_settings(settings, settings.folder / "config.toml")
+    mark, digest = base.fingerprint(), digest_of_file(base)
     trainer = prepare(method, settings, accelerator, base, stop or Stop())
     checkpoint = find_checkpoint(settings.folder / "checkpoints", settings.watching.resume_from_checkpoint)
     begun = 0
@@ -100,7 +101,6 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         trainer.load(checkpoint)
         accelerator.print(f"Going on after step {begun}, from {checkpoint}.")
     trainer.record = Record(settings.folder, begun, accelerator)
-    mark, digest = base.fingerprint(), digest_of_file(base)
     done = trainer.run(begun, shared_settings(settings))
     if accelerator.is_main_process:
         trainer.record.draw(settings.folder / "loss.png")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from structural.adapters import PUBLISHED, adapter_shapes, view_tensors
 
 ALL = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
+ALL += ["LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
 
 
 @pytest.fixture

@@ -105,7 +105,8 @@ def train_adapter(run: Run) -> Adapter:
         with autocast():
             adapter.apply(unet, embeddings[reference] * ~no_reference[:, None])
             prediction = unet(noisy, timesteps, states).sample
-        return weighted_loss(prediction.float(), scheduler.get_velocity(x, noise, timesteps), timesteps, scheduler), {}
+        v = scheduler.get_velocity(x, noise, timesteps)
+        return weighted_loss(prediction.float(), v, timesteps, scheduler, latents.detail(x)), {}
 
     train(adapter, step, run, "adapter", learning_rate=1e-3)
     return adapter
