@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,6 +37,8 @@ class Stop:
 
     signal: int | None = None
     asked: Callable[[], bool] = lambda: False
+    training: bool = False
+    """Whether there is a state to save."""
 
     def __bool__(self) -> bool:
         return self.signal is not None or self.asked()
@@ -43,13 +46,15 @@ class Stop:
 
 @contextmanager
 def stopping_on_signals(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the loop to stop after the step; a second one stops at once."""
+    """SIGINT and SIGTERM ask the loop to stop after the step; before the first step, or a second time, they stop at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ask(number: int, _frame: Any) -> None:
         stop.signal = number
+        if not stop.training:
+            raise SystemExit(128 + number)
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -102,6 +107,14 @@ class Trainer:
             power=training.lr_power,
         )
         self.average = EMAModel(self.parameters, decay=training.ema_decay) if training.use_ema else None
+        if training.fused_backward:
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(self._step_one)
+
+    def _step_one(self, parameter: Tensor) -> None:
+        """The optimiser passes over all weights without a gradient, so over all but this one."""
+        self.optimizer.step()
+        parameter.grad = None
 
     @property
     def steps(self) -> int:
@@ -158,6 +171,11 @@ class Trainer:
             loss = loss / training.gradient_accumulation_steps
             self.accelerator.backward(loss)
             total += loss.detach()
+        if training.fused_backward:
+            self.schedule.step()
+            if self.average is not None:
+                self.average.step(self.parameters)
+            return total
         self.share_gradients()
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.unscale_(self.optimizer)
@@ -196,6 +214,7 @@ class Trainer:
         """
         watching, main = self.settings.watching, self.accelerator.is_main_process
         waiting: list[Tensor] = []
+        self.stop.training = True
         every = 1 if self.accelerator.device.type == "cpu" else READ_EVERY
         bar = tqdm(
             range(start, self.steps),
@@ -225,11 +244,11 @@ class Trainer:
                 if figures and main:
                     self.record.add(done, figures)
             if save and not last:
-                self.save(done, shared)
+                self.save(done, shared, kept)
                 kept = done
         bar.close()
         if done > kept and done < self.steps:
-            self.save(done, shared)
+            self.save(done, shared, kept)
         return done
 
     def read(self, waiting: list[Tensor], done: int, kept: int) -> None:
@@ -248,26 +267,40 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.record.add(first + i, {"loss": loss, "lr": rate})
 
-    def save(self, done: int, shared: dict[str, Any]) -> None:
-        """Write a checkpoint."""
+    def save(self, done: int, shared: dict[str, Any], kept: int) -> None:
+        """Write the checkpoint of step `done`; that of step `kept`, if not 0, is the last.
+
+        Raises:
+            PersonalizeError: it cannot be written.
+        """
         if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            average = self.average
-            save_checkpoint(
-                self.settings.folder / "checkpoints",
-                done,
-                dict(zip(self.names, self.parameters, strict=True)),
-                None if average is None else dict(zip(self.names, average.shadow_params, strict=True)),
-                {
-                    "optimizer": self.optimizer.state_dict(),
-                    "schedule": self.schedule.state_dict(),
-                    "scaler": None if scaler is None else scaler.state_dict(),
-                    "averaged": 0 if average is None else average.optimization_step,
-                },
-                shared,
-                self.settings.watching.checkpoints_total_limit,
-            )
+            folder = self.settings.folder / "checkpoints"
+            try:
+                self._save(done, shared, folder)
+            except (OSError, RuntimeError) as error:  # torch.save raises the latter
+                goes_on = f"it goes on from step {kept}" if kept else "it starts anew"
+                raise PersonalizeError(
+                    f"The checkpoint of step {done} cannot be written to {folder} "
+                    f"({getattr(error, 'strerror', None) or error}): make room there and run the same command again; {goes_on}."
+                ) from None
         self.accelerator.wait_for_everyone()
+
+    def _save(self, done: int, shared: dict[str, Any], folder: Path) -> None:
+        scaler, average = self.accelerator.scaler, self.average
+        save_checkpoint(
+            folder,
+            done,
+            dict(zip(self.names, self.parameters, strict=True)),
+            None if average is None else dict(zip(self.names, average.shadow_params, strict=True)),
+            {
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+                "averaged": 0 if average is None else average.optimization_step,
+            },
+            shared,
+            self.settings.watching.checkpoints_total_limit,
+        )
 
     def load(self, checkpoint) -> None:
         """Go on from a checkpoint."""
@@ -289,7 +322,8 @@ class Trainer:
             ("--gradient_checkpointing", not training.gradient_checkpointing),
             ("--train_batch_size 1 with --gradient_accumulation_steps", training.train_batch_size > 1),
             ("--mixed_precision bf16", training.mixed_precision == "no"),
-            ("--optimizer adamw8bit", training.optimizer == "adamw"),
+            ("--optimizer adamw8bit or adafactor", training.optimizer == "adamw"),
+            ("--fused_backward", not training.fused_backward and training.gradient_accumulation_steps == 1),
             ("--no-train_text_encoder", bool(training.train_text_encoder)),
             (f"a --resolution below {data.resolution}", True),
         ]
@@ -303,7 +337,7 @@ def stack_masks(latents: Sequence[Latent]) -> Tensor:
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, its 8-bit form, or Prodigy."""
+    """AdamW, its 8-bit form, Adafactor (Shazeer and Stern 2018, at a given rate), or Prodigy."""
     training = settings.training
     common: dict[str, Any] = {
         "betas": (training.adam_beta1, training.adam_beta2),
@@ -312,11 +346,22 @@ def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.op
     if training.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
+        groups = [{**group, "lr": 1.0} for group in groups]  # it finds the rate
         return Prodigy(groups, lr=1.0, eps=training.adam_epsilon, use_bias_correction=True, **common)
     if training.optimizer == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, eps=training.adam_epsilon, **common)
+    if training.optimizer == "adafactor":
+        from transformers import Adafactor
+
+        return Adafactor(
+            groups,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+            weight_decay=training.adam_weight_decay,
+        )
     return torch.optim.AdamW(groups, eps=training.adam_epsilon, fused=True, **common)
 
 

@@ -21,6 +21,11 @@ class Base:
         None,
         "the model to start from: a .safetensors or .ckpt file, a diffusers folder, or a hub id (needs the network)",
     )
+    base_family: str | None = option(
+        None,
+        "take base models of this family only, as a configuration that is for one does",
+        ("sd15", "sd2", "sdxl", "pocket"),
+    )
     vae_path: str | None = option(None, "another VAE: a diffusers folder or a .safetensors file of the same layout")
     revision: str | None = option(None, "of a hub id")
     variant: str | None = option(None, "of a hub id or folder, such as fp16")
@@ -78,8 +83,14 @@ class Training:
     lr_power: float = option(1.0, "of polynomial", least=0)
     optimizer: str = option(
         "adamw",
-        "adamw8bit needs the package bitsandbytes, prodigy the package prodigyopt (with learning rate 1)",
-        ("adamw", "adamw8bit", "prodigy"),
+        "adafactor needs the least memory; adamw8bit needs the package bitsandbytes, prodigy (which finds its rate) the "
+        "package prodigyopt",
+        ("adamw", "adamw8bit", "adafactor", "prodigy"),
+    )
+    fused_backward: bool = option(
+        False,
+        "each weight steps as soon as its gradient is there, so that no gradients are kept: much less memory when a whole "
+        "model trains; without accumulation and max_grad_norm",
     )
     adam_beta1: float = option(0.9, "of the optimiser", least=0)
     adam_beta2: float = option(0.999, "of the optimiser", least=0)

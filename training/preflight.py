@@ -23,6 +23,7 @@ from .shared import (
     list_pictures,
     read_header,
     read_picture,
+    title_of,
 )
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
@@ -82,6 +83,8 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
 
     told(_options, settings)
     family = told(family_at, settings.base.pretrained_model_name_or_path)
+    if family is not None:
+        told(check_family, settings, family)
     counts = [0]
     for option, is_prior in (("instance_data_dir", False), ("class_data_dir", True), ("validation_data_dir", False)):
         folder = getattr(settings.data, option)
@@ -118,6 +121,14 @@ def _options(settings: Settings) -> None:
             problems.append(f"{value} needs the package {PACKAGES[value]}: pip install {PACKAGES[value]}.")
     if settings.training.optimizer == "adamw8bit" and not torch.cuda.is_available():
         problems.append("adamw8bit runs on an accelerator only, and there is none here: use --optimizer adamw.")
+    training = settings.training
+    if training.fused_backward:
+        if training.gradient_accumulation_steps > 1:
+            problems.append("--fused_backward keeps no gradients to accumulate: use --gradient_accumulation_steps 1.")
+        if training.mixed_precision == "fp16":
+            problems.append("--fused_backward does not work with --mixed_precision fp16: use bf16 or no.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            problems.append("--fused_backward works in one process only.")
     name = settings.output.output_name or settings.data.trigger
     if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
         problems.append(f"{name!r} is no file name: set --output_name.")
@@ -125,6 +136,17 @@ def _options(settings: Settings) -> None:
         problems.append("--trigger is empty: use a word that the model does not know, such as ohwx.")
     if problems:
         raise PersonalizeError("\n".join(problems))
+
+
+def check_family(settings: Settings, family: str) -> None:
+    """Raises PersonalizeError where the settings are for base models of another family."""
+    wanted = settings.base.base_family
+    if wanted is not None and wanted != family:
+        name = Path(settings.base.pretrained_model_name_or_path or "").name
+        raise PersonalizeError(
+            f"These settings are for {title_of(wanted)} (base_family), but {name} is {title_of(family)}: use a "
+            f"configuration for {title_of(family)}, or a {title_of(wanted)} model."
+        )
 
 
 def family_at(where: str | None) -> str | None:
@@ -236,6 +258,6 @@ def _bytes_needed(settings: Settings) -> int:
     size = os.path.getsize(path) if path.is_file() else 0
     if type(settings.method).__name__ != "DreamBooth":
         return 100_000_000 + size // 20
-    moments = 1 if settings.training.optimizer == "adamw8bit" else 2
+    moments = {"adamw8bit": 1, "adafactor": 0}.get(settings.training.optimizer, 2)
     weights = 2 * size  # a file in half precision as fp32
     return 100_000_000 + size + weights * (1 + moments) * (settings.watching.checkpoints_total_limit + 1)

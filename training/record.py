@@ -18,8 +18,11 @@ class Record:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = [line for line in map(_read, lines) if line is not None and line["step"] <= start]
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if accelerator is None or accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_suffix(".part")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+            temporary.replace(self.path)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures after `step` steps."""

@@ -23,7 +23,7 @@ from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method, templates_of
 from .options import DreamBooth, Lora, TextualInversion
-from .preflight import preflight, shared_settings
+from .preflight import check_family, preflight, shared_settings
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
@@ -85,6 +85,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         options.vae_path,
     )
     if findings.family is None:
+        check_family(settings, base.family)
         settings = fill_defaults(settings, method, base.family)
     if settings.training.channels_last:
         base.pipeline.unet.to(memory_format=torch.channels_last)
@@ -93,14 +94,13 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     if accelerator.is_main_process:
         save_settings(settings, settings.folder / "config.toml")
     mark, digest = base.fingerprint(), digest_of_file(base)
-    trainer = prepare(method, settings, accelerator, base, stop or Stop())
     checkpoint = find_checkpoint(settings.folder / "checkpoints", settings.watching.resume_from_checkpoint)
-    begun = 0
+    begun = 0 if checkpoint is None else read_settings_of(checkpoint)[0]
+    record = Record(settings.folder, begun, accelerator)
+    trainer = prepare(method, settings, accelerator, base, record, stop or Stop())
     if checkpoint is not None:
-        begun, _ = read_settings_of(checkpoint)
         trainer.load(checkpoint)
         accelerator.print(f"Going on after step {begun}, from {checkpoint}.")
-    trainer.record = Record(settings.folder, begun, accelerator)
     done = trainer.run(begun, shared_settings(settings))
     if accelerator.is_main_process:
         trainer.record.draw(settings.folder / "loss.png")
@@ -114,7 +114,13 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         trainer.average.copy_to(trainer.parameters)
     subject = [example for example in trainer.examples if not example.is_prior]
     facts = about(base, settings, method, subject, digest, mark)
-    paths = trainer.method.write(settings.folder, settings.output.output_name or "result", facts)
+    try:
+        paths = trainer.method.write(settings.folder, settings.output.output_name or "result", facts)
+    except OSError as error:
+        raise PersonalizeError(
+            f"The result cannot be written to {settings.folder} ({error.strerror or error}): make room there and run the "
+            "same command again; it goes on from the last checkpoint."
+        ) from None
     for path in paths:
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
     return paths
@@ -136,7 +142,9 @@ def start(settings: Settings) -> Accelerator:
     return accelerator
 
 
-def prepare(method: str, settings: Settings, accelerator: Accelerator, base: BaseModel, stop: Stop) -> Trainer:
+def prepare(
+    method: str, settings: Settings, accelerator: Accelerator, base: BaseModel, record: Record, stop: Stop
+) -> Trainer:
     """Find and encode pictures and captions, attach the method, free what is not needed any more."""
     data, watching = settings.data, settings.watching
     sizes = Sizes(settings.resolution, base.size_step, data.buckets)
@@ -191,7 +199,7 @@ def prepare(method: str, settings: Settings, accelerator: Accelerator, base: Bas
         latents,
         texts,
         order,
-        Record(settings.folder, 0),
+        record,
         lambda _: {},
         stop,
     )

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import sys
 import tomllib
 import types
 import typing
@@ -13,6 +14,7 @@ from typing import Any
 from .options import Base, Data, Output, Training, Watching
 from .shared import PersonalizeError
 
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 SHARED: tuple[type, ...] = (Base, Data, Training, Watching, Output)
 
 
@@ -66,7 +68,8 @@ def read_settings(method: type, prog: str, description: str, arguments: list[str
         SystemExit: after --help, or for an option that does not exist.
     """
     groups = (*SHARED, method)
-    given = vars(_parser(groups, prog, description).parse_args(arguments))
+    words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    given = vars(_parser(groups, prog, description).parse_args(words))
     config = given.pop("config", None)
     values = {} if config is None else _read_toml(Path(config).expanduser(), groups)
     return make_settings(method, {**values, **given})
@@ -108,32 +111,48 @@ def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists are written alike
 
 
+def _underscored(word: str) -> str:
+    """An option written with hyphens, as --max-train-steps, by its name."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    negative = "no-" if name.startswith(("no-", "no_")) else ""
+    return f"--{negative}{name[len(negative) :].replace('-', '_')}{equals}{value}"
+
+
 def _parser(groups: tuple[type, ...], prog: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog=prog,
+        usage=f"{prog} [--config FILE] [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
-        "--config", default=argparse.SUPPRESS, help="a TOML file with any of these; see training/configs"
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="a TOML file with any of these; see training/configs",
     )
     for group in groups:
         section = parser.add_argument_group((group.__doc__ or "").strip())
         kinds = typing.get_type_hints(group)
         for f in fields(group):
-            names = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
             kind, text = _plain(kinds[f.name]), f.metadata["help"]
-            shown = "" if f.default in (None, True, False, MISSING) else f.default
+            hidden = f.default is None or f.default is MISSING or f.default is False
+            shown = "" if hidden else "on" if f.default is True else f.default
             extra: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
             if kind is bool:
                 extra |= {"action": argparse.BooleanOptionalAction}
             elif kind is list:
                 extra |= {"action": "append", "metavar": "TEXT"}
             else:
-                extra |= {"type": _number(kind), "metavar": kind.__name__.upper()}
+                extra |= {"type": _number(kind), "metavar": METAVARS[kind]}
                 if f.metadata.get("choices"):
                     text += f" ({', '.join(f.metadata['choices'])})"
             if shown != "":
                 text += f" [{shown}]"
-            section.add_argument(*names, help=text.replace("%", "%%"), **extra)
+            section.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **extra)
     return parser
 
 

@@ -212,7 +212,8 @@ def graph(file, strength, **links):
         "1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": BASE}},
         "2": {
             "class_type": "PersonalizeLoadPersonalization",
-            "inputs": {"file": file, "strength": strength, "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2]} | links,
+            "inputs": {"file": file, "strength": strength, "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2]}
+            | links,
         },
         "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["2", 1], "text": ["2", 3]}},
         "4": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
@@ -261,14 +262,20 @@ def test_files_of_others_and_wrong_ones(host, files, loaded):
         {f"{layer}.lora_down.weight": torch.zeros(4, 768), f"{layer}.lora_up.weight": torch.zeros(1280, 4)},
         loras / "sd15.safetensors",
     )
-    with pytest.raises(ValueError, match=r"is \(96, 64\) in this model, but \(1280, 768\) in sd15\.safetensors: it was"):
+    with pytest.raises(
+        ValueError, match=r"is \(96, 64\) in this model, but \(1280, 768\) in sd15\.safetensors: it was"
+    ):
         node(host, "LoadLoRA")(loaded[0], "sd15.safetensors", 1.0, 1.0)
     save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, loras / "flux.safetensors")
-    with pytest.raises(ValueError, match=r"^None of the 1 layers in flux\.safetensors is in this model: it was made for"):
+    with pytest.raises(
+        ValueError, match=r"^None of the 1 layers in flux\.safetensors is in this model: it was made for"
+    ):
         node(host, "LoadLoRA")(loaded[0], "flux.safetensors", 1.0, 1.0)
     with pytest.raises(HostError, match=r"^sd15\.safetensors does not say how it was trained: use the loader of its"):
         host.run(graph("loras/sd15.safetensors", 1.0))
-    with pytest.raises(ValueError, match=r"^my_full\.delta\.safetensors is a difference from pocket_portraits\.safetensors: c"):
+    with pytest.raises(
+        ValueError, match=r"^my_full\.delta\.safetensors is a difference from pocket_portraits\.safetensors: c"
+    ):
         node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0)
     with pytest.raises(ValueError, match=r"changes the text encoders, too: connect the checkpoint's CLIP\.$"):
         node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0, loaded[0])

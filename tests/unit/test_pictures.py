@@ -105,7 +105,7 @@ def test_bad_folders_and_files(tmp_path):
 
 
 def test_bad_pixels():
-    with pytest.raises(PersonalizeError, match="image0 is 1x1 pixels: a reference needs at least 16"):
+    with pytest.raises(PersonalizeError, match="image0 is 1x1 pixels: at least 16 on each side are needed"):
         make_picture(torch.zeros(1, 1, 3), None, "image0")
     broken = torch.zeros(20, 20, 3)
     broken[3, 4, 1] = float("nan")

@@ -1,0 +1,194 @@
+"""The three trainers on whole SD1.5 and SDXL models of random weights, and their files in ComfyUI and diffusers.
+
+    python tests/benchmarks/full_size.py --photos FOLDER [--family sd15|sdxl] [--resolution 512] [--steps 2]
+
+From one file, offline. Each trainer runs as a user runs it; printed are its time and the most memory that it took. Then
+every file goes through ComfyUI's stock nodes: a LoRA must change all of the layers that it was trained on, a word must
+change the prompt, a DreamBooth file must load, and differ from the base in the trained tensors only. diffusers loads
+LoRA and word. Needs about 20 GB of memory and 30 GB of disk for SDXL.
+"""
+
+import argparse
+import gc
+import logging
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import COMFYUI, ROOT
+from inprocess import Host
+from pack.models.base_models import title_of
+from pack.training.shared import read_header
+from safetensors.torch import load_file
+from structural.full_models import random_pipeline, write_single_file
+
+OPTIONS = {
+    "lora": ["--train_text_encoder", "--rank", "8", "--lora_layers", "all"],
+    "textual_inversion": ["--num_vectors", "4"],
+    "dreambooth": ["--train_text_encoder", "--optimizer", "adafactor", "--fused_backward"],
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, help="a folder with pictures")
+    parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15")
+    parser.add_argument("--resolution", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=tuple(OPTIONS), default=list(OPTIONS))
+    parser.add_argument("--folder", type=Path, help="to keep the model and the results in; else they are deleted")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if COMFYUI is None:
+        raise SystemExit("no ComfyUI found: set COMFYUI_PATH")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        base = folder / "models" / "checkpoints" / f"random_{arguments.family}.safetensors"
+        if not base.exists():
+            write_single_file(random_pipeline(arguments.family, torch.float16), arguments.family, base)
+            gc.collect()
+        for method in arguments.methods:
+            train(arguments, method, base, folder)
+        check_in_comfyui(arguments, base, folder)
+
+
+def train(arguments: argparse.Namespace, method: str, base: Path, folder: Path) -> None:
+    """As a user does, offline."""
+    output = folder / "results" / method
+    command = [sys.executable, "-m", f"training.{method}", "--pretrained_model_name_or_path", str(base)]
+    command += ["--instance_data_dir", str(arguments.photos), "--output_dir", str(output), "--output_name", method]
+    command += ["--resolution", str(arguments.resolution), "--max_train_steps", str(arguments.steps)]
+    command += ["--class_name", "thing", "--gradient_checkpointing", *OPTIONS[method]]
+    started = time.monotonic()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        raise SystemExit(f"{method} failed:\n{done.stdout}\n{done.stderr[-4000:]}")
+    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    print(
+        f"{method}: {arguments.steps} steps, {time.monotonic() - started:.0f} s in all, at most {most:.1f} GB until now"
+    )
+    kinds = {"lora": "loras", "textual_inversion": "embeddings", "dreambooth": "checkpoints"}
+    target = folder / "models" / kinds[method]
+    target.mkdir(parents=True, exist_ok=True)
+    (output / f"{method}.safetensors").replace(target / f"{method}.safetensors")
+
+
+class Complaints(logging.Handler):
+    """What ComfyUI says of keys that it does not take."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "not loaded" in text or "missing" in text or "unexpected" in text or "left over" in text:
+            self.lines.append(text)
+
+
+def check_in_comfyui(arguments: argparse.Namespace, base: Path, folder: Path) -> None:
+    """Every file, by the stock nodes and by ours."""
+    host, complaints = Host(COMFYUI, folder, ROOT), Complaints()
+    logging.getLogger().addHandler(complaints)
+    logging.getLogger().setLevel(logging.INFO)
+    model, clip, _ = host.nodes.CheckpointLoaderSimple().load_checkpoint(base.name)[:3]
+    known = list(complaints.lines)  # of the base itself
+    print(f"{title_of(arguments.family)} in ComfyUI; of the base it says: {known or 'nothing'}")
+    if "lora" in arguments.methods:
+        stock = host.nodes.LoraLoader().load_lora(model, clip, "lora.safetensors", 1.0, 1.0)
+        ours = host.node("PersonalizeLoadLoRA").execute(model, "lora.safetensors", 1.0, 1.0, clip).result
+        layers = {key.split(".")[0] for key in load_file(folder / "models" / "loras" / "lora.safetensors")}
+        for name, made in (("stock", stock), ("ours", ours)):
+            patched = len(made[0].patches) + len(made[1].patcher.patches)
+            print(f"LoRA, {name}: {patched} of {len(layers)} layers changed")
+            expect(patched == len(layers))
+    if "textual_inversion" in arguments.methods:
+        states = []
+        for text in ("a photo of embedding:textual_inversion", "a photo of textual_inversion"):
+            with torch.inference_mode():
+                states.append(host.nodes.CLIPTextEncode().encode(clip, text)[0][0][0])
+        change = (states[0] - states[1]).abs().max().item()
+        print(f"word: changes the text states by up to {change:.3f}")
+        expect(change > 0)
+        trigger = host.node("PersonalizeLoadTextualInversion").execute(model, "textual_inversion.safetensors", 1.0)
+        expect(trigger.result[1] == "embedding:textual_inversion")
+    if "dreambooth" in arguments.methods:
+        del model, clip
+        gc.collect()
+        made = host.node("PersonalizeLoadDreamBooth").execute("dreambooth.safetensors", 1.0).result
+        expect(made[3] == "ohwx thing" or made[3] == "ohwx")
+        del made
+        gc.collect()
+        host.nodes.CheckpointLoaderSimple().load_checkpoint("dreambooth.safetensors")
+        compare_bytes(base, folder / "models" / "checkpoints" / "dreambooth.safetensors")
+    print(f"ComfyUI says of our files: {complaints.lines[len(known) :] or 'nothing'}")
+    gc.collect()
+    check_in_diffusers(arguments, folder)
+
+
+def compare_bytes(base: Path, trained: Path) -> None:
+    """Only the trained tensors may differ."""
+    (before, _, start), (after, _, begin) = read_header(base), read_header(trained)
+    expect(before == after)
+    changed = {True: 0, False: 0}
+    with base.open("rb") as one, trained.open("rb") as two:
+        for name, entry in before.items():
+            first, last = entry["data_offsets"]
+            one.seek(start + first)
+            two.seek(begin + first)
+            same = one.read(last - first) == two.read(last - first)
+            changed[not same] += 1
+            if not same:
+                expect(not name.startswith("first_stage_model."))
+    print(f"DreamBooth: {changed[True]} tensors differ from the base, {changed[False]} are the same byte for byte")
+    expect(changed[True] > 0)
+
+
+def check_in_diffusers(arguments: argparse.Namespace, folder: Path) -> None:
+    """LoRA and word."""
+    pipeline = random_pipeline(arguments.family, torch.float16)
+    if "lora" in arguments.methods:
+        path = folder / "models" / "loras" / "lora.safetensors"
+        pipeline.load_lora_weights(str(path))
+        layers = {key.split(".")[0] for key in load_file(path)}
+        networks = [pipeline.unet, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)]
+        loaded = sum(name.endswith("lora_A.default_0.weight") for net in networks if net for name in net.state_dict())
+        print(f"LoRA, diffusers: {loaded} of {len(layers)} layers loaded")
+        expect(loaded == len(layers))
+    if "textual_inversion" in arguments.methods:
+        tensors = load_file(folder / "models" / "embeddings" / "textual_inversion.safetensors")
+        if arguments.family == "sd15":
+            pipeline.load_textual_inversion(
+                str(folder / "models" / "embeddings" / "textual_inversion.safetensors"), token="<w>"
+            )
+        else:
+            pairs = (("clip_l", "text_encoder", "tokenizer"), ("clip_g", "text_encoder_2", "tokenizer_2"))
+            for key, encoder, tokenizer in pairs:
+                pipeline.load_textual_inversion(
+                    tensors[key],
+                    token="<w>",
+                    text_encoder=getattr(pipeline, encoder),
+                    tokenizer=getattr(pipeline, tokenizer),
+                )
+        print(f"word, diffusers: loaded, {len(next(iter(tensors.values())))} vectors")
+
+
+def expect(condition: bool) -> None:
+    if not condition:
+        raise SystemExit("that is wrong")
+
+
+if __name__ == "__main__":
+    main()

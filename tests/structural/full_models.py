@@ -1,0 +1,52 @@
+"""Whole SD1.5 and SDXL models of random weights in their real sizes, as one file or as a diffusers folder."""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from pack.training.base_model import CONFIGS, BaseModel
+from pack.training.clip_tokenizer import clip_tokenizer
+from pack.training.export import whole_checkpoint
+from pack.training.shared import write_safetensors
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+
+def random_pipeline(family: str, dtype: torch.dtype = torch.float32):
+    """A pipeline of the family's configuration ("sd15" or "sdxl") in the precision given."""
+    folder = CONFIGS / family
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")).to(dtype)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")).to(dtype)
+    text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")).to(dtype)
+    parts = {"unet": unet, "vae": vae, "text_encoder": text, "tokenizer": clip_tokenizer()}
+    if family == "sdxl":
+        config = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
+        second = clip_tokenizer.__wrapped__()
+        second.pad_token = "!"
+        return StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=CLIPTextModelWithProjection(config).to(dtype),
+            tokenizer_2=second,
+            scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        )
+    return StableDiffusionPipeline(
+        **parts,
+        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def write_single_file(pipeline, family: str, path: Path) -> Path:
+    """As such models are published: one .safetensors."""
+    tensors = whole_checkpoint(BaseModel(pipeline, path.name, family, None))
+    write_safetensors(path, {name: value.detach() for name, value in tensors.items()}, {})
+    return path

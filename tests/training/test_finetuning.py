@@ -1,0 +1,319 @@
+"""The trainers' options: what each changes, and what it leaves alone."""
+
+import json
+import re
+import tomllib
+
+import numpy as np
+import pytest
+import torch
+from finetuning import CHECKPOINT, command, photos, run, settings_of, train
+from pack.models.errors import PersonalizeError
+from pack.models.losses import denoising_losses, prior_preservation_loss
+from pack.training import class_images, dataset, encoding
+from pack.training import run as running
+from pack.training.base_model import load_base
+from pack.training.run import METHODS
+from pack.training.settings import read_settings
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return photos(tmp_path / "photos")
+
+
+def losses_of(output):
+    lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def same_file(first, second):
+    one, two = load_file(first), load_file(second)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_command_from_options_and_a_file(root, folder, tmp_path):
+    output = tmp_path / "out"
+    config = tmp_path / "my.toml"
+    config.write_text('trigger = "sks"\n[training]\nmax_train_steps = 9\nlearning_rate = 1e-3\n[lora]\nrank = 2\n')
+    options = ["--config", str(config), "--max-train-steps", "2", "--validation_prompt", "a {trigger} {class}"]
+    options += ["--num_validation_images", "2", "--validation_steps", "1", "--validation_data_dir", str(folder)]
+    done = run(root, *command("lora", root, folder, output, *options))
+    assert done.returncode == 0, done.stderr
+    assert "sks.safetensors" in done.stdout
+    assert "2/2" in done.stderr  # the bar
+    with safe_open(output / "sks.safetensors", framework="pt") as file:
+        about = file.metadata()
+    assert about["personalize.method"] == "lora"
+    assert about["personalize.trigger"] == "sks"
+    assert about["personalize.base_name"] == "pocket_portraits.safetensors"
+    assert len(about["personalize.base_hash"]) == 64
+    assert about["ss_network_dim"] == "2"
+    assert str(tmp_path) not in json.dumps(about)
+    effective = tomllib.loads((output / "config.toml").read_text())
+    assert effective["training"]["max_train_steps"] == 2
+    assert effective["training"]["text_encoder_lr"] == 2e-4  # what was open was filled in
+    assert read_settings(METHODS["lora"][0], "", "", ["--config", str(output / "config.toml")]).flat()["rank"] == 2
+    assert Image.open(output / "loss.png").size == (900, 420)
+    sheets = sorted((output / "samples").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step-0000001.png", "step-0000002.png"]
+    assert Image.open(sheets[0]).size == (240, 80)
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert sum("validation_loss" in line for line in lines) == 2
+
+
+def test_help_names_every_option(root):
+    done = run(root, *command("dreambooth", root, "x", "y", "--help"))
+    assert done.returncode == 0
+    for name in ("with_prior_preservation", "learning_rate", "save_as", "resume_from_checkpoint"):
+        assert f"--{name}" in done.stdout
+
+
+def test_wrong_options_are_told_at_once(tmp_path):
+    config = tmp_path / "my.toml"
+    config.write_text('learning_rat = 1\nbuckets = "False"\ntrain_batch_size = 0\nmixed_precision = "bf61"\n')
+    with pytest.raises(PersonalizeError) as caught:
+        read_settings(METHODS["lora"][0], "", "", ["--config", str(config), "--rank", "many"])
+    assert str(caught.value).splitlines() == [
+        "There is no option learning_rat: do you mean learning_rate?",
+        "buckets is 'False', but must be true or false.",
+        "train_batch_size is 0, but must be at least 1.",
+        "mixed_precision is 'bf61', but must be one of no, fp16, bf16.",
+        "rank is 'many', but must be a whole number.",
+    ]
+    for text, said in (
+        ("[lora", "cannot be read"),
+        ("[optimiser]\nx = 1\n", r"^\[optimiser\] in .* is no group of options"),
+        ("[dreambooth]\nx = 1\n", r"^\[dreambooth\] in .* is no group of options"),
+    ):
+        config.write_text(text)
+        with pytest.raises(PersonalizeError, match=said):
+            read_settings(METHODS["lora"][0], "", "", ["--config", str(config)])
+    with pytest.raises(PersonalizeError, match=r"^The configuration .*gone\.toml does not exist\.$"):
+        read_settings(METHODS["lora"][0], "", "", ["--config", str(tmp_path / "gone.toml")])
+
+
+def test_shipped_configurations(root):
+    """Each says in its first lines which command it is for, and is understood by it."""
+    configs = sorted((root / "training" / "configs").glob("*.toml"))
+    assert len(configs) == 15
+    for path in configs:
+        text = path.read_text()
+        method = re.search(r"python -m training\.(\w+) --config training/configs/(\S+)", text)
+        assert method is not None
+        assert method[2] == path.name
+        assert "# Expected: " in text
+        assert "# Memory: " in text
+        settings = read_settings(METHODS[method[1]][0], "", "", ["--config", str(path)])
+        assert path.name.startswith(f"{settings.base.base_family}_")
+
+
+def test_the_prior_loss_is_its_equation(root, folder, tmp_path, monkeypatch):
+    losses = torch.tensor([1.0, 2.0, 3.0, 5.0])
+    prior = torch.tensor([False, False, True, True])
+    assert prior_preservation_loss(losses, prior, 0.5) == (1 + 2) / 2 + 0.5 * (3 + 5) / 2
+    seen = []
+    one = running.prepare
+
+    def watching(*arguments):
+        trainer = one(*arguments)
+        loss = trainer.loss
+
+        def both(number):
+            batch = [trainer.examples[i] for i in trainer.order(number)]
+            seen.append([example.is_prior for example in batch])
+            return loss(number)
+
+        trainer.loss = both
+        return trainer
+
+    monkeypatch.setattr(running, "prepare", watching)
+    classes = photos(tmp_path / "classes", 3)
+    options = {"class_data_dir": str(classes), "with_prior_preservation": True, "num_class_images": 3}
+    output = tmp_path / "out"
+    train("dreambooth", root, folder, output, train_batch_size=2, save_as="delta", prior_loss_weight=0.7, **options)
+    assert seen == [[False, False, True, True]] * 3
+    # λ = 0 is the training without
+    first, without = tmp_path / "zero", tmp_path / "without"
+    train("lora", root, folder, first, prior_loss_weight=0.0, **options)
+    train("lora", root, folder, without)
+    np.testing.assert_allclose(losses_of(first), losses_of(without), rtol=1e-5)
+
+
+def test_class_pictures_are_drawn_once_and_kept(root, folder, tmp_path, monkeypatch):
+    drawn = []
+    one = class_images.draw_samples
+    monkeypatch.setattr(class_images, "draw_samples", lambda *a: drawn.append(a) or one(*a))
+    classes = tmp_path / "classes"
+    options = {"class_data_dir": str(classes), "with_prior_preservation": True, "max_train_steps": 1}
+    train("lora", root, folder, tmp_path / "one", num_class_images=2, **options)
+    names = {path.name for path in classes.iterdir()}
+    assert len(drawn) == len(names) == 2
+    assert all(Image.open(path).size == (64, 64) for path in classes.iterdir())
+    train("lora", root, folder, tmp_path / "two", num_class_images=3, **options)
+    assert len(drawn) == 3
+    assert names < {path.name for path in classes.iterdir()}
+    pictures = [np.asarray(Image.open(path)) for path in classes.iterdir()]
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
+def test_a_mask_says_where_the_error_counts(root, folder, tmp_path):
+    prediction, target = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[:, :, :2] = 1
+    half = denoising_losses(prediction[:, :, :2], target[:, :, :2])
+    torch.testing.assert_close(denoising_losses(prediction, target, mask), half)
+    for path in folder.glob("*.png"):
+        Image.linear_gradient("L").resize((64, 64)).point(lambda v: 255 * (v > 128)).save(
+            path.with_name(f"{path.stem}-masklabel.png")
+        )
+    outputs = [tmp_path / name for name in ("plain", "masked")]
+    for output, masked in zip(outputs, (False, True), strict=True):
+        train("lora", root, folder, output, masked_loss=masked, max_train_steps=2)
+    assert losses_of(outputs[0])[0] != losses_of(outputs[1])[0]
+
+
+def test_gradient_checkpointing_and_accumulation_change_nothing(root, folder, tmp_path):
+    plain = {"train_text_encoder": True, "max_train_steps": 2, "train_batch_size": 4}
+    train("lora", root, folder, tmp_path / "plain", **plain)
+    train("lora", root, folder, tmp_path / "checkpointed", gradient_checkpointing=True, **plain)
+    np.testing.assert_allclose(losses_of(tmp_path / "plain"), losses_of(tmp_path / "checkpointed"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_fused_backward_pass_is_the_same_training(root, folder, tmp_path, optimizer):
+    options = {"optimizer": optimizer, "max_grad_norm": 0.0, "save_as": "delta", "train_text_encoder": True}
+    plain = train("dreambooth", root, folder, tmp_path / "plain", **options)[0]
+    fused = train("dreambooth", root, folder, tmp_path / "fused", fused_backward=True, **options)[0]
+    np.testing.assert_allclose(losses_of(tmp_path / "plain"), losses_of(tmp_path / "fused"), rtol=1e-6)
+    ours, theirs = load_file(plain), load_file(fused)
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-6)
+    with pytest.raises(PersonalizeError, match="keeps no gradients to accumulate"):
+        train("lora", root, folder, tmp_path / "wrong", fused_backward=True, gradient_accumulation_steps=2)
+
+
+def test_the_average_is_what_is_written(root, folder, tmp_path):
+    plain = train("lora", root, folder, tmp_path / "plain", learning_rate=1e-2)[0]
+    followed = train("lora", root, folder, tmp_path / "followed", learning_rate=1e-2, use_ema=True, ema_decay=0.0)[0]
+    slow = train("lora", root, folder, tmp_path / "slow", learning_rate=1e-2, use_ema=True, ema_decay=0.9)[0]
+    assert same_file(plain, followed)
+    assert not same_file(plain, slow)
+
+
+def test_nothing_but_the_word_changes(root, folder, tmp_path, monkeypatch):
+    kept = []
+    write = running.TextualInversionMethod.write
+
+    def watching(self, *arguments):
+        kept.append((self.words[0].table.weight.clone(), self.base.pipeline.unet.state_dict()))
+        return write(self, *arguments)
+
+    monkeypatch.setattr(running.TextualInversionMethod, "write", watching)
+    (path,) = train("textual_inversion", root, folder, tmp_path / "out", num_vectors=3, learning_rate=0.1)
+    base = load_base(str(root / CHECKPOINT), torch.float32).pipeline
+    table, unet = kept[0]
+    assert torch.equal(table, base.text_encoder.get_input_embeddings().weight)
+    assert all(torch.equal(value, unet[key]) for key, value in base.unet.state_dict().items())
+    vectors = load_file(path)["emb_params"]
+    assert vectors.shape == (3, 64)
+    assert path.stat().st_size < 10_000
+
+
+def test_ranks_of_blocks(root, folder, tmp_path):
+    ranks = ["up_blocks.1=8", "mid_block=0"]
+    (path,) = train(
+        "lora", root, folder, tmp_path / "out", rank=2, lora_alpha=1.0, block_ranks=ranks, max_train_steps=1
+    )
+    tensors = load_file(path)
+    assert not any("mid_block" in key for key in tensors)
+    for key, value in tensors.items():
+        if key.endswith("lora_down.weight"):
+            assert value.shape[0] == (8 if "up_blocks_1" in key else 2)
+        if key.endswith("alpha"):
+            assert value == (4 if "up_blocks_1" in key else 1)
+    with pytest.raises(PersonalizeError, match="block_ranks has 'up=8', but must be BLOCK=RANK"):
+        train("lora", root, folder, tmp_path / "wrong", block_ranks=["up=8"])
+
+
+def test_pictures_keep_their_aspect(root, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, size in enumerate([(80, 60), (200, 150), (60, 90), (64, 64), (65, 64)]):
+        Image.effect_noise(size, 90).convert("RGB").save(folder / f"{i}.png")
+    settings = settings_of("lora", root, folder, tmp_path / "out")
+    sizes = dataset.Sizes(64, 16, True)
+    examples = dataset.find_examples(folder, settings.data, sizes, ("a",))
+    by_name = {example.path.stem: example.size for example in examples}
+    assert by_name["0"] == by_name["1"]
+    assert by_name["0"][1] > by_name["0"][0]
+    assert by_name["2"][0] > by_name["2"][1]
+    assert by_name["3"] == by_name["4"] == (64, 64)
+    assert all(side % 16 == 0 for size in by_name.values() for side in size)
+    order = dataset.Order(examples, 2, 0)
+    for number in range(12):
+        assert len({examples[i].size for i in order(number)}) == 1
+    epoch = [i for number in range(order.length) for i in order(number)]
+    assert set(epoch) == set(range(5))
+    squares = dataset.find_examples(folder, settings.data, dataset.Sizes(64, 16, False), ("a",))
+    assert {example.size for example in squares} == {(64, 64)}
+    train("lora", root, folder, tmp_path / "out", resolution=64, train_batch_size=2, max_train_steps=3)
+
+
+def test_a_cache_is_used_again_and_not_for_anything_else(root, folder, tmp_path, monkeypatch):
+    encoded = []
+    one = encoding._encode
+    monkeypatch.setattr(encoding, "_encode", lambda *a: encoded.append(a) or one(*a))
+    cache = {"cache_dir": str(tmp_path / "cache"), "max_train_steps": 1}
+    counts = []
+    for changes in ({}, {}, {"resolution": 32}, {"random_flip": True}):
+        encoded.clear()
+        train("lora", root, folder, tmp_path / f"out{len(counts)}", **cache, **changes)
+        counts.append(len(encoded))
+    assert counts == [5, 0, 5, 5]
+    picture = folder / "01.png"
+    Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(picture)
+    encoded.clear()
+    train("lora", root, folder, tmp_path / "changed", **cache)
+    assert len(encoded) == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"snr_gamma": 5.0},
+        {"noise_offset": 0.1},
+        {"random_flip": True},
+        {"repeats": 2, "num_train_epochs": 1, "max_train_steps": None},
+        {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
+        {"mixed_precision": "bf16"},
+        {"channels_last": True},
+        {"optimizer": "prodigy"},
+        {"clip_skip": 2},
+        {"report_to": "tensorboard"},
+        {"save_precision": "bf16"},
+        {"use_dora": True, "lora_layers": "linear"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_an_option_is_taken(root, folder, tmp_path, options):
+    if options.get("optimizer") == "prodigy":
+        pytest.importorskip("prodigyopt")
+    if options.get("report_to") == "tensorboard":
+        pytest.importorskip("tensorboard")
+    plain = train("lora", root, folder, tmp_path / "plain")[0]
+    other = train("lora", root, folder, tmp_path / "other", **options)[0]
+    if "report_to" in options:
+        assert list((tmp_path / "other").rglob("events.out.tfevents*"))
+    elif "channels_last" in options:
+        ours, theirs = load_file(plain), load_file(other)
+        for key, value in ours.items():
+            torch.testing.assert_close(theirs[key], value, rtol=1e-3, atol=1e-4)
+    else:
+        assert not same_file(plain, other)
+    if "repeats" in options:
+        assert len(losses_of(tmp_path / "other")) == 10

@@ -1,0 +1,160 @@
+"""Everything that is wrong is told at once, before a model is loaded."""
+
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from finetuning import CHECKPOINT, photos, settings_of, train
+from pack.models.errors import PersonalizeError
+from pack.training import preflight, run
+from PIL import Image
+from safetensors.torch import save_file
+
+
+@pytest.fixture(autouse=True)
+def nothing_loads(monkeypatch):
+    def load(*arguments):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(run, "load_base", load)
+
+
+def problems(root, folder, output, method="lora", **values):
+    with pytest.raises(PersonalizeError) as caught:
+        train(method, root, folder, output, **values)
+    return str(caught.value).splitlines()
+
+
+def png(width, height):
+    """The beginning of a PNG of any size."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+def test_twelve_bad_files_are_told_at_once(root, tmp_path):
+    folder = photos(tmp_path / "photos", 3)
+    picture = Image.effect_noise((64, 48), 80).convert("RGB")
+    for name in ("cut", "caption-empty", "caption-latin", "mask-aspect", "mask-broken"):
+        picture.save(folder / f"{name}.png")
+    whole = (folder / "cut.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "caption-empty.txt").write_text(" \n")
+    (folder / "caption-latin.txt").write_bytes("Käse".encode("latin-1"))
+    Image.linear_gradient("L").resize((48, 64)).save(folder / "mask-aspect-masklabel.png")
+    (folder / "mask-broken-masklabel.png").write_bytes(b"no mask")
+    (folder / "text.jpg").write_text("hello")
+    (folder / "empty.png").touch()
+    (folder / "phone.heic").write_bytes(b"....ftypheic")
+    (folder / "camera.dng").write_bytes(b"II*\0")
+    Image.new("RGB", (8, 8)).save(folder / "tiny.png")
+    (folder / "folder.png").mkdir()
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "bomb.png").write_bytes(png(60000, 60000))
+    bad = ["bomb", "camera", "caption-empty", "caption-latin", "cut", "empty", "folder", "gone", "mask-aspect"]
+    bad += ["mask-broken", "phone", "text", "tiny"]
+    # what people's folders hold besides, and what can be read
+    (folder / "._0001.jpg").write_bytes(b"\0\5\x16\7")
+    (folder / "Thumbs.db").write_bytes(b"x")
+    picture.convert("CMYK").save(folder / "print.jpg")
+    Image.fromarray((np.arange(4096, dtype=np.uint16) * 16).reshape(64, 64)).save(folder / "deep.png")
+    picture.save(folder / "moving.gif", save_all=True, append_images=[picture.rotate(90)])
+    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png", transparency=0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.save(folder / "turned.jpg", exif=turned)
+    said = problems(root, folder, tmp_path / "out")
+    assert len(said) == len(bad) >= 12
+    for name, sentence in zip(bad, said, strict=True):
+        assert name in sentence, (name, sentence)
+        assert sentence.endswith((".", ")."))
+
+
+def test_every_other_problem_is_told_with_them(root, tmp_path):
+    folder = photos(tmp_path / "photos", 2)
+    (folder / "empty.png").touch()
+    said = problems(
+        root,
+        folder,
+        tmp_path / "out",
+        pretrained_model_name_or_path="/nowhere/base.safetensors",
+        with_prior_preservation=True,
+        trigger=" ",
+        output_name="a/b",
+    )
+    assert len(said) == 5
+    for part, sentence in zip(("class_data_dir", "'a/b' is no file name", "--trigger is empty", "base.safetensors does not exist", "empty.png"), said, strict=True):  # fmt: skip
+        assert part in sentence
+
+
+def test_the_base_of_another_configuration(root, tmp_path):
+    said = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", base_family="sdxl")
+    assert said == [
+        "These settings are for SDXL (base_family), but pocket_portraits.safetensors is the pocket model: use a "
+        "configuration for the pocket model, or a SDXL model."
+    ]
+
+
+def test_files_that_are_no_base(root, tmp_path):
+    folder = photos(tmp_path / "photos", 1)
+    save_file({"a": torch.zeros(2)}, tmp_path / "odd.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"<html>404</html>")
+    (tmp_path / "empty").mkdir()
+    for name, part in (
+        ("odd.safetensors", "odd.safetensors"),
+        ("broken.safetensors", "is not a whole .safetensors file"),
+        ("empty", "is no base model in diffusers' layout: unet/config.json is missing."),
+        ("missing.safetensors", "does not exist: it is no file, no folder, and no hub id (owner/name)."),
+    ):
+        (said,) = problems(root, folder, tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / name))
+        assert part in said
+        assert name in said
+
+
+def test_an_output_that_cannot_be_written(root, tmp_path):
+    (tmp_path / "file").write_text("x")
+    (said,) = problems(root, photos(tmp_path / "photos", 1), tmp_path / "file" / "out")
+    assert said == f"The output folder {tmp_path}/file/out cannot be written to (Not a directory)."
+
+
+def test_a_full_disk(root, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
+    said = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", method="dreambooth")
+    assert said == [f"The disk of {tmp_path}/out has 0.0 GB free, but checkpoints and the result need about 0.5 GB."]
+
+
+def test_pictures_that_are_not_there(root, tmp_path):
+    (said,) = problems(root, tmp_path / "nowhere", tmp_path / "out")
+    assert said == f"The folder {tmp_path}/nowhere does not exist."
+    (tmp_path / "nothing").mkdir()
+    (said,) = problems(root, tmp_path / "nothing", tmp_path / "out")
+    assert said.startswith(f"The folder {tmp_path}/nothing has no pictures (")
+
+
+def test_captions_without_the_trigger_are_a_warning(root, tmp_path):
+    folder = photos(tmp_path / "photos", 2, captions=True)
+    found = preflight.preflight(settings_of("lora", root, folder, tmp_path / "out"))
+    assert found.family == "pocket"
+    assert found.pictures == 2
+    (warning,) = found.warnings
+    assert warning.startswith("2 of 2 captions do not have the trigger 'ohwx' (")
+
+
+@pytest.mark.parametrize("package", ["prodigy", "tensorboard"])
+def test_packages_that_are_missing(root, tmp_path, monkeypatch, package):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    option = "optimizer" if package == "prodigy" else "report_to"
+    (said,) = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", **{option: package})
+    name = {"prodigy": "prodigyopt"}.get(package, package)
+    assert said == f"{package} needs the package {name}: pip install {name}."
+
+
+def test_the_base_is_found(root):
+    assert preflight.family_at(str(root / CHECKPOINT)) == "pocket"
+    assert preflight.family_at("owner/name") is None

@@ -1,0 +1,132 @@
+"""A training that is killed, stopped, or fails: nothing is lost, and it goes on bit for bit."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from finetuning import command, photos, run, settings_of, train
+from pack.models.errors import PersonalizeError
+from pack.training import checkpoint as checkpoints
+from pack.training import run as running
+from pack.training.loop import Stop, Trainer
+
+# everything that draws at random, and everything that a checkpoint must hold
+OPTIONS = {
+    "lora": ["--train_text_encoder", "--lora_dropout", "0.1", "--caption_dropout", "0.3", "--random_flip", "--use_ema",
+             "--ema_decay", "0.9", "--gradient_accumulation_steps", "2", "--lr_scheduler", "cosine", "--rank", "4"],
+    "dreambooth": ["--save_as", "delta", "--snr_gamma", "5", "--noise_offset", "0.1", "--train_batch_size", "2"],
+    "textual_inversion": ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "5"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "kills", "seconds"), [("lora", 10, 9), ("dreambooth", 3, 9), ("textual_inversion", 3, 9)]
+)
+def test_killed_at_random_moments_the_file_is_the_same(root, tmp_path, method, kills, seconds):
+    folder = photos(tmp_path / "photos")
+    files = []
+    for name, times in (("uninterrupted", 0), ("killed", kills)):
+        options = command(method, root, folder, tmp_path / name)[3:]
+        options += ["--max_train_steps", "30", "--checkpointing_steps", "3", *OPTIONS[method]]
+        script = [sys.executable, __file__.replace("test_stopping", "killed"), "1", str(times), str(seconds), method]
+        done = run(root, *script, *options, timeout=900)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.split()
+        assert len(lines) == times + 1
+        assert lines[-1] == "0"
+        if times:
+            assert lines.count("-9") >= min(5, times), lines
+        files.append(next((tmp_path / name).glob("ohwx*.safetensors")).read_bytes())
+        steps = [json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert steps == list(range(1, 31))
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits(root, tmp_path, number):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    arguments = command("lora", root, folder, output, "--max_train_steps", "5000", "--rank", "2")
+    process = subprocess.Popen(arguments, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = output / "log.jsonl"
+    for _ in range(1200):
+        if log.exists() and log.read_text().count("\n") > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors
+    step = int(said.split("Stopped after step ")[1].split()[0])
+    assert "The same command goes on from there." in said
+    newest = checkpoints.find_checkpoint(output / "checkpoints", "latest")
+    assert checkpoints.read_settings_of(newest)[0] == step
+    assert not list(output.glob("*.safetensors"))
+
+
+def test_asked_to_stop_it_goes_on_with_the_same_settings_only(root, tmp_path):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    stop = Stop(asked=lambda: (output / "log.jsonl").exists() and len((output / "log.jsonl").read_text()) > 0)
+    settings = settings_of("lora", root, folder, output, max_train_steps=5)
+    assert running.personalize("lora", settings, stop) == []
+    with pytest.raises(
+        PersonalizeError, match=r"has a training of 1 steps with other settings \(rank was 16, is 8\): use"
+    ):
+        train("lora", root, folder, output, max_train_steps=5, rank=8)
+    with pytest.raises(PersonalizeError, match=r"^There is no checkpoint step-9; in .* there are: step-0000001\.$"):
+        train("lora", root, folder, output, max_train_steps=5, resume_from_checkpoint="step-9")
+    first = train("lora", root, folder, output, max_train_steps=5)[0].read_bytes()
+    again = train("lora", root, folder, tmp_path / "other", max_train_steps=5)[0].read_bytes()
+    assert first == again
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    loss = Trainer.loss
+    monkeypatch.setattr(Trainer, "loss", lambda self, number: loss(self, number) * (float("nan") if number == 4 else 1))
+    with pytest.raises(
+        PersonalizeError,
+        match=r"^The loss of step 5 is nan: the training has diverged\. Lower --learning_rate \(now 0\.001\) or use "
+        r"--mixed_precision bf16 or no, and go on from the checkpoint of step 4\.$",
+    ):
+        train("lora", root, folder, output, max_train_steps=8, checkpointing_steps=2)
+    newest = checkpoints.find_checkpoint(output / "checkpoints", "latest")
+    step, _ = checkpoints.read_settings_of(newest)
+    assert step == 4
+    weights = checkpoints.read_safetensors(newest / "weights.safetensors")[0]
+    assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_too_little_memory_says_what_to_turn_on(root, tmp_path, monkeypatch):
+    def exhausted(self, number):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "loss", exhausted)
+    with pytest.raises(
+        PersonalizeError,
+        match=r"^There is not enough memory for a step\. These need less: --gradient_checkpointing, --train_batch_size 1 "
+        r"with --gradient_accumulation_steps, --mixed_precision bf16, .*, a --resolution below 64\.$",
+    ):
+        train("dreambooth", root, photos(tmp_path / "photos"), tmp_path / "out", train_batch_size=4)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(root, tmp_path, monkeypatch):
+    output, real = tmp_path / "out", checkpoints.write_safetensors
+
+    def full(path, tensors, metadata):
+        if "step-0000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, tensors, metadata)
+
+    monkeypatch.setattr(checkpoints, "write_safetensors", full)
+    with pytest.raises(
+        PersonalizeError,
+        match=r"^The checkpoint of step 4 cannot be written to .*out/checkpoints \(No space left on device\): make room "
+        r"there and run the same command again; it goes on from step 2\.$",
+    ):
+        train("lora", root, photos(tmp_path / "photos"), output, max_train_steps=6, checkpointing_steps=2)
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000002"]
