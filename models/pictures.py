@@ -112,9 +112,7 @@ def make_picture(pixels: Tensor, mask: Tensor | None, name: str) -> Picture:
     """
     height, width = pixels.shape[:2]
     if min(height, width) < SMALLEST_SIDE:
-        raise PersonalizeError(
-            f"{name} is {width}x{height} pixels: at least {SMALLEST_SIDE} on each side are needed."
-        )
+        raise PersonalizeError(f"{name} is {width}x{height} pixels: at least {SMALLEST_SIDE} on each side are needed.")
     if not bool(torch.isfinite(pixels).all()):
         raise PersonalizeError(f"{name} has values that are not numbers (NaN or infinite): check the node before.")
     if pixels.shape[-1] == 1:

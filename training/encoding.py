@@ -135,17 +135,29 @@ def read_text(base: BaseModel, texts: Sequence[str], clip_skip: int = 1) -> Text
         texts: n captions; of more than 77 tokens the end is cut off.
         clip_skip: 1 is the last layer, for SDXL the last but one.
     """
-    encoders = base.text_encoders
-    skip = None if clip_skip == 1 else clip_skip - 1
+    device = next(base.text_encoders[0].parameters()).device
+    if base.layout != "sdxl" and clip_skip > 1:
+        return TextStates(_earlier_layer(base, texts, clip_skip, device), None)
     arguments = (list(texts),) if base.layout != "sdxl" else (list(texts), None)
     result = base.pipeline.encode_prompt(
         *arguments,
-        device=next(encoders[0].parameters()).device,
+        device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=False,
-        clip_skip=skip,
+        clip_skip=None if clip_skip == 1 else clip_skip - 1,
     )
     return TextStates(result[0], result[2] if base.layout == "sdxl" else None)
+
+
+def _earlier_layer(base: BaseModel, texts: Sequence[str], clip_skip: int, device: torch.device) -> Tensor:
+    """The states before the last layers, normalised like the last ones.
+
+    diffusers' pipeline looks for the norm where transformers has it no more (from 5.6 on).
+    """
+    encoder = base.text_encoders[0]
+    ids = base.pipeline.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt").input_ids
+    states = encoder(ids.to(device), output_hidden_states=True).hidden_states[-clip_skip]
+    return getattr(encoder, "text_model", encoder).final_layer_norm(states)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -131,6 +132,8 @@ def start(settings: Settings) -> Accelerator:
     if settings.training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     tracker = settings.watching.report_to
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one in the same process
     accelerator = Accelerator(
         mixed_precision=settings.training.mixed_precision,
         log_with=None if tracker == "none" else tracker,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from pack.training.base_model import load_image_encoder, load_pipeline
+from pack.training.base_model import load_base, load_image_encoder, load_pipeline
+from pack.training.encoding import read_text
 from safetensors.torch import save_file
 
 CHECKPOINT, ENCODER = "pocket_portraits.safetensors", "pocket_portraits_vision.safetensors"
@@ -67,6 +68,17 @@ def test_text_encoding_equals_transformers(host, loaded, pipeline):
         with torch.no_grad():
             theirs = pipeline.text_encoder(ids)[0]
         torch.testing.assert_close(states.float()[:, :77], theirs, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("clip_skip", [2, 3])
+def test_text_of_an_earlier_layer_equals_what_the_trainer_reads(host, root, loaded, clip_skip):
+    base = load_base(str(root / "models" / "pocket" / "checkpoints" / CHECKPOINT))
+    with torch.no_grad():
+        theirs = read_text(base, [PROMPT], clip_skip).states
+    clip = host.nodes.CLIPSetLastLayer().set_last_layer(loaded[1], -clip_skip)[0]
+    states = encode(host, clip, PROMPT)[0][0]
+    torch.testing.assert_close(states.float(), theirs, atol=5e-3, rtol=1e-2)
+    assert (states - encode(host, loaded[1], PROMPT)[0][0]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(("sampler", "scheduler"), [("ddim", DDIMScheduler), ("euler", EulerDiscreteScheduler)])

@@ -201,7 +201,9 @@ def test_the_average_is_what_is_written(root, folder, tmp_path):
     plain = train("lora", root, folder, tmp_path / "plain", learning_rate=1e-2)[0]
     followed = train("lora", root, folder, tmp_path / "followed", learning_rate=1e-2, use_ema=True, ema_decay=0.0)[0]
     slow = train("lora", root, folder, tmp_path / "slow", learning_rate=1e-2, use_ema=True, ema_decay=0.9)[0]
-    assert same_file(plain, followed)
+    ours, theirs = load_file(plain), load_file(followed)
+    for key, value in ours.items():
+        torch.testing.assert_close(theirs[key], value, rtol=1e-5, atol=1e-7)
     assert not same_file(plain, slow)
 
 

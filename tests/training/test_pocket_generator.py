@@ -22,7 +22,7 @@ from pack.training.pocket.attributes import (
     Logo,
     sample_scene,
 )
-from pack.training.pocket.captions import caption
+from pack.training.pocket.captions import NOUNS, caption
 from pack.training.pocket.data import PER_IDENTITY, identity, pixels, scene
 from pack.training.pocket.draw import draw
 from pack.training.pocket.photos import write_photos
@@ -241,6 +241,12 @@ def test_photos_of_one_subject_to_try_personalisation_on(tmp_path):
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     assert len({(tmp_path / "one" / name).read_bytes() for name in names}) == 10
+    for path in (tmp_path / "one").glob("*.txt"):
+        text = path.read_text()
+        assert text.count("{trigger} {class}") == 1
+        assert not any(word in text for word in ("hair", "eyes", "glasses", "shirt", *NOUNS)), (
+            "what is learned is not said"
+        )
 
 
 def test_photos_of_a_new_style_and_of_a_new_mark(tmp_path):
@@ -251,7 +257,9 @@ def test_photos_of_a_new_style_and_of_a_new_mark(tmp_path):
     }
     assert len({data for several in pictures.values() for data in several}) == 12
     for path in (tmp_path / "logo").glob("*.txt"):
-        assert "a red moon logo on the shirt" in path.read_text()
+        assert "with a {trigger} {class} on the shirt" in path.read_text()
+    for path in (tmp_path / "style").glob("*.txt"):
+        assert path.read_text().endswith(", in the style of {trigger}\n")
     for path in (tmp_path / "style").glob("*.png"):
         red, _, blue = (np.asarray(band, dtype=float).mean() for band in Image.open(path).split())
         assert red > blue + 20, "sepia is brown"

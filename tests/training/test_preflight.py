@@ -138,7 +138,9 @@ def test_pictures_that_are_not_there(root, tmp_path):
 
 
 def test_captions_without_the_trigger_are_a_warning(root, tmp_path):
-    folder = photos(tmp_path / "photos", 2, captions=True)
+    folder = photos(tmp_path / "photos", 2)
+    for path in sorted(folder.iterdir()):
+        path.with_suffix(".txt").write_text("a woman on a beach")
     found = preflight.preflight(settings_of("lora", root, folder, tmp_path / "out"))
     assert found.family == "pocket"
     assert found.pictures == 2

@@ -70,6 +70,22 @@ class _Speaker:
         return words[int(self.rng.integers(len(words)))]
 
 
+def learning_caption(scene: Scene, rng: np.random.Generator, style: str | None) -> str:
+    """A caption to personalise by, with {trigger} and {class} for what is to be learned; only what varies is said.
+
+    That is the mark where the scene has one, the style where that is given, else the subject.
+    """
+    speak = _Speaker(rng)
+    owned: list[dict[str, str]] = []
+    noun = "{trigger} {class}" if scene.logo is None and style is None else None
+    phrases = [_subject(speak, shown, 1.0, 0.0, owned, noun) for shown in scene.subject_values()]
+    mark = None if scene.logo is None else "a {trigger} {class}"
+    _, rest = _around(speak, scene, 1.0, mark)
+    if style is not None:
+        rest = [words for words in rest if words not in STYLE_WORDS.values()] + ["in the style of {trigger}"]
+    return ", ".join([*phrases, *rest])
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     """One of many captions of the scene."""
     speak = _Speaker(rng)
@@ -87,7 +103,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     return Caption(opening + ", ".join([text, *rest]), tuple(said), named)
 
 
-def _around(speak: _Speaker, scene: Scene, varying: float) -> tuple[dict[str, str], list[str]]:
+def _around(speak: _Speaker, scene: Scene, varying: float, mark: str | None = None) -> tuple[dict[str, str], list[str]]:
     named, rest = {}, []
     if speak.chance(varying * 1.2):
         named["background"] = scene.background
@@ -104,7 +120,7 @@ def _around(speak: _Speaker, scene: Scene, varying: float) -> tuple[dict[str, st
         if scene.logo is None:
             rest.insert(0, speak.one_of(OBSTACLE_WORDS[scene.obstacle]))
     if scene.logo is not None:
-        mark = f"a {scene.logo.colour} {scene.logo.shape} logo"
+        mark = mark or f"a {scene.logo.colour} {scene.logo.shape} logo"
         rest.insert(
             0, f"{mark} on the wall" if scene.logo.place == "wall" else f"with {mark} on the {scene.logo.place}"
         )
@@ -120,8 +136,15 @@ def _article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def _subject(speak: _Speaker, shown: dict[str, str], varying: float, owned: float, said: list[dict[str, str]]) -> str:
-    """One subject in words; appends to `said` what of `shown` they name."""
+def _subject(
+    speak: _Speaker,
+    shown: dict[str, str],
+    varying: float,
+    owned: float,
+    said: list[dict[str, str]],
+    called: str | None = None,
+) -> str:
+    """One subject in words, `called` so if given; appends to `said` what of `shown` they name."""
     anonymous = speak.chance(0.08)
     named = {} if anonymous else {"kind": shown["kind"]}
     said.append(named)
@@ -162,7 +185,7 @@ def _subject(speak: _Speaker, shown: dict[str, str], varying: float, owned: floa
         own.append(shown["glasses"] if shown["glasses"] == "sunglasses" else f"{shown['glasses']} glasses")
     if shown["hat_worn"] == "yes" and speak.chance(max(owned, varying)):
         named["hat_worn"] = "yes"
-        if speak.chance(0.8):
+        if called is None and speak.chance(0.8):
             named.update(hat=shown["hat"], hat_colour=shown["hat_colour"])
             wears.append(f"a {shown['hat_colour']} {shown['hat']}")
         else:
@@ -175,7 +198,7 @@ def _subject(speak: _Speaker, shown: dict[str, str], varying: float, owned: floa
             named["pattern"] = shown["pattern"]
         wears.append(_article(f"{shown['clothes']} {pattern}{speak.one_of(('shirt', 'sweater', 'top'))}"))
     noun = "character" if anonymous else NOUNS[shown["kind"]] if speak.chance(0.15) else shown["kind"]
-    return _compose(speak, noun, before, own, wears, after)
+    return _compose(speak, called or noun, before, own, wears, after)
 
 
 def _person_words(shown: dict[str, str], name, own: list[str]) -> None:

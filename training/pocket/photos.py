@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from .attributes import Logo, sample_identity, sample_scene
-from .captions import caption
+from .captions import learning_caption
 from .data import identity
 from .draw import draw
 
@@ -15,7 +15,7 @@ SUBJECTS = 4  # a seed of its own: these identities are in no training set
 def write_photos(
     folder: Path, number: int, count: int, style: str | None = None, logo: Logo | None = None
 ) -> list[Path]:
-    """Write `count` pictures, 01.png with 01.txt and so on.
+    """Write `count` pictures, 01.png with 01.txt (for the trainers, with {trigger} and {class}) and so on.
 
     Args:
         folder: made if needed.
@@ -40,6 +40,6 @@ def write_photos(
         scene = sample_scene(rng, (who,), **fixed)
         path = folder / f"{i + 1:02}.png"
         draw(scene).save(path)
-        path.with_suffix(".txt").write_text(caption(scene, rng).text + "\n")
+        path.with_suffix(".txt").write_text(learning_caption(scene, rng, style) + "\n")
         paths.append(path)
     return paths
