@@ -1,9 +1,10 @@
 """Reading and writing weight files: safetensors, and the pickles of published adapters (tensors only)."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -58,6 +59,19 @@ def read_weights(path: Path) -> dict[str, Any]:
     return weights
 
 
+def _sort_metadata(file: BinaryIO) -> None:
+    """safetensors writes the metadata in an order that changes from process to process."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+    file.flush()
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write atomically: a temporary file beside it, fsync, rename. The folder is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,6 +79,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     try:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
         with open(temporary, "rb+") as file:
+            _sort_metadata(file)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -98,7 +98,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     checkpoint = find_checkpoint(settings.folder / "checkpoints", settings.watching.resume_from_checkpoint)
     begun = 0 if checkpoint is None else read_settings_of(checkpoint)[0]
     record = Record(settings.folder, begun, accelerator)
-    trainer = prepare(method, settings, accelerator, base, record, stop or Stop())
+    trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop)
     if checkpoint is not None:
         trainer.load(checkpoint)
         accelerator.print(f"Going on after step {begun}, from {checkpoint}.")

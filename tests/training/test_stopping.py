@@ -24,23 +24,20 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("method", "kills", "seconds"), [("lora", 10, 9), ("dreambooth", 3, 9), ("textual_inversion", 3, 9)]
-)
-def test_killed_at_random_moments_the_file_is_the_same(root, tmp_path, method, kills, seconds):
+@pytest.mark.parametrize(("method", "kills"), [("lora", 10), ("dreambooth", 3), ("textual_inversion", 3)])
+def test_killed_at_random_moments_the_file_is_the_same(root, tmp_path, method, kills):
     folder = photos(tmp_path / "photos")
-    files = []
+    files, seconds = [], "0"
     for name, times in (("uninterrupted", 0), ("killed", kills)):
         options = command(method, root, folder, tmp_path / name)[3:]
         options += ["--max_train_steps", "30", "--checkpointing_steps", "3", *OPTIONS[method]]
-        script = [sys.executable, __file__.replace("test_stopping", "killed"), "1", str(times), str(seconds), method]
+        script = [sys.executable, __file__.replace("test_stopping", "killed"), "1", str(times), seconds, method]
         done = run(root, *script, *options, timeout=900)
         assert done.returncode == 0, done.stderr
-        lines = done.stdout.split()
-        assert len(lines) == times + 1
-        assert lines[-1] == "0"
-        if times:
-            assert lines.count("-9") >= min(5, times), lines
+        *before, last, seconds = done.stdout.split()
+        assert last == "0"
+        assert len(before) == times
+        assert before.count("-9") >= 0.8 * times, before
         files.append(next((tmp_path / name).glob("ohwx*.safetensors")).read_bytes())
         steps = [json.loads(line)["step"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 31))
