@@ -1,5 +1,5 @@
 """Runs one training again and again, killing it at random moments, until it has ended. Run with the pack's folder as the
-working directory: python killed.py SEED KILLS SECONDS METHOD OPTIONS... The moments lie between 5 and 42 % of SECONDS.
+working directory: python killed.py SEED KILLS EARLIEST LATEST METHOD OPTIONS... (moments in seconds).
 
 Processes are forked from one that has imported everything, so that the kills meet the training and not the imports.
 Prints for each process what ended it (the signal, or its exit status), and the seconds of the last.
@@ -37,9 +37,9 @@ def ended(child, patience):
 
 
 if __name__ == "__main__":
-    seed, kills, seconds, method, *options = sys.argv[1:]
+    seed, kills, earliest, latest, method, *options = sys.argv[1:]
     moments = random.Random(int(seed))
     for _ in range(int(kills)):
-        print(ended(start(method, options), moments.uniform(0.05 * float(seconds), 0.42 * float(seconds))), flush=True)
+        print(ended(start(method, options), moments.uniform(float(earliest), float(latest))), flush=True)
     began = time.monotonic()
     print(ended(start(method, options), 600), time.monotonic() - began, flush=True)
