@@ -13,6 +13,8 @@ from torch import Tensor
 FAMILIES = {(320, 768): "sd15", (320, 1024): "sd2", (320, 2048): "sdxl", (96, 64): "pocket"}
 """By the UNet's first width and the width of the text features."""
 TITLES = {"sd15": "SD1.5", "sd2": "SD2.x", "sdxl": "SDXL", "pocket": "the pocket model"}
+TEXT_WIDTHS = {"sd15": (768,), "sd2": (1024,), "sdxl": (768, 1280), "pocket": (64,)}
+"""Of the vectors of each text encoder's words."""
 FINGERPRINTED = ("time_embed.0.bias", "time_embed.2.bias", "middle_block.0.in_layers.2.bias", "out.2.bias")
 """Small tensors of the UNet, by their single-file names, that no two trainings leave equal and no LoRA changes."""
 

@@ -7,7 +7,7 @@ import comfy.sd
 import folder_paths
 from comfy_api.latest import io
 
-from ..models.base_models import title_of
+from ..models.base_models import TEXT_WIDTHS, title_of
 from ..models.checkpoints import read_header
 from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
@@ -18,7 +18,6 @@ from .trained_files import apply_patches, check_base, family_of_model, read_trai
 
 DELTA = ".delta.safetensors"
 TRIGGER = "The words that call the subject, to wire into a prompt; empty where the file does not say."
-WIDTHS = {"sd15": (768,), "sd2": (1024,), "sdxl": (768, 1280), "pocket": (64,)}
 
 
 def _strength(name: str, what: str) -> Any:
@@ -40,6 +39,15 @@ def _model(
 
 def _clip(optional: bool = False, tooltip: str = "The text encoders of the same checkpoint.") -> Any:
     return io.Clip.Input("clip", optional=optional, tooltip=tooltip)
+
+
+def _outputs(model: str) -> list[Any]:
+    return [
+        io.Model.Output(display_name="MODEL", tooltip=model),
+        io.Clip.Output(display_name="CLIP", tooltip="Its text encoders."),
+        io.Vae.Output(display_name="VAE", tooltip="Its VAE."),
+        io.String.Output(display_name="trigger", tooltip=TRIGGER),
+    ]
 
 
 class LoadLora(io.ComfyNode):
@@ -114,8 +122,8 @@ def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
     tensors, about = read_trained(path)
     check_base(model, about, path.name, exactly=False)
     family = family_of_model(model)
-    if family in WIDTHS:
-        read_word(tensors, WIDTHS[family], path.name, title_of(family))
+    if family in TEXT_WIDTHS:
+        read_word(tensors, TEXT_WIDTHS[family], path.name, title_of(family))
     word = f"embedding:{file.rsplit('.', 1)[0]}"
     return word if strength == 1 else f"({word}:{strength:g})"
 
@@ -139,12 +147,7 @@ class LoadDreamBooth(io.ComfyNode):
                 _clip(optional=True, tooltip="The base's text encoders; needed for a difference only."),
                 io.Vae.Input("vae", optional=True, tooltip="The base's VAE, given on; for a difference only."),
             ],
-            outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The fine-tuned model."),
-                io.Clip.Output(display_name="CLIP", tooltip="Its text encoders."),
-                io.Vae.Output(display_name="VAE", tooltip="Its VAE."),
-                io.String.Output(display_name="trigger", tooltip=TRIGGER),
-            ],
+            outputs=_outputs("The fine-tuned model."),
         )
 
     @classmethod
@@ -220,12 +223,7 @@ class LoadPersonalization(io.ComfyNode):
                     "vae", optional=True, tooltip="The base's VAE, given on; a whole checkpoint brings its own."
                 ),
             ],
-            outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="The personalised model."),
-                io.Clip.Output(display_name="CLIP", tooltip="Its text encoders."),
-                io.Vae.Output(display_name="VAE", tooltip="Its VAE."),
-                io.String.Output(display_name="trigger", tooltip=TRIGGER),
-            ],
+            outputs=_outputs("The personalised model."),
         )
 
     @classmethod

@@ -138,11 +138,14 @@ def hush() -> None:
     diffusers_logging.set_verbosity_error()
 
 
+def is_hub_id(where: str) -> bool:
+    """Whether that can be "owner/name", rather than a file or folder that is not there."""
+    return where.count("/") == 1 and not where.endswith((".safetensors", ".ckpt")) and where[0] not in ".~/"
+
+
 def _load_folder(where: str, path: Path, dtype: torch.dtype, revision: str | None, variant: str | None) -> Pipeline:
     local = path.is_dir()
-    if not local and (
-        where.count("/") != 1 or path.suffix in (".safetensors", ".ckpt") or where.startswith((".", "~", "/"))
-    ):
+    if not local and not is_hub_id(where):
         raise PersonalizeError(f"{where} is no file, no folder, and no hub id (owner/name).")
     try:
         pipeline = DiffusionPipeline.from_pretrained(

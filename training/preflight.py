@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .base_model import family_of, read_checkpoint
+from .base_model import family_of, is_hub_id, read_checkpoint
 from .checkpoint import find_checkpoint, read_settings_of
 from .dataset import captions_of
 from .methods import templates_of
@@ -167,7 +167,7 @@ def family_at(where: str | None) -> str | None:
         )
     if path.is_dir():
         return _family_of_folder(path)
-    if where.count("/") != 1 or path.suffix in (".safetensors", ".ckpt") or where.startswith((".", "~", "/")):
+    if not is_hub_id(where):
         raise PersonalizeError(
             f"The base model {where} does not exist: it is no file, no folder, and no hub id (owner/name)."
         )

@@ -174,7 +174,6 @@ def test_a_word_in_a_prompt(host, root, files, loaded):
     pipeline.load_textual_inversion(str(host.base / "models" / "embeddings" / "my_word.safetensors"), token="<word>")
     prompt = pipeline.maybe_convert_prompt("a photo of <word> smiling", pipeline.tokenizer)
     ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    # the new tokens' ids are above the end's, which an encoder that looks for the largest id takes for the end
     with torch.no_grad():
         torch.testing.assert_close(ours.float(), pipeline.text_encoder(ids)[0], atol=5e-3, rtol=1e-2)
     assert node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 0.8)[1] == "(embedding:my_word:0.8)"

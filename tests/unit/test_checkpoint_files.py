@@ -8,6 +8,7 @@ from pack.models.delta import delta_tensors, truncated_delta_tensors
 from pack.models.errors import PersonalizeError
 from pack.models.metadata import About, read_about
 from pack.models.textual_inversion import LearnedWord, read_word, word_tensors
+from pack.models.weight_files import read_safetensors, write_safetensors
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -133,6 +134,16 @@ def test_words_of_any_tool():
         read_word({"emb_params": one}, (768, 1280), "w", "SDXL")
     with pytest.raises(PersonalizeError, match="is not a Textual Inversion"):
         read_word({"x": torch.zeros(2, 3, 4)}, (768,), "w", "SD1.5")
+
+
+def test_the_same_file_is_the_same_bytes(tmp_path):
+    """safetensors orders metadata anew each time."""
+    metadata = {f"key {i}": "grün" for i in range(20)}
+    for name in ("a", "b"):
+        write_safetensors(tmp_path / name, {"x": torch.ones(2)}, metadata)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert read_safetensors(tmp_path / "a")[1] == metadata
+    assert load_file(tmp_path / "a")["x"].tolist() == [1, 1]
 
 
 def test_metadata_comes_back():

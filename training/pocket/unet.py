@@ -1,7 +1,7 @@
 """The UNet: SD1.5's architecture in small, v-prediction on the schedule of Stable Diffusion, trained on cached latents.
 
-Loss: that of v up to an SNR of 5 and min-SNR above it (Hang et al. 2023), heavier where faces are, since colours and
-expressions are decided at high noise by few latents; captions dropped for one picture in ten for guidance.
+Loss: that of v up to an SNR of 5 and min-SNR above it (Hang et al. 2023), heavier where faces are, since
+expressions are decided at sigma 0.3 to 3 by few latents; captions dropped for one picture in ten for guidance.
 """
 
 import hashlib
