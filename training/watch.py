@@ -1,5 +1,6 @@
 """While it trains: sample pictures of fixed prompts and seeds, and the loss on pictures that are kept out."""
 
+import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from .base_model import BaseModel
 from .dataset import Example
@@ -107,14 +108,15 @@ def _one(accelerator, pipeline, row: TextStates, empty: TextStates, resolution: 
 
 
 def grid(pictures: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> Image.Image:
-    """A row of pictures for each label, with the label over it."""
+    """A row of pictures for each label, with the label over it; as wide as the widest of all."""
+    font = ImageFont.load_default()
     width = max(sum(picture.width + 4 for picture in row) for row in pictures)
-    width = max(width, 240)
+    width = max(width, 240, *(math.ceil(font.getlength(label)) + 6 for label in labels))
     heights = [row[0].height + LABEL for row in pictures]
     sheet = Image.new("RGB", (width, sum(heights)), "white")
     pen, y = ImageDraw.Draw(sheet), 0
     for row, label, height in zip(pictures, labels, heights, strict=True):
-        pen.text((3, y + 2), label[: width // 6], fill="black")
+        pen.text((3, y + 2), label, fill="black", font=font)
         for i, picture in enumerate(row):
             sheet.paste(picture, (i * (picture.width + 4), y + LABEL))
         y += height
