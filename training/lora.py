@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -57,7 +57,8 @@ class LoraMethod:
         cast_training_params(unet, dtype=torch.float32)
         self.text = text_modules(base) if settings.training.train_text_encoder else []
         for _, encoder in self.text:
-            encoder.add_adapter(text_config(options))
+            # transformers' add_adapter does this too, but 5.24 asks for a peft that is not released
+            inject_adapter_in_model(text_config(options), encoder)
             cast_training_params(encoder, dtype=torch.float32)
         self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
 

@@ -8,6 +8,7 @@ from pack.training.dataset import Order, Sizes, find_examples
 from pack.training.denoising import Weighting, draw
 from pack.training.encoding import Cache, digest_of, encode_pictures
 from pack.training.lora import text_config, unet_config
+from peft import inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
@@ -80,7 +81,7 @@ def test_lora(root, folder, tmp_path, text):
     pipeline.text_encoder.requires_grad_(False)
     pipeline.unet.add_adapter(unet_config(settings.method))
     if text:
-        pipeline.text_encoder.add_adapter(text_config(settings.method))
+        inject_adapter_in_model(text_config(settings.method), pipeline.text_encoder)
         networks["lora_te"] = pipeline.text_encoder
     start = {p: {k: v.clone() for k, v in get_peft_model_state_dict(n).items()} for p, n in networks.items()}
     parameters = [p for network in networks.values() for p in network.parameters() if p.requires_grad]
