@@ -242,12 +242,9 @@ def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
     """
     state = read_checkpoint(path)
     family = family_of(state, path.name)
-    tokenizer = clip_tokenizer()
-    parts: dict = {"tokenizer": tokenizer}
+    parts: dict = {"tokenizer": clip_tokenizer("!") if family == "sd2" else clip_tokenizer()}
     if family == "sdxl":
-        parts["tokenizer_2"] = _padded_with_zero()
-    if family == "sd2":
-        parts["tokenizer"] = _padded_with_zero()
+        parts["tokenizer_2"] = clip_tokenizer("!")
     if any(key.startswith(_TINY_VAE) for key in state):
         parts["vae"] = tiny_vae(state, dtype)
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
@@ -267,13 +264,6 @@ def predicts_v(state: Mapping[str, Tensor], family: str) -> bool:
     if family == "sd2" and _SD2_NORM in state:
         return bool(state[_SD2_NORM].float().std(unbiased=False) > _SD2_V)
     return "v_pred" in state
-
-
-def _padded_with_zero():
-    """The tokenizer of OpenCLIP models: the same tokens, padded with the first of them."""
-    tokenizer = clip_tokenizer.__wrapped__()
-    tokenizer.pad_token = "!"
-    return tokenizer
 
 
 def tiny_vae(state: Mapping[str, Tensor], dtype: torch.dtype) -> AutoencoderTiny:

@@ -12,6 +12,7 @@ from PIL import Image
 
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
+NODES += ["LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
 
 
 @pytest.fixture(scope="module")

@@ -28,12 +28,10 @@ def random_pipeline(family: str, dtype: torch.dtype = torch.float32):
     parts = {"unet": unet, "vae": vae, "text_encoder": text, "tokenizer": clip_tokenizer()}
     if family == "sdxl":
         config = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
-        second = clip_tokenizer.__wrapped__()
-        second.pad_token = "!"
         return StableDiffusionXLPipeline(
             **parts,
             text_encoder_2=CLIPTextModelWithProjection(config).to(dtype),
-            tokenizer_2=second,
+            tokenizer_2=clip_tokenizer("!"),
             scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         )
     return StableDiffusionPipeline(

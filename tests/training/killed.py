@@ -1,8 +1,9 @@
 """Runs one training again and again, killing it at random moments, until it has ended. Run with the pack's folder as the
-working directory: python killed.py SEED KILLS EARLIEST LATEST METHOD OPTIONS... (moments in seconds).
+working directory: python killed.py SEED KILLS STEPS LOG METHOD OPTIONS...
 
-Processes are forked from one that has imported everything, so that the kills meet the training and not the imports.
-Prints for each process what ended it (the signal, or its exit status), and the seconds of the last.
+A moment is soon after the training has logged one of its STEPS, drawn at random, in LOG. Processes are forked from one
+that has imported everything, so that the kills meet the training and not the imports. Prints a line for each process:
+the signal that ended it, or its exit status.
 """
 
 import os
@@ -10,6 +11,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 sys.path.insert(0, os.getcwd())
 
@@ -24,22 +26,24 @@ def start(method, options):
     return child
 
 
-def ended(child, patience):
-    """Wait for a process at most so many seconds, then kill it; what ended it."""
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
+def ended(child, log, step, delay):
+    """Kill a process `delay` seconds after it has logged `step`, or before, if it ends by itself; what ended it."""
+    due = None
+    while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
+        if due is None and (step == 0 or (log.exists() and log.read_text().count("\n") >= step)):
+            due = time.monotonic() + delay
+        if due is not None and time.monotonic() >= due:
+            os.kill(child, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         time.sleep(0.005)
-    os.kill(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 if __name__ == "__main__":
-    seed, kills, earliest, latest, method, *options = sys.argv[1:]
+    seed, kills, steps, log, method, *options = sys.argv[1:]
     moments = random.Random(int(seed))
-    for _ in range(int(kills)):
-        print(ended(start(method, options), moments.uniform(float(earliest), float(latest))), flush=True)
-    began = time.monotonic()
-    print(ended(start(method, options), 600), time.monotonic() - began, flush=True)
+    for step in sorted(moments.sample(range(int(steps) - 6), int(kills))):
+        print(ended(start(method, options), Path(log), step, moments.uniform(0.0, 0.2)), flush=True)
+    print(ended(start(method, options), Path(log), int(steps) + 1, 0.0), flush=True)

@@ -17,6 +17,14 @@ def test_known_texts(text):
     assert tokens == [49406, *KNOWN[text], *[49407] * (76 - len(KNOWN[text]))]
 
 
+def test_words_that_one_learns_are_not_in_another():
+    first = clip_tokenizer()
+    first.add_tokens(["<learned-0>"])
+    assert len(first) == 49409
+    assert len(clip_tokenizer()) == 49408
+    assert clip_tokenizer("!")("a", padding="max_length").input_ids == [49406, 320, 49407, *[0] * 74]
+
+
 def test_the_size_and_the_length():
     assert len(clip_tokenizer()) == 49408
     assert len(clip_tokenizer()("cat " * 200, truncation=True).input_ids) == 77

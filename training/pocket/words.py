@@ -1,6 +1,7 @@
 """Captions as tokens: several of every scene, made once and kept beside the pictures."""
 
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,12 @@ UNKNOWN_WORDS = 0.1  # texts with a word that the generator never uses, so that 
 LABELS = 2 * len(SUBJECT_SIZES) + len(SCENE_SIZES)
 
 
+_tokenizer = cache(clip_tokenizer)
+
+
 def tokenize(texts: list[str]) -> Tensor:
     """[n, 77] token ids."""
-    tokens = clip_tokenizer()(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    tokens = _tokenizer()(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     return tokens.input_ids
 
 
