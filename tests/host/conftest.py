@@ -16,7 +16,7 @@ def models(host):
     folder = host.base / "models"
     (folder / "ipadapter").mkdir(exist_ok=True)
     for kind, width in (("base", 96), ("plus", 128), ("full-face", 128)):
-        save_adapter(random_adapter(kind, width, 64, [96] * 7), folder / "ipadapter" / f"{kind}.safetensors")
+        save_adapter(random_adapter(kind, width, 64, [96] * 10), folder / "ipadapter" / f"{kind}.safetensors")
     return folder
 
 

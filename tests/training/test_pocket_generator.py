@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from pack.training.pocket.attributes import (
     BACKGROUNDS,
+    EXPRESSIONS,
     FRAMINGS,
     KINDS,
     LIGHTS,
@@ -23,7 +24,7 @@ from pack.training.pocket.attributes import (
     sample_scene,
 )
 from pack.training.pocket.captions import NOUNS, caption
-from pack.training.pocket.data import PER_IDENTITY, identity, pixels, scene
+from pack.training.pocket.data import PER_IDENTITY, faces, identity, pixels, scene
 from pack.training.pocket.draw import draw
 from pack.training.pocket.photos import write_photos
 from PIL import Image
@@ -183,6 +184,20 @@ def test_masks_are_the_subjects():
             assert 0.1 < inside.mean() < 0.75
             centres.append(np.nonzero(inside)[1].mean())
         assert centres == sorted(centres)
+
+
+def test_faces_are_where_an_expression_shows():
+    for index in range(20):
+        this, where = scene(3, index), faces(3, index)
+        shown = []
+        for expression in EXPRESSIONS:
+            subjects = tuple(replace(subject, expression=expression) for subject in this.subjects)
+            shown.append(picture(replace(this, subjects=subjects)).astype(float))
+        change = np.ptp(np.stack(shown), axis=0).max(2)
+        inside = np.kron(where, np.ones((8, 8)))
+        assert where.shape == (8, len(this.subjects) * 4 + 4)
+        assert 2 <= where.sum() < where.size / 2
+        assert (change * inside).sum() > 0.95 * change.sum()
 
 
 def test_larger_pictures_are_the_same_scene():

@@ -106,7 +106,7 @@ def train_adapter(run: Run) -> Adapter:
             adapter.apply(unet, embeddings[reference] * ~no_reference[:, None])
             prediction = unet(noisy, timesteps, states).sample
         v = scheduler.get_velocity(x, noise, timesteps)
-        return weighted_loss(prediction.float(), v, timesteps, scheduler, latents.detail(x)), {}
+        return weighted_loss(prediction.float(), v, timesteps, scheduler, latents.weights(target)), {}
 
     train(adapter, step, run, "adapter", learning_rate=1e-3)
     return adapter

@@ -3,7 +3,10 @@
 Four consecutive scenes show the same first subject, so that sets of pictures of one identity are at hand.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,6 @@ from .draw import draw
 PER_IDENTITY = 4
 PAIRS = 0.3
 TRAIN, VALIDATION = 1, 2  # seeds: no picture or identity of one is in the other, but by chance
-SINGLE, PAIR = (64, 64), (96, 64)  # width, height
 
 
 def identity(seed: int, number: int) -> Identity:
@@ -38,6 +40,18 @@ def pixels(seed: int, index: int) -> np.ndarray:
     return np.asarray(draw(scene(seed, index)))
 
 
+def faces(seed: int, index: int) -> np.ndarray:
+    """[height / 8, width / 8] uint8, 1 where another expression would change the picture of scene `index`."""
+    shown = scene(seed, index)
+    sleeping, surprised, smiling = (
+        np.asarray(draw(replace(shown, subjects=tuple(replace(s, expression=e) for s in shown.subjects)))).astype(int)
+        for e in ("sleeping", "surprised", "smiling")
+    )
+    change = np.maximum(abs(sleeping - surprised), abs(sleeping - smiling)).max(2)
+    height, width = change.shape
+    return (change.reshape(height // 8, 8, width // 8, 8).mean((1, 3)) > 4).astype(np.uint8)
+
+
 class Pictures:
     """Drawn scenes 0 to count - 1 of a seed, cached under `folder`.
 
@@ -49,11 +63,22 @@ class Pictures:
         is_pair = np.array([np.random.default_rng([seed, 1, i]).random() < PAIRS for i in range(count)])
         self.single_index, self.pair_index = np.flatnonzero(~is_pair), np.flatnonzero(is_pair)
         folder.mkdir(parents=True, exist_ok=True)
-        self.single = _cached(folder / f"single-{seed}-{count}.npy", seed, self.single_index, SINGLE)
-        self.pair = _cached(folder / f"pair-{seed}-{count}.npy", seed, self.pair_index, PAIR)
+        self._folder = folder
+        self.single, self.pair = self._drawn(pixels, "")
         first = np.flatnonzero(np.diff(self.single_index // PER_IDENTITY, prepend=-1))
         pictures = np.diff(first, append=len(self.single_index))
         self._first, self._pictures = first[pictures > 1], pictures[pictures > 1]
+
+    def faces(self) -> tuple[np.ndarray, np.ndarray]:
+        """`faces` of `single` and of `pair`: [n, 8, 8] and [m, 8, 12]."""
+        return self._drawn(faces, "faces-")
+
+    def _drawn(self, draw_one: Callable[[int, int], np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+        single, pair = (
+            _cached(self._folder / f"{name}{kind}-{self.seed}-{self.count}.npy", partial(draw_one, self.seed), index)
+            for kind, index in (("single", self.single_index), ("pair", self.pair_index))
+        )
+        return single, pair
 
     def twins(self, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Rows of `single`, twice [count]: two different pictures of each of `count` different identities."""
@@ -64,23 +89,24 @@ class Pictures:
         return self._first[who] + a, self._first[who] + b
 
 
-def _draw_some(job: tuple[int, list[int]]) -> np.ndarray:
-    seed, indices = job
-    return np.stack([pixels(seed, i) for i in indices])
+def _draw_some(job: tuple[Callable[[int], np.ndarray], list[int]]) -> np.ndarray:
+    draw_one, indices = job
+    return np.stack([draw_one(i) for i in indices])
 
 
-def _cached(path: Path, seed: int, indices: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def _cached(path: Path, draw_one: Callable[[int], np.ndarray], indices: np.ndarray) -> np.ndarray:
     if not path.exists():
-        partial = path.with_suffix(".partial.npy")
-        store = open_memmap(partial, "w+", np.uint8, (len(indices), size[1], size[0], 3))
-        jobs = [(seed, indices[i : i + 256].tolist()) for i in range(0, len(indices), 256)]
+        drawing = path.with_suffix(".partial.npy")
+        jobs = [(draw_one, indices[i : i + 256].tolist()) for i in range(0, len(indices), 256)]
+        store, done = None, 0
         with ProcessPoolExecutor() as pool, tqdm(total=len(indices), desc=f"Drawing {path.name}", unit=" pic") as bar:
-            done = 0
             for batch in pool.map(_draw_some, jobs):
+                if store is None:
+                    store = open_memmap(drawing, "w+", np.uint8, (len(indices), *batch.shape[1:]))
                 store[done : done + len(batch)] = batch
                 done += len(batch)
                 bar.update(len(batch))
         store.flush()
         del store
-        partial.replace(path)
+        drawing.replace(path)
     return np.load(path, mmap_mode="r")

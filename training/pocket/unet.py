@@ -1,7 +1,7 @@
 """The UNet: SD1.5's architecture in small, v-prediction on the schedule of Stable Diffusion, trained on cached latents.
 
-Loss: that of v up to an SNR of 5 and min-SNR above it (Hang et al. 2023), heavier where faces are, since
-expressions are decided at sigma 0.3 to 3 by few latents; captions dropped for one picture in ten for guidance.
+Loss: that of v up to an SNR of 5 and min-SNR above it (Hang et al. 2023), heavier where eyes and mouths are, since
+expressions are decided by few latents; captions dropped for one picture in ten for guidance.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from .vae import CHANNELS, build, to_tensor
 from .words import Captions, add_unknown_words, tokenize
 
 WIDTHS = (96, 96)
+DEPTHS = (2, 1)  # transformer blocks
 HEADS = 3
 UNCONDITIONAL = 0.1
 PAIR_STEPS = 0.45  # of all: two subjects are harder than one
@@ -44,6 +45,7 @@ def build_unet() -> UNet2DConditionModel:
         out_channels=CHANNELS,
         block_out_channels=WIDTHS,
         layers_per_block=1,
+        transformer_layers_per_block=DEPTHS,
         down_block_types=("CrossAttnDownBlock2D",) * len(WIDTHS),
         up_block_types=("CrossAttnUpBlock2D",) * len(WIDTHS),
         cross_attention_dim=TEXT.hidden_size,
@@ -60,29 +62,34 @@ class Latents:
         self.pictures = Pictures(folder / "pictures", TRAIN, count)
         self.single = _encoded(folder, "single", self.pictures.single)
         self.pair = _encoded(folder, "pair", self.pictures.pair)
-        self._detail = {a.shape[2] // 8: _detail(a[:2000]) for a in (self.pictures.single, self.pictures.pair)}
+        self._weights = [
+            _weights(pictures, faces)
+            for pictures, faces in zip((self.pictures.single, self.pictures.pair), self.pictures.faces(), strict=True)
+        ]
 
-    def some(self, batch: int, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-        """Latents of one shape, and the numbers of their scenes: single pictures, or pairs."""
+    def some(self, batch: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, np.ndarray]:
+        """Latents of one shape, the weights of their losses, and the numbers of their scenes: single pictures, or pairs."""
         pairs = rng.random() < PAIR_STEPS
         latents = self.pair if pairs else self.single
         index = self.pictures.pair_index if pairs else self.pictures.single_index
         rows = rng.integers(len(latents), size=batch * 2 // 3 if pairs else batch)
-        return torch.from_numpy(latents[rows].astype(np.float32)), index[rows]
+        return torch.from_numpy(latents[rows].astype(np.float32)), self.weights(rows, pairs), index[rows]
 
-    def detail(self, latents: Tensor) -> Tensor:
-        """[h, w], of mean 1: how much there is to see at each place of such latents, in the mean of all pictures.
+    def weights(self, rows: np.ndarray, pairs: bool = False) -> Tensor:
+        """[n, h, w] of mean 1 for each picture: how much the loss counts at each place of these latents.
 
-        As a weight of the loss it favours the faces, without favouring one picture over another.
+        Half goes by how much there is to see there in the mean of all pictures, half to what shows the expression.
         """
-        return self._detail[latents.shape[3]]
+        return torch.from_numpy(self._weights[pairs][rows].astype(np.float32))
 
 
-def _detail(pictures: np.ndarray) -> Tensor:
-    x = pictures.astype(np.float32)
+def _weights(pictures: np.ndarray, faces: np.ndarray) -> np.ndarray:
+    x = pictures[:2000].astype(np.float32)
     across, down = (np.abs(np.diff(x, axis=a, append=x.take([-1], a))).sum(3).mean(0) for a in (2, 1))
-    squared = nn.functional.avg_pool2d(torch.from_numpy(across + down)[None], 8)[0].square()
-    return 0.3 + 0.7 * squared / squared.mean()
+    squared = nn.functional.avg_pool2d(torch.from_numpy(across + down)[None], 8)[0].square().numpy()
+    share = faces / faces.sum((1, 2), keepdims=True).clip(1) * faces[0].size
+    weights = 0.3 + 0.7 * squared / squared.mean() + share.clip(max=8) * 0.7
+    return (weights / weights.mean((1, 2), keepdims=True)).astype(np.float16)
 
 
 @torch.no_grad()
@@ -123,12 +130,12 @@ class Conditions(nn.Module):
 
 
 def weighted_loss(
-    prediction: Tensor, target: Tensor, timesteps: Tensor, scheduler: DDPMScheduler, detail: Tensor
+    prediction: Tensor, target: Tensor, timesteps: Tensor, scheduler: DDPMScheduler, places: Tensor
 ) -> Tensor:
-    """Squared error of v, weighted by min(SNR + 1, 6) / (SNR + 1), and by `detail` [h, w]."""
+    """Squared error of v, weighted by min(SNR + 1, 6) / (SNR + 1), and by `places` [n, h, w]."""
     rescaled = compute_snr(scheduler, timesteps) + 1
     weight = rescaled.clamp(max=MIN_SNR_GAMMA + 1) / rescaled
-    return (weight * ((prediction - target).square() * detail).mean((1, 2, 3))).mean()
+    return (weight * ((prediction - target).square().mean(1) * places).mean((1, 2))).mean()
 
 
 def train_unet(run: Run) -> UNet2DConditionModel:
@@ -138,14 +145,14 @@ def train_unet(run: Run) -> UNet2DConditionModel:
     scheduler = DDPMScheduler(**SCHEDULE)
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-        x, scenes = latents.some(run.batch, rng)
+        x, places, scenes = latents.some(run.batch, rng)
         states = conditions.some(scenes, rng)
         timesteps, noise = torch.randint(0, 1000, (len(x),)), torch.randn_like(x)
         noisy = scheduler.add_noise(x, noise, timesteps)
         with autocast():
             prediction = unet(noisy, timesteps, states).sample
         target = scheduler.get_velocity(x, noise, timesteps)
-        return weighted_loss(prediction.float(), target, timesteps, scheduler, latents.detail(x)), {}
+        return weighted_loss(prediction.float(), target, timesteps, scheduler, places), {}
 
     train(unet, step, run, "unet", ema_decay=0.9995)
     return unet
