@@ -73,7 +73,11 @@ def _sort_metadata(file: BinaryIO) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write atomically: a temporary file beside it, fsync, rename. The folder is made if needed."""
+    """Write atomically: a temporary file beside it, fsync, rename. The folder is made if needed.
+
+    Raises:
+        OSError: the disk is full, or takes no file there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -82,6 +86,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             _sort_metadata(file)
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except SafetensorError as error:  # which is no OSError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{error}") from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

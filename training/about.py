@@ -59,9 +59,12 @@ def _for_others(
 ) -> dict[str, str]:
     training, data = settings.training, settings.data
     words = Counter(caption for example in examples for caption in example.captions)
+    architecture = ARCHITECTURES.get(base.family, base.family)
+    if base.family == "sd2" and base.v_prediction:
+        architecture = "stable-diffusion-v2-768-v"
     keys = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURES.get(base.family, base.family) + KINDS[method],
+        "modelspec.architecture": architecture + KINDS[method],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": settings.output.output_name or trigger,
         "modelspec.resolution": f"{data.resolution}x{data.resolution}",

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -123,7 +124,8 @@ def load_base(
     else:
         pipeline, file = _load_folder(where, path, dtype, revision, variant), None
     if vae is not None:
-        pipeline.vae = load_vae(Path(vae).expanduser())
+        layout = "sdxl" if isinstance(pipeline, StableDiffusionXLPipeline) else "sd15"
+        pipeline.vae = load_vae(Path(vae).expanduser(), layout)
     pipeline.vae.to(torch.float32)
     if prediction_type != "auto":
         _predict(pipeline, prediction_type)
@@ -175,8 +177,12 @@ def _predict(pipeline: Pipeline, kind: str) -> None:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=kind)
 
 
-def load_vae(path: Path) -> AutoencoderKL | AutoencoderTiny:
+def load_vae(path: Path, family: str) -> AutoencoderKL | AutoencoderTiny:
     """A VAE by itself: a folder, or a file, in diffusers' or the single-file layout.
+
+    Args:
+        path: of it.
+        family: "sd15" or "sdxl", whose scale a file's latents get.
 
     Raises:
         PersonalizeError: it cannot be loaded.
@@ -184,11 +190,11 @@ def load_vae(path: Path) -> AutoencoderKL | AutoencoderTiny:
     try:
         if path.is_dir():
             return AutoencoderKL.from_pretrained(str(path), torch_dtype=torch.float32, local_files_only=True)
-        config = str(CONFIGS / "sd15" / "vae")
+        config = str(CONFIGS / family / "vae")
         return AutoencoderKL.from_single_file(
             str(path), config=config, torch_dtype=torch.float32, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PersonalizeError(f"{path} cannot be loaded as a VAE: {reason}") from None
 

@@ -62,9 +62,23 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in checkpoints_in(folder)[:-limit]:
+    for old in [other for other in checkpoints_in(folder) if other != path][: 1 - limit or None]:
         shutil.rmtree(old)
     return path
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename the checkpoints of more than `step` steps: the training goes another way from there.
+
+    Also deletes what a killed process left half written.
+    """
+    for unfinished in folder.glob(f".{PREFIX}*.part"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    for path in checkpoints_in(folder):
+        if read_settings_of(path)[0] > step:
+            kept = path.with_name(f"before-{path.name}")
+            shutil.rmtree(kept, ignore_errors=True)
+            path.rename(kept)
 
 
 def find_checkpoint(folder: Path, wanted: str) -> Path | None:
@@ -107,7 +121,7 @@ def load_checkpoint(
         if into is None:
             continue
         stored, _ = read_safetensors(checkpoint / f"{name}.safetensors")
-        if stored.keys() != into.keys():
+        if stored.keys() != into.keys() or any(stored[key].shape != value.shape for key, value in into.items()):
             raise PersonalizeError(
                 f"{checkpoint} holds other weights than are trained now: start in another output_dir."
             )

@@ -23,6 +23,7 @@ def draw_class_images(
     """
     folder.mkdir(parents=True, exist_ok=True)
     there = {path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+    accelerator.wait_for_everyone()  # before the first is saved, or the processes would count differently
     mark = hashlib.sha256(f"{base.fingerprint()} {prompt} {resolution} {seed}".encode()).hexdigest()[:8]
     wanted = [(i, f"class-{mark}-{i:04}.png") for i in range(count)]
     missing = [(i, name) for i, name in wanted if name not in there][: max(0, count - len(there))]

@@ -65,7 +65,9 @@ def captions_of(path: Path, templates: Sequence[str], trigger: str, class_name: 
     if file.is_file():
         try:
             text = " ".join(file.read_text(encoding="utf-8-sig").split())
-        except (UnicodeDecodeError, OSError) as error:
+        except UnicodeDecodeError:
+            raise PersonalizeError(f"The caption {file.name} in {file.parent} is not UTF-8: save it as that.") from None
+        except OSError as error:
             raise PersonalizeError(f"The caption {file.name} in {file.parent} cannot be read ({error}).") from None
         if not text:
             raise PersonalizeError(f"The caption {file.name} in {file.parent} is empty: write one, or delete the file.")

@@ -58,6 +58,7 @@ def fill_defaults(settings: Settings, method: str, family: str) -> Settings:
             text_encoder_lr=given(training.text_encoder_lr, suits.text_encoder_lr),
             train_text_encoder=given(training.train_text_encoder, suits.train_text_encoder),
             mixed_precision=given(training.mixed_precision, best_precision()),
+            max_grad_norm=0.0 if training.fused_backward else training.max_grad_norm,
         ),
         output=replace(output, output_name=given(output.output_name, data.trigger)),
     )
@@ -67,4 +68,4 @@ def best_precision() -> str:
     """bf16 on accelerators that compute in it, fp16 on older ones, none on the CPU."""
     if not torch.cuda.is_available():
         return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base_model import BaseModel
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, read_settings_of, save_checkpoint
 from .dataset import Example, Order
 from .denoising import Weighting, draw, total_loss, training_losses
 from .encoding import Latent, TextStates, read_text
 from .methods import Method
+from .optimizers import make_optimizer
 from .record import Record
 from .settings import Settings
 from .shared import PersonalizeError
@@ -108,12 +110,16 @@ class Trainer:
         )
         self.average = EMAModel(self.parameters, decay=training.ema_decay) if training.use_ema else None
         if training.fused_backward:
+            self._group_of = {p: group for group in self.optimizer.param_groups for p in group["params"]}
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(self._step_one)
 
     def _step_one(self, parameter: Tensor) -> None:
-        """The optimiser passes over all weights without a gradient, so over all but this one."""
+        """Of this weight alone: to let the optimiser pass over all others would take longer than the step itself."""
+        groups = self.optimizer.param_groups
+        self.optimizer.param_groups = [{**self._group_of[parameter], "params": [parameter]}]
         self.optimizer.step()
+        self.optimizer.param_groups = groups
         parameter.grad = None
 
     @property
@@ -239,17 +245,44 @@ class Trainer:
                 bar.set_postfix(self.record.shown() | {"GB": f"{memory():.1f}"})
             if self.stop:
                 break
-            if look:
-                figures = self.watch(done)
-                if figures and main:
-                    self.record.add(done, figures)
+            if save:
+                self.check_weights(done, kept)
             if save and not last:
                 self.save(done, shared, kept)
                 kept = done
+            if look:
+                self.look(done)
         bar.close()
         if done > kept and done < self.steps:
             self.save(done, shared, kept)
         return done
+
+    def look(self, done: int) -> None:
+        """Samples and measures; where they fail, the training goes on without."""
+        try:
+            figures = self.watch(done)
+        except (OSError, RuntimeError, PersonalizeError) as error:
+            tqdm.write(f"No samples after step {done}: {self.explained(error)}", file=sys.stderr)
+            return
+        if figures and self.accelerator.is_main_process:
+            self.record.add(done, figures)
+
+    def check_weights(self, done: int, kept: int) -> None:
+        """A finite loss can have a gradient that is not; such weights are not kept.
+
+        Raises:
+            PersonalizeError: a weight is no number.
+        """
+        if not torch.stack([p.detach().isfinite().all() for p in self.parameters]).all():
+            raise PersonalizeError(self.diverged(f"The weights after step {done} are not finite", kept))
+
+    def diverged(self, what: str, kept: int) -> str:
+        """What to do about it."""
+        where = f"go on with --resume_from_checkpoint step-{kept:07}" if kept else "start again"
+        return (
+            f"{what}: the training has diverged. Lower --learning_rate (now {self.settings.training.learning_rate:g}) "
+            f"or use --mixed_precision bf16 or no, and {where}."
+        )
 
     def read(self, waiting: list[Tensor], done: int, kept: int) -> None:
         """Look at the losses since the last look, and log them."""
@@ -259,11 +292,7 @@ class Trainer:
         waiting.clear()
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                where = f"go on from the checkpoint of step {kept}" if kept else "start again"
-                raise PersonalizeError(
-                    f"The loss of step {first + i} is {loss}: the training has diverged. Lower --learning_rate "
-                    f"(now {self.settings.training.learning_rate:g}) or use --mixed_precision bf16 or no, and {where}."
-                )
+                raise PersonalizeError(self.diverged(f"The loss of step {first + i} is {loss}", kept))
             if self.accelerator.is_main_process:
                 self.record.add(first + i, {"loss": loss, "lr": rate})
 
@@ -306,14 +335,18 @@ class Trainer:
         """Go on from a checkpoint."""
         average = None if self.average is None else dict(zip(self.names, self.average.shadow_params, strict=True))
         state = load_checkpoint(checkpoint, dict(zip(self.names, self.parameters, strict=True)), average)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        rates = self.schedule.base_lrs
+        if read_settings_of(checkpoint)[1].get("optimizer") == self.settings.training.optimizer:
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"] | {"base_lrs": rates})
+        for group, rate, shape in zip(self.optimizer.param_groups, rates, self.schedule.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * shape(self.schedule.last_epoch)
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.optimization_step = state["averaged"]
 
-    def explained(self, error: RuntimeError) -> BaseException:
+    def explained(self, error: Exception) -> Exception:
         """What to turn on where the memory was not enough; any other error as it is."""
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             return error
@@ -334,35 +367,6 @@ class Trainer:
 def stack_masks(latents: Sequence[Latent]) -> Tensor:
     """[n, 1, h, w]; a picture without a mask counts everywhere."""
     return torch.stack([torch.ones_like(x.mean[:1]) if x.mask is None else x.mask for x in latents])
-
-
-def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, its 8-bit form, Adafactor (Shazeer and Stern 2018, at a given rate), or Prodigy."""
-    training = settings.training
-    common: dict[str, Any] = {
-        "betas": (training.adam_beta1, training.adam_beta2),
-        "weight_decay": training.adam_weight_decay,
-    }
-    if training.optimizer == "prodigy":
-        from prodigyopt import Prodigy
-
-        groups = [{**group, "lr": 1.0} for group in groups]  # it finds the rate
-        return Prodigy(groups, lr=1.0, eps=training.adam_epsilon, use_bias_correction=True, **common)
-    if training.optimizer == "adamw8bit":
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, eps=training.adam_epsilon, **common)
-    if training.optimizer == "adafactor":
-        from transformers import Adafactor
-
-        return Adafactor(
-            groups,
-            scale_parameter=False,
-            relative_step=False,
-            warmup_init=False,
-            weight_decay=training.adam_weight_decay,
-        )
-    return torch.optim.AdamW(groups, eps=training.adam_epsilon, fused=True, **common)
 
 
 def memory() -> float:

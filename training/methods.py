@@ -18,7 +18,7 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float
 class Method(Protocol):
     """A way to personalise a base model: what of it trains, and which files come out.
 
-    Made with the base model's networks on the CPU. A method changes them in place: what trains requires a gradient and is
+    Made with the base model's networks on their device. A method changes them in place: what trains requires a gradient and is
     in fp32.
     """
 

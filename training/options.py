@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+def option(
+    default: Any, help: str, choices: tuple[str, ...] = (), least: float | None = None, below: float | None = None
+) -> Any:
     """A field with its help, and the values that it may have."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "below": below})
 
 
 @dataclass
@@ -50,7 +52,9 @@ class Data:
     repeats: int = option(1, "how often each picture counts in an epoch", least=1)
     random_flip: bool = option(False, "show mirrored pictures too; not for faces, text and logos")
     masked_loss: bool = option(False, "learn only where the mask is white: alpha, or NAME-masklabel.png beside NAME")
-    caption_dropout: float = option(0.0, "share of captions left out, so that the model stays good without", least=0)
+    caption_dropout: float = option(
+        0.0, "share of captions left out, so that the model stays good without", least=0, below=1
+    )
     validation_data_dir: str | None = option(None, "folder with further pictures, on which only the loss is measured")
     with_prior_preservation: bool = option(False, "keep the class: learn from pictures of others of the class, too")
     class_data_dir: str | None = option(None, "folder with those; what is missing is drawn by the base into it")
@@ -92,8 +96,8 @@ class Training:
         "each weight steps as soon as its gradient is there, so that no gradients are kept: much less memory when a whole "
         "model trains; without accumulation and max_grad_norm",
     )
-    adam_beta1: float = option(0.9, "of the optimiser", least=0)
-    adam_beta2: float = option(0.999, "of the optimiser", least=0)
+    adam_beta1: float = option(0.9, "of the optimiser", least=0, below=1)
+    adam_beta2: float = option(0.999, "of the optimiser", least=0, below=1)
     adam_weight_decay: float = option(0.01, "of the optimiser", least=0)
     adam_epsilon: float = option(1e-8, "of the optimiser", least=0)
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this; 0 leaves them", least=0)
@@ -102,10 +106,10 @@ class Training:
     snr_gamma: float | None = option(None, "min-SNR weighting of the loss; 5 learns faster", least=0)
     noise_offset: float = option(0.0, "0.05 to 0.1 lets very dark and bright pictures be learned", least=0)
     use_ema: bool = option(False, "keep a running average of the weights and save that")
-    ema_decay: float = option(0.9999, "of the average", least=0)
+    ema_decay: float = option(0.9999, "of the average", least=0, below=1)
     channels_last: bool = option(False, "memory layout that is faster on many GPUs when the whole UNet trains")
     allow_tf32: bool = option(False, "faster matrix products on NVIDIA's GPUs from Ampere on")
-    seed: int = option(0, "of everything random: the same seed gives the same file", least=0)
+    seed: int = option(0, "of everything random: the same seed gives the same file", least=0, below=2**32)
 
 
 @dataclass
@@ -147,7 +151,7 @@ class Lora:
     lora_alpha: float | None = option(
         None, "scale alpha / rank of the change; as large as the rank by default", least=0
     )
-    lora_dropout: float = option(0.0, "share of the input left out at random", least=0)
+    lora_dropout: float = option(0.0, "share of the input left out at random", least=0, below=1)
     text_encoder_rank: int | None = option(None, "of the text encoder; as the UNet's by default", least=1)
     block_ranks: list[str] = field(
         default_factory=list,

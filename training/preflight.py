@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,7 +16,9 @@ from tqdm import tqdm
 from .base_model import family_of, is_hub_id, read_checkpoint
 from .checkpoint import find_checkpoint, read_settings_of
 from .dataset import captions_of
+from .defaults import fill_defaults
 from .methods import templates_of
+from .options import DreamBooth, Lora, TextualInversion
 from .settings import Settings
 from .shared import (
     PersonalizeError,
@@ -27,6 +30,7 @@ from .shared import (
 )
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
+METHOD_NAMES = {Lora: "lora", TextualInversion: "textual_inversion", DreamBooth: "dreambooth"}
 ANYWAY = {  # settings that may differ when a run goes on: what it trains stays the same
     "resume_from_checkpoint",
     "validation_prompt",
@@ -97,7 +101,11 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         problems += wrong
         warnings += odd
         counts.append(found)
-    told(_output, settings)
+    told(
+        _output,
+        settings,
+        None if family is None else fill_defaults(settings, METHOD_NAMES[type(settings.method)], family),
+    )
     if problems:
         raise PersonalizeError("\n".join(problems))
     return Findings(family, counts[1], warnings)
@@ -127,11 +135,15 @@ def _options(settings: Settings) -> None:
             problems.append("--fused_backward keeps no gradients to accumulate: use --gradient_accumulation_steps 1.")
         if training.mixed_precision == "fp16":
             problems.append("--fused_backward does not work with --mixed_precision fp16: use bf16 or no.")
+        if training.optimizer == "prodigy":
+            problems.append("--fused_backward does not work with prodigy, which looks at all gradients at once.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             problems.append("--fused_backward works in one process only.")
     name = settings.output.output_name or settings.data.trigger
     if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
         problems.append(f"{name!r} is no file name: set --output_name.")
+    if isinstance(settings.method, TextualInversion) and re.search(r"[\s():,]", name):
+        problems.append(f"{name!r} cannot be called in ComfyUI's prompts, which take one word: set --output_name.")
     if not settings.data.trigger.strip():
         problems.append("--trigger is empty: use a word that the model does not know, such as ohwx.")
     if problems:
@@ -216,7 +228,7 @@ def _bar(paths: Iterable[Path], text: str, quiet: bool) -> Iterable[Path]:
     return tqdm(paths, desc=text, unit=" pictures", disable=quiet, leave=False)
 
 
-def _output(settings: Settings) -> None:
+def _output(settings: Settings, filled: Settings | None) -> None:
     if not settings.output.output_dir:
         return
     folder, problems = settings.folder, []
@@ -235,21 +247,32 @@ def _output(settings: Settings) -> None:
             f"{needed / 1e9:.1f} GB."
         )
     checkpoint = find_checkpoint(folder / "checkpoints", settings.watching.resume_from_checkpoint)
-    if checkpoint is not None:
-        step, before = read_settings_of(checkpoint)
-        now = shared_settings(settings)
-        changed = [
-            f"{name} was {before[name]!r}, is {value!r}"
-            for name, value in now.items()
-            if value is not None and name in before and before[name] is not None and before[name] != value
-        ]
-        if changed:
-            problems.append(
-                f"{folder} has a training of {step} steps with other settings ({'; '.join(changed)}): use the same, another "
-                "--output_dir, or --resume_from_checkpoint none to start anew."
-            )
+    if checkpoint is not None and filled is not None:
+        problems += changed_settings(filled, checkpoint)
     if problems:
         raise PersonalizeError("\n".join(problems))
+
+
+def changed_settings(settings: Settings, checkpoint: Path) -> list[str]:
+    """A sentence where a training would go on with settings (nothing open) other than it had.
+
+    Whoever names the checkpoint wants that.
+    """
+    if settings.watching.resume_from_checkpoint != "latest":
+        return []
+    step, before = read_settings_of(checkpoint)
+    changed = [
+        f"{name} was {before[name]!r}, is {value!r}"
+        for name, value in shared_settings(settings).items()
+        if name in before and before[name] != value
+    ]
+    if not changed:
+        return []
+    return [
+        f"{settings.folder} has a training of {step} steps with other settings ({'; '.join(changed)}): use the same, "
+        f"another --output_dir, --resume_from_checkpoint {checkpoint.name} to go on with the new ones from there, or "
+        "--resume_from_checkpoint none to start anew."
+    ]
 
 
 def _bytes_needed(settings: Settings) -> int:

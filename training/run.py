@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .about import about, digest_of_file
 from .base_model import BaseModel, load_base
-from .checkpoint import find_checkpoint, read_settings_of
+from .checkpoint import find_checkpoint, read_settings_of, set_aside
 from .class_images import draw_class_images
 from .dataset import Example, Order, Sizes, fill_in, find_examples, find_priors
 from .defaults import fill_defaults
@@ -24,7 +24,7 @@ from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method, templates_of
 from .options import DreamBooth, Lora, TextualInversion
-from .preflight import check_family, preflight, shared_settings
+from .preflight import changed_settings, check_family, preflight, shared_settings
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
@@ -73,7 +73,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     findings = preflight(settings, quiet=int(os.environ.get("LOCAL_RANK", "0")) > 0)
     for warning in findings.warnings:
         print(warning, file=sys.stderr)
-    settings = fill_defaults(settings, method, findings.family or "sd15")
+    given, settings = settings, fill_defaults(settings, method, findings.family or "sd15")
     accelerator = start(settings)
     dtype = PRECISIONS[{"no": "fp32"}.get(precision := settings.training.mixed_precision or "no", precision)]
     options = settings.base
@@ -87,7 +87,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     )
     if findings.family is None:
         check_family(settings, base.family)
-        settings = fill_defaults(settings, method, base.family)
+        settings = fill_defaults(given, method, base.family)
     if settings.training.channels_last:
         base.pipeline.unet.to(memory_format=torch.channels_last)
     for module in (base.pipeline.unet, *base.text_encoders, base.pipeline.vae):
@@ -96,7 +96,12 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         save_settings(settings, settings.folder / "config.toml")
     mark, digest = base.fingerprint(), digest_of_file(base)
     checkpoint = find_checkpoint(settings.folder / "checkpoints", settings.watching.resume_from_checkpoint)
+    if checkpoint is not None and findings.family is None and (problems := changed_settings(settings, checkpoint)):
+        raise PersonalizeError("\n".join(problems))
     begun = 0 if checkpoint is None else read_settings_of(checkpoint)[0]
+    if accelerator.is_main_process:
+        set_aside(settings.folder / "checkpoints", begun)
+    accelerator.wait_for_everyone()
     record = Record(settings.folder, begun, accelerator)
     trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop)
     if checkpoint is not None:
@@ -107,7 +112,9 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         trainer.record.draw(settings.folder / "loss.png")
     accelerator.end_training()
     if done < trainer.steps:
-        accelerator.print(f"Stopped after step {done} of {trainer.steps}. The same command goes on from there.")
+        latest = settings.watching.resume_from_checkpoint == "latest"
+        goes_on = "The same command" if latest else "The same command without --resume_from_checkpoint"
+        accelerator.print(f"Stopped after step {done} of {trainer.steps}. {goes_on} goes on from there.")
         return []
     if not accelerator.is_main_process:
         return [settings.folder]

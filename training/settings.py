@@ -186,7 +186,7 @@ def _read_toml(path: Path, groups: tuple[type, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in tables.items():
         if isinstance(value, dict):
-            if key not in names:
+            if key.replace("_", "") not in names:
                 raise PersonalizeError(
                     f"[{key}] in {path} is no group of options: they are {', '.join(sorted(names))}."
                 )
@@ -224,4 +224,6 @@ def _check(name: str, value: Any, kind: Any, metadata: Any) -> tuple[str, Any]:
         return f"{name} is {value!r}, but must be one of {', '.join(choices)}.", value
     if least is not None and not value >= least:
         return f"{name} is {value}, but must be at least {least}.", value
+    if metadata.get("below") is not None and not value < metadata["below"]:
+        return f"{name} is {value}, but must be below {metadata['below']}.", value
     return "", value

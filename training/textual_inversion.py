@@ -61,11 +61,11 @@ class TextualInversionMethod:
         known = tokenizer(text, add_special_tokens=False).input_ids
         if not known:
             raise PersonalizeError(f"initializer_token is {text!r}, which the tokenizer reads as nothing: use a word.")
-        rows = table.weight.detach()[[known[i % len(known)] for i in range(options.num_vectors)]].float()
+        rows = table.weight.detach()[[known[i % len(known)] for i in range(options.num_vectors)]].float().cpu()
         generator = torch.Generator().manual_seed(self.settings.training.seed)
         noise = torch.randn(rows.shape, generator=generator) * rows.std(dim=1, keepdim=True) * NOISE
         first = torch.arange(options.num_vectors)[:, None] < len(known)
-        return torch.where(first, rows, rows + noise)
+        return torch.where(first, rows, rows + noise).to(table.weight.device)
 
     def spoken(self, text: str) -> str:
         """The trigger becomes the word's tokens."""

@@ -16,6 +16,7 @@ from .dataset import Example
 from .denoising import Weighting, draw, training_losses
 from .encoding import Latent, TextStates, read_text
 from .methods import Method
+from .shared import PersonalizeError
 
 STEPS, GUIDANCE = 20, 5.0
 LEVELS = 4  # timesteps at which the validation loss is measured
@@ -103,7 +104,12 @@ def _one(accelerator, pipeline, row: TextStates, empty: TextStates, resolution: 
         ).images
     vae = pipeline.vae
     scaled = latents.to(torch.float32) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    decoded = vae.decode(scaled).sample[0].clamp(-1, 1)
+    with torch.autocast(device.type, enabled=False):  # SDXL's VAE overflows in half precision
+        decoded = vae.decode(scaled).sample[0].clamp(-1, 1)
+    if not decoded.isfinite().all():
+        raise PersonalizeError(
+            "The model draws no picture but NaN: use --mixed_precision bf16 or no, or a lower --learning_rate."
+        )
     return Image.fromarray(((decoded + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 

@@ -1,7 +1,7 @@
 """A training that is killed, stopped, or fails: nothing is lost, and it goes on bit for bit."""
 
-import errno
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(root, tmp_path,
     with pytest.raises(
         PersonalizeError,
         match=r"^The loss of step 5 is nan: the training has diverged\. Lower --learning_rate \(now 0\.001\) or use "
-        r"--mixed_precision bf16 or no, and go on from the checkpoint of step 4\.$",
+        r"--mixed_precision bf16 or no, and go on with --resume_from_checkpoint step-0000004\.$",
     ):
         train("lora", root, folder, output, max_train_steps=8, checkpointing_steps=2)
     newest = checkpoints.find_checkpoint(output / "checkpoints", "latest")
@@ -94,6 +94,55 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(root, tmp_path,
     assert step == 4
     weights = checkpoints.read_safetensors(newest / "weights.safetensors")[0]
     assert all(value.isfinite().all() for value in weights.values())
+    # what it advises can be done
+    monkeypatch.setattr(Trainer, "loss", loss)
+    options = {"max_train_steps": 8, "checkpointing_steps": 2, "learning_rate": 5e-4}
+    with pytest.raises(PersonalizeError, match=r"learning_rate was 0\.001, is 0\.0005"):
+        train("lora", root, folder, output, **options)
+    assert train("lora", root, folder, output, **options, resume_from_checkpoint="step-0000004")
+    rates = {line["step"]: line["lr"] for line in map(json.loads, (output / "log.jsonl").read_text().splitlines())}
+    assert [rates[step] for step in (4, 6, 8)] == [1e-3, 5e-4, 5e-4]
+
+
+def test_a_gradient_that_is_no_number_is_not_kept(root, tmp_path, monkeypatch):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    share = Trainer.share_gradients
+
+    def broken(self):
+        share(self)
+        if self.schedule.last_epoch == 3:
+            self.parameters[0].grad.fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "share_gradients", broken)
+    for steps in (4, 8):  # at the end, and at a checkpoint
+        with pytest.raises(PersonalizeError, match=r"^The weights after step 4 are not finite: the training has div"):
+            train("lora", root, folder, output / str(steps), max_train_steps=steps, checkpointing_steps=2)
+        assert [path.name for path in (output / str(steps) / "checkpoints").iterdir()] == ["step-0000002"]
+        assert not list((output / str(steps)).glob("*.safetensors"))
+
+
+def test_starting_anew_keeps_its_own_checkpoints(root, tmp_path):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    options = {"max_train_steps": 8, "checkpointing_steps": 2, "checkpoints_total_limit": 1}
+    train("lora", root, folder, output, **options)
+    stop = Stop(asked=lambda: (output / "checkpoints" / "step-0000002").exists())
+    anew = settings_of("lora", root, folder, output, resume_from_checkpoint="none", rank=8, **options)
+    assert running.personalize("lora", anew, stop) == []
+    newest = checkpoints.find_checkpoint(output / "checkpoints", "latest")
+    step, settings = checkpoints.read_settings_of(newest)
+    assert step < 6
+    assert settings["rank"] == 8
+    assert (output / "checkpoints" / "before-step-0000006").exists()
+
+
+def test_samples_that_fail_do_not_end_the_training(root, tmp_path, monkeypatch, capsys):
+    def exhausted(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(running, "draw_samples", exhausted)
+    folder = photos(tmp_path / "photos")
+    assert train("lora", root, folder, tmp_path / "out", validation_prompt=["{trigger}"], validation_steps=2)
+    assert "No samples after step 2: There is not enough memory" in capsys.readouterr().err
 
 
 def test_too_little_memory_says_what_to_turn_on(root, tmp_path, monkeypatch):
@@ -114,13 +163,19 @@ def test_a_full_disk_keeps_the_last_checkpoint(root, tmp_path, monkeypatch):
 
     def full(path, tensors, metadata):
         if "step-0000004" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, tensors, metadata)
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+            try:
+                real(path, tensors, metadata)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        else:
+            real(path, tensors, metadata)
 
     monkeypatch.setattr(checkpoints, "write_safetensors", full)
     with pytest.raises(
         PersonalizeError,
-        match=r"^The checkpoint of step 4 cannot be written to .*out/checkpoints \(No space left on device\): make room "
+        match=r"^The checkpoint of step 4 cannot be written to .*out/checkpoints \(.*File too large.*\): make room "
         r"there and run the same command again; it goes on from step 2\.$",
     ):
         train("lora", root, photos(tmp_path / "photos"), output, max_train_steps=6, checkpointing_steps=2)

@@ -1,0 +1,36 @@
+"""The optimisers to choose from."""
+
+from typing import Any
+
+import torch
+
+from .settings import Settings
+
+
+def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
+    """AdamW, its 8-bit form, Adafactor (Shazeer and Stern 2018, at a given rate), or Prodigy."""
+    training = settings.training
+    common: dict[str, Any] = {
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "weight_decay": training.adam_weight_decay,
+    }
+    if training.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        groups = [{**group, "lr": 1.0} for group in groups]  # it finds the rate
+        return Prodigy(groups, lr=1.0, eps=training.adam_epsilon, use_bias_correction=True, **common)
+    if training.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, eps=training.adam_epsilon, **common)
+    if training.optimizer == "adafactor":
+        from transformers import Adafactor
+
+        return Adafactor(
+            groups,
+            scale_parameter=False,
+            relative_step=False,
+            warmup_init=False,
+            weight_decay=training.adam_weight_decay,
+        )
+    return torch.optim.AdamW(groups, eps=training.adam_epsilon, fused=True, **common)
