@@ -72,6 +72,13 @@ def _sort_metadata(file: BinaryIO) -> None:
     file.flush()
 
 
+def _usual_mode() -> int:
+    """Of new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write atomically: a temporary file beside it, fsync, rename. The folder is made if needed.
 
@@ -82,6 +89,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
+        temporary.chmod(_usual_mode())  # safetensors lets only its owner read it
         with open(temporary, "rb+") as file:
             _sort_metadata(file)
             os.fsync(file.fileno())

@@ -159,3 +159,9 @@ def test_a_fingerprint_is_of_one_model_in_any_precision():
     unet = {name: torch.randn(8) for name in names}
     assert fingerprint(unet) == fingerprint({name: value.half() for name, value in unet.items()})
     assert fingerprint(unet) != fingerprint({name: value + 0.01 for name, value in unet.items()})
+
+
+def test_others_may_read_a_file_as_they_may_any(tmp_path):
+    write_safetensors(tmp_path / "ours.safetensors", {"x": torch.ones(2)}, {})
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "ours.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
