@@ -98,11 +98,10 @@ def _cached(path: Path, draw_one: Callable[[int], np.ndarray], indices: np.ndarr
     if not path.exists():
         drawing = path.with_suffix(".partial.npy")
         jobs = [(draw_one, indices[i : i + 256].tolist()) for i in range(0, len(indices), 256)]
-        store, done = None, 0
+        store = open_memmap(drawing, "w+", np.uint8, (len(indices), *draw_one(int(indices[0])).shape))
+        done = 0
         with ProcessPoolExecutor() as pool, tqdm(total=len(indices), desc=f"Drawing {path.name}", unit=" pic") as bar:
             for batch in pool.map(_draw_some, jobs):
-                if store is None:
-                    store = open_memmap(drawing, "w+", np.uint8, (len(indices), *batch.shape[1:]))
                 store[done : done + len(batch)] = batch
                 done += len(batch)
                 bar.update(len(batch))
