@@ -94,9 +94,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             _sort_metadata(file)
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except SafetensorError as error:  # which is no OSError
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{error}") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):  # which is no OSError
+            raise OSError(str(error)) from None
         raise

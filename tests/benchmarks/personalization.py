@@ -76,6 +76,8 @@ def train(method: str, photos: Path, kind: str, output: Path, options: list[str]
     command = [sys.executable, "-m", f"training.{trainer}", "--instance_data_dir", str(photos), "--class_name", kind]
     command += ["--pretrained_model_name_or_path", str(ROOT / "models" / "pocket" / "checkpoints" / BASE)]
     command += ["--output_dir", str(output), "--resume_from_checkpoint", "none", *own, *options]
+    if "--with_prior_preservation" in own:
+        command += ["--class_data_dir", str(output.parent / "class")]
     started = time.monotonic()
     with (output.parent / f"{output.name}.log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
