@@ -9,7 +9,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from pack.models.unet_keys import single_file_name, single_file_names
 
 
-@pytest.mark.parametrize(("family", "count"), [("sd15", 686), ("sdxl", 1680), ("pocket", 284)])
+@pytest.mark.parametrize(("family", "count"), [("sd15", 686), ("sdxl", 1680), ("pocket", 344)])
 def test_every_name_comes_back(root, family, count):
     config = json.loads((root / "training" / "configs" / family / "unet" / "config.json").read_text())
     with torch.device("meta"):
