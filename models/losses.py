@@ -3,16 +3,19 @@
 Notation: z latents, ε noise, z_t = α_t z + σ_t ε, SNR(t) = α_t² / σ_t²; the network predicts ε, or v = α_t ε - σ_t z.
 """
 
+import torch
 from torch import Tensor
 
 
 def min_snr_weights(snr: Tensor, gamma: float, v_prediction: bool) -> Tensor:
     """Weights [n] of min-SNR-γ (Hang et al. 2023, arXiv:2303.09556, section 3.4).
 
-    min(SNR, γ) on the error of z: min(SNR, γ) / SNR on that of ε, min(SNR, γ) / (SNR + 1) on that of v.
+    min(SNR, γ) on the error of z: min(SNR, γ) / SNR on that of ε, min(SNR, γ) / (SNR + 1) on that of v. Where SNR = 0
+    (zero terminal SNR) the weight is the limit, which for ε is 1.
     """
-    clamped = snr.clamp(max=gamma)
-    return clamped / (snr + 1) if v_prediction else clamped / snr
+    if v_prediction:
+        return snr.clamp(max=gamma) / (snr + 1)
+    return torch.where(snr > gamma, gamma / snr, torch.ones_like(snr))
 
 
 def denoising_losses(prediction: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
