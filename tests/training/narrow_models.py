@@ -66,6 +66,7 @@ def narrow_vae(levels=3):
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=(8,) * levels,
+        layers_per_block=2,
         norm_num_groups=4,
         scaling_factor=0.5,
     )

@@ -1,11 +1,16 @@
 """Single files headless: the pocket model and full shapes of Stable Diffusion by the same code, offline."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from narrow_models import narrow_folder, narrow_vae
 from pack.models.errors import PersonalizeError
+from pack.models.vae_keys import PREFIX, vae_tensors
 from pack.models.weight_files import read_safetensors, write_safetensors
-from pack.training.base_model import load_image_encoder, load_pipeline
+from pack.training import base_model
+from pack.training.base_model import load_base, load_image_encoder, load_pipeline
 from pack.training.pocket.export import checkpoint_tensors
 
 CHECKPOINT = "pocket_portraits.safetensors"
@@ -49,6 +54,24 @@ def test_the_prediction_type_is_told_from_the_file(file, tmp_path):
     scheduler = load_pipeline(tmp_path / "epsilon.safetensors").scheduler
     assert isinstance(scheduler, DDIMScheduler)
     assert scheduler.config.prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize(("family", "scale"), [("sd15", 0.18215), ("sdxl", 0.13025)])
+@pytest.mark.parametrize("layout", ["single file", "diffusers"])
+def test_another_vae_has_the_scale_of_the_family(tmp_path, monkeypatch, family, scale, layout):
+    for name in ("sd15", "sdxl"):  # the shipped configurations, with narrow networks
+        config = json.loads((base_model.CONFIGS / name / "vae" / "config.json").read_text())
+        (tmp_path / "configs" / name / "vae").mkdir(parents=True)
+        narrow = {"block_out_channels": [8] * 4, "norm_num_groups": 4}
+        (tmp_path / "configs" / name / "vae" / "config.json").write_text(json.dumps(config | narrow))
+    where = narrow_folder(family, tmp_path / "base")
+    monkeypatch.setattr(base_model, "CONFIGS", tmp_path / "configs")
+    state = narrow_vae(4).state_dict()
+    tensors = state if layout == "diffusers" else {k.removeprefix(PREFIX): v for k, v in vae_tensors(state).items()}
+    write_safetensors(tmp_path / "vae.safetensors", tensors, {})
+    vae = load_base(str(where), vae=str(tmp_path / "vae.safetensors")).pipeline.vae
+    assert vae.config.scaling_factor == scale
+    assert all(torch.equal(value, state[name]) for name, value in vae.state_dict().items())
 
 
 def test_what_is_no_base_model(file, tmp_path, root):

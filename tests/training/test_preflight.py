@@ -92,6 +92,15 @@ def test_every_other_problem_is_told_with_them(root, tmp_path):
         assert part in sentence
 
 
+@pytest.mark.parametrize("option", ["output_name", "trigger"])
+@pytest.mark.parametrize("name", ["my word", "a,b", "(a)"])
+def test_a_learned_word_is_one_word(root, tmp_path, option, name):
+    folder, output = photos(tmp_path / "photos", 1), tmp_path / "out"
+    said = problems(root, folder, output, "textual_inversion", **{option: name})
+    assert said == [f"{name!r} cannot be called in ComfyUI's prompts, which take one word: set --output_name."]
+    preflight.preflight(settings_of("lora", root, folder, output, **{option: name}))  # any file name will do
+
+
 def test_the_base_of_another_configuration(root, tmp_path):
     said = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", base_family="sdxl")
     assert said == [
