@@ -338,6 +338,7 @@ class Trainer:
         rates = self.schedule.base_lrs
         if read_settings_of(checkpoint)[1].get("optimizer") == self.settings.training.optimizer:
             self.optimizer.load_state_dict(state["optimizer"])
+            self._lay_out_moments()
         self.schedule.load_state_dict(state["schedule"] | {"base_lrs": rates})
         for group, rate, shape in zip(self.optimizer.param_groups, rates, self.schedule.lr_lambdas, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * shape(self.schedule.last_epoch)
@@ -345,6 +346,13 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.optimization_step = state["averaged"]
+
+    def _lay_out_moments(self) -> None:
+        """In memory as the weights, which may have been stored without channels_last: fused AdamW does not look."""
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if torch.is_tensor(value) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def explained(self, error: Exception) -> Exception:
         """What to turn on where the memory was not enough; any other error as it is."""
