@@ -100,6 +100,37 @@ def test_wrong_options_are_told_at_once(tmp_path):
         read_settings(METHODS["lora"][0], "", "", ["--config", str(tmp_path / "gone.toml")])
 
 
+@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "lora_dropout"])
+def test_a_share_is_below_one(name):
+    with pytest.raises(PersonalizeError, match=rf"^{name} is 1\.0, but must be below 1\.$"):
+        make_settings(METHODS["lora"][0], {name: 1})
+    assert make_settings(METHODS["lora"][0], {name: 0.99}).flat()[name] == 0.99
+
+
+@pytest.mark.parametrize("table", ["textual_inversion", "textualinversion"])
+def test_the_table_of_textual_inversion(tmp_path, table):
+    config = tmp_path / "my.toml"
+    config.write_text(f"[{table}]\nnum_vectors = 7\n")
+    settings = read_settings(METHODS["textual_inversion"][0], "", "", ["--config", str(config)])
+    assert settings.method.num_vectors == 7
+
+
+def test_the_defaults_of_a_hub_id_are_those_of_what_it_turns_out_to_be(root, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "load_base", lambda _, *rest: load_base(str(root / CHECKPOINT), *rest))
+    hub, output = {"pretrained_model_name_or_path": "owner/name", "max_train_steps": 2}, tmp_path / "out"
+    train("lora", root, folder, output, checkpointing_steps=1, **hub)
+    effective = tomllib.loads((output / "config.toml").read_text())
+    assert effective["data"]["resolution"] == 64
+    assert effective["training"]["learning_rate"] == 1e-3
+    assert effective["training"]["text_encoder_lr"] == 2e-4
+    with pytest.raises(PersonalizeError, match=r"has a training of 1 steps with other settings \(rank was 16, is 8\)"):
+        train("lora", root, folder, output, rank=8, **hub)
+    with pytest.raises(
+        PersonalizeError, match=r"^These settings are for SDXL \(base_family\), but name is the pocket model"
+    ):
+        train("lora", root, folder, output, base_family="sdxl", **hub)
+
+
 def test_shipped_configurations(root):
     """Each says in its first lines which command it is for, and is understood by it."""
     configs = sorted((root / "training" / "configs").glob("*.toml"))
@@ -243,6 +274,34 @@ def test_the_average_is_what_is_written(root, folder, tmp_path):
     for key, value in ours.items():
         torch.testing.assert_close(theirs[key], value, rtol=1e-5, atol=1e-7)
     assert not same_file(plain, slow)
+
+
+def test_a_base_of_zero_terminal_snr(root, folder, tmp_path, monkeypatch):
+    trainers, base = watched(monkeypatch), tmp_path / "ztsnr.safetensors"
+    tensors, about = read_safetensors(root / CHECKPOINT)
+    write_safetensors(base, tensors | {"ztsnr": torch.zeros(0)}, about)
+    one = loop.draw
+
+    def noisiest(*arguments):
+        drawn = one(*arguments)
+        return replace(drawn, timesteps=torch.full_like(drawn.timesteps, 999))
+
+    monkeypatch.setattr(loop, "draw", noisiest)
+    options = {"pretrained_model_name_or_path": str(base), "max_train_steps": 2, "train_text_encoder": False}
+    output = tmp_path / "out"
+    (full,) = train("dreambooth", root, folder, output, **options)
+    schedule = trainers[0].scheduler
+    assert schedule.config.prediction_type == "v_prediction"
+    assert schedule.alphas_cumprod[-1] == 0
+    assert 0 < schedule.alphas_cumprod[-2] < 1e-4
+    assert np.isfinite(losses_of(output)).all()
+    assert min(losses_of(output)) > 0
+    with safe_open(full, framework="pt") as file:
+        assert {"v_pred", "ztsnr"} <= set(file.keys())
+    again = load_base(str(full))
+    assert again.v_prediction
+    assert again.pipeline.scheduler.alphas_cumprod[-1] == 0
+    assert {"v_pred", "ztsnr"} <= whole_checkpoint(again).keys()
 
 
 def test_nothing_but_the_word_changes(root, folder, tmp_path, monkeypatch):
