@@ -79,6 +79,37 @@ def test_asked_to_stop_it_goes_on_with_the_same_settings_only(root, tmp_path):
     assert first == again
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"optimizer": "prodigy"}),
+        ("lora", {"optimizer": "adafactor", "lora_layers": "all"}),
+        ("lora", {"use_dora": True, "lora_layers": "linear"}),
+        ("lora", {"use_ema": True, "ema_decay": 0.5}),
+        ("lora", {"gradient_accumulation_steps": 2, "lr_scheduler": "cosine"}),
+        ("dreambooth", {"optimizer": "adafactor", "save_as": "delta", "channels_last": True}),
+        ("textual_inversion", {"optimizer": "prodigy", "num_vectors": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_stopped_and_gone_on_the_file_is_the_same(root, tmp_path, method, options):
+    folder, output = photos(tmp_path / "photos", 3), tmp_path / "stopped"
+    common = options | {"max_train_steps": 6, "cache_dir": str(tmp_path / "cache")}
+
+    def steps():
+        log = output / "log.jsonl"
+        return log.read_text().count("\n") if log.exists() else 0
+
+    # twice, so that what was read from a checkpoint goes into one again
+    for done in (2, 4):
+        stop = Stop(asked=lambda done=done: steps() == done)
+        assert running.personalize(method, settings_of(method, root, folder, output, **common), stop) == []
+        newest = checkpoints.find_checkpoint(output / "checkpoints", "latest")
+        assert checkpoints.read_settings_of(newest)[0] == done
+    stopped = train(method, root, folder, output, **common)[0].read_bytes()
+    assert stopped == train(method, root, folder, tmp_path / "uninterrupted", **common)[0].read_bytes()
+
+
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
     folder, output = photos(tmp_path / "photos"), tmp_path / "out"
     loss = Trainer.loss
