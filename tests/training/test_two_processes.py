@@ -53,3 +53,16 @@ def test_two_processes_equal_one_with_twice_the_batch(root, tmp_path, method):
     ours, theirs = (torch.cat([x[key].float().flatten() for key in one]) for x in (one, two))
     assert (ours - theirs).norm() <= 1e-3 * ours.norm()
     assert (tmp_path / "two" / "samples" / "step-0000004.png").is_file()
+
+
+def test_two_killed_processes_go_on_bit_for_bit(root, tmp_path):
+    folder, outputs = photos(tmp_path / "photos"), [tmp_path / "whole", tmp_path / "killed"]
+    options = ["--max_train_steps", "12", "--checkpointing_steps", "2", "--train_text_encoder", "--rank", "2"]
+    arguments = command("lora", root, folder, outputs[0], *options)[3:]
+    script = [sys.executable, __file__.replace("test_two_processes", "pairs"), *map(str, outputs), "lora"]
+    done = run(root, *script, *arguments, timeout=900)
+    assert done.stdout.splitlines() == ["0 0", "-9 -9", "0 0"], done.stderr
+    whole, killed = ((output / "ohwx.safetensors").read_bytes() for output in outputs)
+    assert whole == killed
+    steps = [json.loads(line)["step"] for line in (outputs[1] / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))

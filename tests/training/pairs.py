@@ -1,0 +1,50 @@
+"""Runs a training in two processes, whole and killed. Run with the pack's folder as the working directory:
+python pairs.py WHOLE KILLED METHOD OPTIONS...
+
+First to the end in the folder WHOLE. Then in the folder KILLED, where both processes are killed as soon as the first
+checkpoint is there, and once more to the end. The processes are forked from one that has imported everything. Prints a
+line for each pair: what ended the two of them.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, os.getcwd())
+
+from training.run import main
+
+
+def start(rank, port, method, options):
+    child = os.fork()
+    if child == 0:
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+        with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
+            os._exit(main(method, "", options))
+    return child
+
+
+def run(method, options, until=None):
+    """Both, to the end or until a file exists."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = [start(rank, port, method, options) for rank in range(2)]
+    if until is not None:
+        while not until.exists() and os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.002)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
+
+
+if __name__ == "__main__":
+    whole, killed, method, *options = sys.argv[1:]
+    run(method, [*options, "--output_dir", whole])
+    options += ["--output_dir", killed]
+    run(method, options, Path(killed) / "checkpoints" / "step-0000002")
+    run(method, options)
