@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from .errors import PersonalizeError
@@ -94,6 +95,24 @@ def overwrite_tensors(source: Path, target: Path, trained: Mapping[str, Tensor],
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:
+    """Read a written file back.
+
+    Args:
+        path: a .safetensors file.
+        expected: what must be in it, but for the file's precision.
+
+    Raises:
+        PersonalizeError: a tensor is missing or another.
+    """
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for name, value in expected.items():
+            stored = file.get_tensor(name) if name in names else None
+            if stored is None or not torch.equal(stored, value.detach().to("cpu", stored.dtype)):
+                raise PersonalizeError(f"{name} in {path} is not what was trained: the disk is faulty or full.")
 
 
 def _copy(source: IO[bytes], target: IO[bytes], count: int | None) -> None:

@@ -6,6 +6,7 @@ is touched only for a hub id.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from .shared import (
 CONFIGS = Path(__file__).parent / "configs"
 OFFLINE = {"sd15", "sd2", "sdxl", "pocket"}
 """Families whose configuration comes with the pack."""
+VAE_SCALE = 8
+"""Pixels a latent along each side, in all of them."""
 PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 Pipeline = Any
 """One of PIPELINES."""
@@ -142,7 +145,15 @@ def hush() -> None:
 
 def is_hub_id(where: str) -> bool:
     """Whether that can be "owner/name", rather than a file or folder that is not there."""
-    return where.count("/") == 1 and not where.endswith((".safetensors", ".ckpt")) and where[0] not in ".~/"
+    owner = where.partition("/")[0]
+    known = not where.endswith((".safetensors", ".ckpt", ".pt", ".bin")) and not Path(owner).is_dir()
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", where) is not None and known
+
+
+def size_step_of(family: str) -> int:
+    """Pixels of which the sides of a picture are multiples, for a family whose configuration comes with the pack."""
+    widths = json.loads((CONFIGS / family / "unet" / "config.json").read_text())["block_out_channels"]
+    return VAE_SCALE * 2 ** (len(widths) - 1)
 
 
 def _load_folder(where: str, path: Path, dtype: torch.dtype, revision: str | None, variant: str | None) -> Pipeline:

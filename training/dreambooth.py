@@ -23,6 +23,8 @@ from .shared import (
     PREFIXES,
     TEXT_MODELS,
     About,
+    PersonalizeError,
+    check_tensors,
     delta_tensors,
     host_text_tensors,
     host_unet_names,
@@ -51,6 +53,21 @@ class DreamBoothMethod:
         options: DreamBooth = settings.method
         self.before = {name: _copy(module) for name, module in modules} if options.save_as != "full" else {}
         self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
+        self.check_names()
+
+    def check_names(self) -> None:
+        """Raises PersonalizeError where the base's file has no place for what trains."""
+        source = self.base.file
+        if source is None or source.suffix != ".safetensors":
+            return
+        known, _, _ = read_header(source)
+        missing = [name for name in self.trained() if name not in known]
+        if missing:
+            advice = "" if missing[0].startswith("model.") else ", or use --no-train_text_encoder"
+            raise PersonalizeError(
+                f"{source.name} has no {missing[0]} ({len(missing)} such names), which would train: take a checkpoint in "
+                f"the usual layout{advice}."
+            )
 
     def spoken(self, text: str) -> str:
         """The trigger is an ordinary word."""
@@ -78,14 +95,14 @@ class DreamBoothMethod:
     def _write_full(self, path: Path, about: About) -> Path:
         source = self.base.file
         if source is not None and source.suffix == ".safetensors":
-            known, _, _ = read_header(source)
-            trained = {name: value for name, value in self.trained().items() if name in known}
-            overwrite_tensors(source, path, trained, about.as_metadata())
+            overwrite_tensors(source, path, self.trained(), about.as_metadata())
+            check_tensors(path, self.trained())
             return path
         dtype = PRECISIONS[self.settings.output.save_precision]
         tensors = read_checkpoint(source) if source is not None else whole_checkpoint(self.base)
-        tensors |= {name: value for name, value in self.trained().items() if name in tensors}
+        tensors |= self.trained()
         write_safetensors(path, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, about.as_metadata())
+        check_tensors(path, self.trained())
         return path
 
     def _write_delta(self, path: Path, about: About) -> Path:

@@ -221,7 +221,7 @@ class Trainer:
         watching, main = self.settings.watching, self.accelerator.is_main_process
         waiting: list[Tensor] = []
         self.stop.training = True
-        every = 1 if self.accelerator.device.type == "cpu" else READ_EVERY
+        every, alone = 1 if self.accelerator.device.type == "cpu" else READ_EVERY, self.accelerator.num_processes == 1
         bar = tqdm(
             range(start, self.steps),
             initial=start,
@@ -240,26 +240,26 @@ class Trainer:
             last = done == self.steps
             save = done % watching.checkpointing_steps == 0 or last
             look = done % watching.validation_steps == 0 or last
-            if len(waiting) >= every or save or look or self.stop:
-                self.read(waiting, done, kept)
+            asked = False
+            if len(waiting) >= every or save or look or (self.stop and alone):
+                asked = self.read(waiting, done, kept)
                 bar.set_postfix(self.record.shown() | {"GB": f"{memory():.1f}"})
-            if self.stop:
-                break
-            if save:
+            if save or asked:
                 self.check_weights(done, kept)
-            if save and not last:
                 self.save(done, shared, kept)
                 kept = done
+            if asked:
+                break
             if look:
                 self.look(done)
         bar.close()
-        if done > kept and done < self.steps:
-            self.save(done, shared, kept)
         return done
 
     def look(self, done: int) -> None:
         """Samples and measures; where they fail, the training goes on without."""
         try:
+            if self.accelerator.is_main_process:
+                self.record.draw(self.settings.folder / "loss.png")
             figures = self.watch(done)
         except (OSError, RuntimeError, PersonalizeError) as error:
             tqdm.write(f"No samples after step {done}: {self.explained(error)}", file=sys.stderr)
@@ -284,9 +284,14 @@ class Trainer:
             f"or use --mixed_precision bf16 or no, and {where}."
         )
 
-    def read(self, waiting: list[Tensor], done: int, kept: int) -> None:
-        """Look at the losses since the last look, and log them."""
-        losses = self.accelerator.reduce(torch.stack(waiting), "mean").tolist()
+    def read(self, waiting: list[Tensor], done: int, kept: int) -> bool:
+        """Look at the losses since the last look, and log them; whether any process was asked to stop.
+
+        Raises:
+            PersonalizeError: a loss is no number.
+        """
+        asked = torch.full_like(waiting[0], float(bool(self.stop)))
+        *losses, asking = self.accelerator.reduce(torch.stack([*waiting, asked]), "mean").tolist()
         first = done - len(waiting) + 1
         rate = self.schedule.get_last_lr()[0]
         waiting.clear()
@@ -295,6 +300,7 @@ class Trainer:
                 raise PersonalizeError(self.diverged(f"The loss of step {first + i} is {loss}", kept))
             if self.accelerator.is_main_process:
                 self.record.add(first + i, {"loss": loss, "lr": rate})
+        return asking > 0 or (self.accelerator.num_processes == 1 and bool(self.stop))
 
     def save(self, done: int, shared: dict[str, Any], kept: int) -> None:
         """Write the checkpoint of step `done`; that of step `kept`, if not 0, is the last.

@@ -4,15 +4,34 @@ A field's `help` is what `--help` prints. None means "what suits the base model 
 `training.defaults`; the effective values are saved beside the output as config.toml.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 def option(
-    default: Any, help: str, choices: tuple[str, ...] = (), least: float | None = None, below: float | None = None
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    below: float | None = None,
+    also: tuple[str, ...] = (),
+    switches: Mapping[str, str] | None = None,
 ) -> Any:
-    """A field with its help, and the values that it may have."""
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least, "below": below})
+    """A field with its help, the values that it may have, and what other trainers call it.
+
+    Args:
+        default: its value.
+        help: for --help.
+        choices, least, below: bounds of its value.
+        also: other names.
+        switches: names of options without a value, and which value each stands for.
+    """
+    bounds = {"choices": choices, "least": least, "below": below}
+    metadata = {"help": help, **bounds, "also": also, "switches": switches or {}}
+    return (
+        field(default_factory=list, metadata=metadata) if default == [] else field(default=default, metadata=metadata)
+    )
 
 
 @dataclass
@@ -39,8 +58,10 @@ class Base:
 class Data:
     """Pictures and captions"""
 
-    instance_data_dir: str | None = option(None, "folder with pictures of your subject: five to twenty are enough")
-    trigger: str = option("ohwx", "the word that will call your subject")
+    instance_data_dir: str | None = option(
+        None, "folder with pictures of your subject: five to twenty are enough", also=("train_data_dir",)
+    )
+    trigger: str = option("ohwx", "the word that will call your subject", also=("placeholder_token",))
     class_name: str = option("person", "what it is, as one noun: dog, backpack, woman, logo")
     instance_prompt: str | None = option(
         None,
@@ -90,6 +111,7 @@ class Training:
         "adafactor needs the least memory; adamw8bit needs the package bitsandbytes, prodigy (which finds its rate) the "
         "package prodigyopt",
         ("adamw", "adamw8bit", "adafactor", "prodigy"),
+        switches={"use_8bit_adam": "adamw8bit"},
     )
     fused_backward: bool = option(
         False,
@@ -116,11 +138,8 @@ class Training:
 class Watching:
     """While it trains"""
 
-    validation_prompt: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "draw pictures of this while training; may be given several times, with {trigger} and {class}"
-        },
+    validation_prompt: list[str] = option(  # noqa: RUF009 - a list of its own for each
+        [], "draw pictures of this while training; may be given several times, with {trigger} and {class}"
     )
     num_validation_images: int = option(4, "pictures of each prompt", least=1)
     validation_steps: int = option(
@@ -147,17 +166,15 @@ class Output:
 class Lora:
     """LoRA"""
 
+    name: ClassVar[str] = "lora"
     rank: int = option(16, "width of the low-rank matrices: more holds more details, in a larger file", least=1)
     lora_alpha: float | None = option(
         None, "scale alpha / rank of the change; as large as the rank by default", least=0
     )
     lora_dropout: float = option(0.0, "share of the input left out at random", least=0, below=1)
     text_encoder_rank: int | None = option(None, "of the text encoder; as the UNet's by default", least=1)
-    block_ranks: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "ranks of single blocks, as up_blocks.1=32; 0 leaves a block out; may be given several times"
-        },
+    block_ranks: list[str] = option(  # noqa: RUF009 - a list of its own for each
+        [], "ranks of single blocks, as up_blocks.1=32; 0 leaves a block out; may be given several times"
     )
     lora_layers: str = option(
         "attention",
@@ -171,6 +188,7 @@ class Lora:
 class TextualInversion:
     """Textual Inversion"""
 
+    name: ClassVar[str] = "textual_inversion"
     num_vectors: int = option(4, "vectors of the word: more hold more, and take more of the prompt's 77", least=1)
     initializer_token: str | None = option(None, "words whose vectors it starts from; the class by default")
     learnable_property: str = option("object", "what is learned, which chooses the captions", ("object", "style"))
@@ -180,6 +198,7 @@ class TextualInversion:
 class DreamBooth:
     """DreamBooth"""
 
+    name: ClassVar[str] = "dreambooth"
     save_as: str = option(
         "full", "a whole checkpoint, its difference from the base, or both", ("full", "delta", "both")
     )

@@ -6,21 +6,23 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .base_model import family_of, is_hub_id, read_checkpoint
+from .base_model import OFFLINE, family_of, is_hub_id, read_checkpoint, size_step_of
 from .checkpoint import find_checkpoint, read_settings_of
 from .dataset import captions_of
 from .defaults import fill_defaults
+from .lora import unet_config
 from .methods import templates_of
-from .options import DreamBooth, Lora, TextualInversion
+from .options import Lora, TextualInversion
 from .settings import Settings
 from .shared import (
+    SUFFIXES,
     PersonalizeError,
     family_of_widths,
     list_pictures,
@@ -30,7 +32,6 @@ from .shared import (
 )
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
-METHOD_NAMES = {Lora: "lora", TextualInversion: "textual_inversion", DreamBooth: "dreambooth"}
 ANYWAY = {  # settings that may differ when a run goes on: what it trains stays the same
     "resume_from_checkpoint",
     "validation_prompt",
@@ -65,7 +66,13 @@ class Findings:
 
 def shared_settings(settings: Settings) -> dict:
     """Those that a run which goes on must share with the one before."""
-    return {name: value for name, value in settings.flat().items() if name not in ANYWAY}
+    kept = {name: value for name, value in settings.flat().items() if name not in ANYWAY}
+    return kept | {"num_processes": processes()}
+
+
+def processes() -> int:
+    """How many train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def preflight(settings: Settings, quiet: bool = False) -> Findings:
@@ -86,26 +93,26 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
             return None
 
     told(_options, settings)
-    family = told(family_at, settings.base.pretrained_model_name_or_path)
+    family = told(family_at, settings.base.pretrained_model_name_or_path, settings.base.vae_path)
+    filled = settings
     if family is not None:
         told(check_family, settings, family)
+        filled = fill_defaults(settings, settings.method.name, family)
+        told(_size, filled, family)
+    told(_vae, settings.base.vae_path)
     counts = [0]
     for option, is_prior in (("instance_data_dir", False), ("class_data_dir", True), ("validation_data_dir", False)):
         folder = getattr(settings.data, option)
         if folder is None or (option == "class_data_dir" and not settings.data.with_prior_preservation):
             continue
         path = Path(folder).expanduser()
-        if is_prior and (not path.is_dir() or not any(path.iterdir())):
+        if is_prior and not told(_class_folder, path):
             continue  # the base fills it
         found, wrong, odd = look_at_pictures(path, settings, is_prior, quiet)
         problems += wrong
         warnings += odd
         counts.append(found)
-    told(
-        _output,
-        settings,
-        None if family is None else fill_defaults(settings, METHOD_NAMES[type(settings.method)], family),
-    )
+    told(_output, filled, family is not None, counts[1])
     if problems:
         raise PersonalizeError("\n".join(problems))
     return Findings(family, counts[1], warnings)
@@ -137,13 +144,18 @@ def _options(settings: Settings) -> None:
             problems.append("--fused_backward does not work with --mixed_precision fp16: use bf16 or no.")
         if training.optimizer == "prodigy":
             problems.append("--fused_backward does not work with prodigy, which looks at all gradients at once.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if processes() > 1:
             problems.append("--fused_backward works in one process only.")
     name = settings.output.output_name or settings.data.trigger
     if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
         problems.append(f"{name!r} is no file name: set --output_name.")
     if isinstance(settings.method, TextualInversion) and re.search(r"[\s():,]", name):
         problems.append(f"{name!r} cannot be called in ComfyUI's prompts, which take one word: set --output_name.")
+    if isinstance(settings.method, Lora):
+        try:
+            unet_config(settings.method)
+        except PersonalizeError as error:
+            problems.append(str(error))
     if not settings.data.trigger.strip():
         problems.append("--trigger is empty: use a word that the model does not know, such as ohwx.")
     if problems:
@@ -161,22 +173,67 @@ def check_family(settings: Settings, family: str) -> None:
         )
 
 
-def family_at(where: str | None) -> str | None:
-    """The family of the base, from headers only; None for a hub id.
+def _size(filled: Settings, family: str) -> None:
+    if family in OFFLINE and filled.resolution % (step := size_step_of(family)):
+        raise PersonalizeError(
+            f"--resolution {filled.resolution} is no multiple of {step}, which {title_of(family)} needs."
+        )
+
+
+def _vae(where: str | None) -> None:
+    if where is not None and not Path(where).expanduser().exists():
+        raise PersonalizeError(f"The VAE {where} does not exist: --vae_path takes a file or a folder.")
+
+
+def _class_folder(path: Path) -> bool:
+    """Whether it has pictures; it can be written to, in any case.
 
     Raises:
-        PersonalizeError: there is no base, or none of a family that is supported.
+        PersonalizeError: it cannot.
+    """
+    check_writable(path, "--class_data_dir")
+    return any(file.suffix.lower() in SUFFIXES and not file.name.startswith(".") for file in path.iterdir())
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make the folder if needed.
+
+    Raises:
+        PersonalizeError: it takes no file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PersonalizeError(
+            f"The folder {folder} ({option}) cannot be written to ({error.strerror or error})."
+        ) from None
+
+
+def family_at(where: str | None, vae: str | None = None) -> str | None:
+    """The family of the base, from headers only; None for a hub id.
+
+    Args:
+        where: the base.
+        vae: another VAE, if any, so that the base needs none.
+
+    Raises:
+        PersonalizeError: there is no base, none of a family that is supported, or a part of it is missing.
     """
     if not where:
         return None
     path = Path(where).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
-            return family_of(read_checkpoint(path), path.name)
-        header, _, _ = read_header(path)
-        return family_of(
-            {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}, path.name
-        )
+            tensors = read_checkpoint(path)
+        else:
+            header, _, _ = read_header(path)
+            tensors = {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
+        family = family_of(tensors, path.name)
+        if vae is None and not any(name.startswith("first_stage_model.") for name in tensors):
+            raise PersonalizeError(f"{path.name} has no VAE: give one with --vae_path, or take a whole checkpoint.")
+        return family
     if path.is_dir():
         return _family_of_folder(path)
     if not is_hub_id(where):
@@ -189,11 +246,17 @@ def family_at(where: str | None) -> str | None:
 def _family_of_folder(path: Path) -> str:
     try:
         config = json.loads((path / "unet" / "config.json").read_text())
-        return family_of_widths(config["block_out_channels"][0], config["cross_attention_dim"])
+        channels = config["in_channels"]
+        family = family_of_widths(config["block_out_channels"][0], config["cross_attention_dim"])
     except (OSError, ValueError, KeyError):
         raise PersonalizeError(
             f"The folder {path} is no base model in diffusers' layout: unet/config.json is missing."
         ) from None
+    if channels in (8, 9):
+        raise PersonalizeError(
+            f"{path} takes {channels} channels (an inpainting or editing model): use a plain text-to-image model."
+        )
+    return family
 
 
 def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bool) -> tuple[int, list[str], list[str]]:
@@ -228,35 +291,46 @@ def _bar(paths: Iterable[Path], text: str, quiet: bool) -> Iterable[Path]:
     return tqdm(paths, desc=text, unit=" pictures", disable=quiet, leave=False)
 
 
-def _output(settings: Settings, filled: Settings | None) -> None:
+def _output(settings: Settings, whole: bool, pictures: int) -> None:
+    """Args:
+    settings: with nothing open, if `whole`.
+    whole: whether the base's family is known.
+    pictures: of the subject.
+    """
     if not settings.output.output_dir:
         return
     folder, problems = settings.folder, []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PersonalizeError(
-            f"The output folder {folder} cannot be written to ({error.strerror or error})."
-        ) from None
-    needed, free = _bytes_needed(settings), shutil.disk_usage(folder).free
+    check_writable(folder, "--output_dir")
+    for option in ("instance_data_dir", "class_data_dir", "validation_data_dir"):
+        path = getattr(settings.data, option)
+        if path is not None and Path(path).expanduser().resolve() == folder.resolve():
+            problems.append(f"--output_dir and --{option} are the same folder: what is written would be trained on.")
+    base = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
+    result = folder / f"{settings.output.output_name or settings.data.trigger}.safetensors"
+    if base.is_file() and result.exists() and result.samefile(base):
+        problems.append(f"The result would overwrite the base model {base}: set --output_name.")
+    needed, free = _bytes_needed(settings, pictures), shutil.disk_usage(folder).free
     if free < needed:
         problems.append(
             f"The disk of {folder} has {free / 1e9:.1f} GB free, but checkpoints and the result need about "
             f"{needed / 1e9:.1f} GB."
         )
     checkpoint = find_checkpoint(folder / "checkpoints", settings.watching.resume_from_checkpoint)
-    if checkpoint is not None and filled is not None:
-        problems += changed_settings(filled, checkpoint)
+    if checkpoint is not None and whole:
+        problems += changed_settings(settings, checkpoint)
     if problems:
         raise PersonalizeError("\n".join(problems))
 
 
-def changed_settings(settings: Settings, checkpoint: Path) -> list[str]:
-    """A sentence where a training would go on with settings (nothing open) other than it had.
+def changed_settings(settings: Settings, checkpoint: Path, material: Mapping[str, str] | None = None) -> list[str]:
+    """A sentence where a training would go on otherwise than it began.
 
     Whoever names the checkpoint wants that.
+
+    Args:
+        settings: with nothing open.
+        checkpoint: to go on from.
+        material: digests of what is trained, and on what; None if not known yet.
     """
     if settings.watching.resume_from_checkpoint != "latest":
         return []
@@ -266,21 +340,26 @@ def changed_settings(settings: Settings, checkpoint: Path) -> list[str]:
         for name, value in shared_settings(settings).items()
         if name in before and before[name] != value
     ]
+    changed += [f"other {name}" for name, digest in (material or {}).items() if before.get(name) != digest]
     if not changed:
         return []
     return [
-        f"{settings.folder} has a training of {step} steps with other settings ({'; '.join(changed)}): use the same, "
+        f"{settings.folder} has a training of {step} steps that began otherwise ({'; '.join(changed)}): use the same, "
         f"another --output_dir, --resume_from_checkpoint {checkpoint.name} to go on with the new ones from there, or "
         "--resume_from_checkpoint none to start anew."
     ]
 
 
-def _bytes_needed(settings: Settings) -> int:
-    """About how much is written: the result and the checkpoints, which hold weights and two moments in fp32."""
+def _bytes_needed(settings: Settings, pictures: int) -> int:
+    """About how much is written: the result, the checkpoints with weights, moments and average in fp32, the caches."""
     path = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
-    size = os.path.getsize(path) if path.is_file() else 0
-    if type(settings.method).__name__ != "DreamBooth":
-        return 100_000_000 + size // 20
-    moments = {"adamw8bit": 1, "adafactor": 0}.get(settings.training.optimizer, 2)
+    files = [path] if path.is_file() else path.rglob("*.safetensors") if path.is_dir() else []
+    size = sum(file.stat().st_size for file in files)
+    data, training = settings.data, settings.training
+    drawn = data.num_class_images if data.with_prior_preservation else 0
+    latents = (pictures + drawn) * settings.resolution**2 * 2  # with a deviation and mirrored; of pictures a bit less
+    if settings.method.name != "dreambooth":
+        return 100_000_000 + latents + size // 20
+    copies = 1 + {"adamw8bit": 1, "adafactor": 0}.get(training.optimizer, 2) + training.use_ema
     weights = 2 * size  # a file in half precision as fp32
-    return 100_000_000 + size + weights * (1 + moments) * (settings.watching.checkpoints_total_limit + 1)
+    return 100_000_000 + latents + size + weights * copies * (settings.watching.checkpoints_total_limit + 1)

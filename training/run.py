@@ -1,8 +1,11 @@
 """From options to a file: what every fine-tuning method does alike."""
 
+import hashlib
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from .class_images import draw_class_images
 from .dataset import Example, Order, Sizes, fill_in, find_examples, find_priors
 from .defaults import fill_defaults
 from .dreambooth import DreamBoothMethod
-from .encoding import Cache, Latent, TextStates, digest_of, encode_captions, encode_pictures
+from .encoding import Cache, Latent, TextStates, digest_of, encode_captions, encode_pictures, latent_key
 from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method, templates_of
@@ -46,7 +49,7 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     try:
         settings = read_settings(METHODS[method][0], f"python -m training.{method}", doc or "", arguments)
         stop = Stop()
-        with stopping_on_signals(stop):
+        with stopping_on_signals(stop), explained(settings.folder):
             paths = personalize(method, settings, stop)
     except PersonalizeError as error:
         print(error, file=sys.stderr)
@@ -54,6 +57,22 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     if not paths:
         return 128 + (stop.signal or 0)
     return 0
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """A full disk, or memory that is not enough, in one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise PersonalizeError(
+            "There is not enough memory for the base model: use --mixed_precision bf16, or a lower --resolution."
+        ) from None
+    except OSError as error:
+        raise PersonalizeError(
+            f"{error.filename or folder} cannot be read or written ({error.strerror or error}): mend that and run the same "
+            "command again; it goes on from the last checkpoint."
+        ) from None
 
 
 def personalize(method: str, settings: Settings, stop: Stop | None = None) -> list[Path]:
@@ -69,6 +88,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
 
     Raises:
         PersonalizeError: whatever the user can mend.
+        OSError: a file cannot be written.
     """
     findings = preflight(settings, quiet=int(os.environ.get("LOCAL_RANK", "0")) > 0)
     for warning in findings.warnings:
@@ -104,10 +124,13 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     accelerator.wait_for_everyone()
     record = Record(settings.folder, begun, accelerator)
     trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop)
+    material = material_of(trainer, mark)
     if checkpoint is not None:
+        if problems := changed_settings(settings, checkpoint, material):
+            raise PersonalizeError("\n".join(problems))
         trainer.load(checkpoint)
         accelerator.print(f"Going on after step {begun}, from {checkpoint}.")
-    done = trainer.run(begun, shared_settings(settings))
+    done = trainer.run(begun, shared_settings(settings) | material)
     if accelerator.is_main_process:
         trainer.record.draw(settings.folder / "loss.png")
     accelerator.end_training()
@@ -122,13 +145,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         trainer.average.copy_to(trainer.parameters)
     subject = [example for example in trainer.examples if not example.is_prior]
     facts = about(base, settings, method, subject, digest, mark)
-    try:
-        paths = trainer.method.write(settings.folder, settings.output.output_name or "result", facts)
-    except OSError as error:
-        raise PersonalizeError(
-            f"The result cannot be written to {settings.folder} ({error.strerror or error}): make room there and run the "
-            "same command again; it goes on from the last checkpoint."
-        ) from None
+    paths = trainer.method.write(settings.folder, settings.output.output_name or "result", facts)
     for path in paths:
         print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
     return paths
@@ -158,7 +175,7 @@ def prepare(
     """Find and encode pictures and captions, attach the method, free what is not needed any more."""
     data, watching = settings.data, settings.watching
     sizes = Sizes(settings.resolution, base.size_step, data.buckets)
-    if sizes.resolution % base.size_step:
+    if sizes.resolution % base.size_step:  # of a hub id, which the preflight could not tell
         raise PersonalizeError(
             f"--resolution {sizes.resolution} is no multiple of {base.size_step}, which {base.name} needs."
         )
@@ -183,6 +200,12 @@ def prepare(
     captions = list(dict.fromkeys(["", *prompts, *(c for e in (*examples, *kept_out) for c in e.captions)]))
     digests = "-".join(digest_of(encoder) for encoder in base.text_encoders)
     made = METHODS[method][1](base, settings)
+    if (long := too_long(base, made, examples)) and accelerator.is_main_process:
+        print(
+            f"{len(long)} captions are longer than the {base.pipeline.tokenizer.model_max_length} tokens that are read "
+            f"({', '.join(long[:3])}{', ...' if len(long) > 3 else ''}): their end is left out.",
+            file=sys.stderr,
+        )
     texts: dict[str, TextStates] = {}
     if not made.trains_text:
         bar = tqdm(captions, desc="Captions", unit="", disable=not accelerator.is_local_main_process, leave=False)
@@ -217,6 +240,29 @@ def prepare(
     return trainer
 
 
+def too_long(base: BaseModel, method: Method, examples: list[Example]) -> list[str]:
+    """The names of pictures of whose captions the text encoder does not read the end."""
+    tokenizer = base.pipeline.tokenizer
+
+    def tokens(caption: str) -> int:
+        return len(tokenizer(method.spoken(caption), verbose=False).input_ids)
+
+    return [
+        example.path.name
+        for example in dict.fromkeys(examples)
+        if any(tokens(caption) > tokenizer.model_max_length for caption in example.captions)
+    ]
+
+
+def material_of(trainer: Trainer, mark: str) -> dict[str, str]:
+    """Digests of what is trained, and on what: a run that goes on must have the same."""
+    vae = digest_of(trainer.base.pipeline.vae)
+    keys = {example: latent_key(example, vae) for example in dict.fromkeys(trainer.examples)}
+    listed = [(keys[example], example.captions, example.is_prior) for example in trainer.examples]
+    pictures = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
+    return {"base model": mark, "pictures or captions": pictures[:16]}
+
+
 def _latents(accelerator: Accelerator, base: BaseModel, examples: list[Example], cache: Cache) -> dict[Example, Latent]:
     """Each process encodes its part, then all read all."""
     unique, digest = list(dict.fromkeys(examples)), digest_of(base.pipeline.vae)
@@ -238,7 +284,7 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Cal
 
     def watch(step: int) -> dict[str, float]:
         figures: dict[str, float] = {}
-        if not accelerator.is_main_process or not (prompts or kept_out):
+        if not accelerator.is_main_process:
             return figures
         with resting(base), accelerator.autocast():
             if kept_out:
@@ -259,7 +305,6 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Cal
                 sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, prompts, step)
                 for tracker in accelerator.trackers:
                     tracker.log_images({"samples": [sheet]}, step=step)
-        trainer.record.draw(settings.folder / "loss.png")
         return figures
 
     return watch

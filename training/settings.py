@@ -7,7 +7,8 @@ import sys
 import tomllib
 import types
 import typing
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ def make_settings(method: type, values: dict[str, Any]) -> Settings:
     """
     groups = (*SHARED, method)
     known = {f.name: f for group in groups for f in fields(group)}
+    values = dict(_own_name(name, value, known) for name, value in values.items())
     problems = [_unknown(name, known) for name in values if name not in known]
     kinds = {name: kind for group in groups for name, kind in typing.get_type_hints(group).items()}
     checked: dict[str, Any] = {}
@@ -109,6 +111,16 @@ def save_settings(settings: Settings, path: Path) -> None:
 
 def _toml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists are written alike
+
+
+def _own_name(name: str, value: Any, known: Mapping[str, Field]) -> tuple[str, Any]:
+    """An option by our name, where it was given by another trainer's."""
+    for f in known.values():
+        if name in f.metadata["also"]:
+            return f.name, value
+        if name in f.metadata["switches"]:
+            return f.name, f.metadata["switches"][name] if value is True else f.default if value is False else value
+    return name, value
 
 
 def _underscored(word: str) -> str:
@@ -148,11 +160,15 @@ def _parser(groups: tuple[type, ...], prog: str, description: str) -> argparse.A
                 extra |= {"action": "append", "metavar": "TEXT"}
             else:
                 extra |= {"type": _number(kind), "metavar": METAVARS[kind]}
-                if f.metadata.get("choices"):
+                for name, value in f.metadata["switches"].items():
+                    what = {"const": value, "default": argparse.SUPPRESS, "dest": f.name}
+                    section.add_argument(f"--{name}", action="store_const", help=f"--{f.name} {value}", **what)
+                if f.metadata["choices"]:
                     text += f" ({', '.join(f.metadata['choices'])})"
             if shown != "":
                 text += f" [{shown}]"
-            section.add_argument(f"--{f.name}", help=text.replace("%", "%%"), **extra)
+            names = [f"--{name}" for name in (f.name, *f.metadata["also"])]
+            section.add_argument(*names, help=text.replace("%", "%%"), **extra)
     return parser
 
 
@@ -219,11 +235,11 @@ def _check(name: str, value: Any, kind: Any, metadata: Any) -> tuple[str, Any]:
         return f"{name} is {value!r}, but must be {wanted[plain]}.", value
     if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
         return f"{name} is {value!r}, but must be a list of texts.", value
-    choices, least = metadata.get("choices"), metadata.get("least")
+    choices, least, below = metadata["choices"], metadata["least"], metadata["below"]
     if choices and value not in choices:
         return f"{name} is {value!r}, but must be one of {', '.join(choices)}.", value
     if least is not None and not value >= least:
         return f"{name} is {value}, but must be at least {least}.", value
-    if metadata.get("below") is not None and not value < metadata["below"]:
-        return f"{name} is {value}, but must be below {metadata['below']}.", value
+    if below is not None and not value < below:
+        return f"{name} is {value}, but must be below {below}.", value
     return "", value

@@ -9,6 +9,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.base_models import family_of_widths as family_of_widths
     from models.base_models import fingerprint as fingerprint
     from models.base_models import title_of as title_of
+    from models.checkpoints import check_tensors as check_tensors
     from models.checkpoints import overwrite_tensors as overwrite_tensors
     from models.checkpoints import read_header as read_header
     from models.delta import TEXT_MODELS as TEXT_MODELS
@@ -61,6 +62,7 @@ else:
     from ..models.base_models import family_of_widths as family_of_widths
     from ..models.base_models import fingerprint as fingerprint
     from ..models.base_models import title_of as title_of
+    from ..models.checkpoints import check_tensors as check_tensors
     from ..models.checkpoints import overwrite_tensors as overwrite_tensors
     from ..models.checkpoints import read_header as read_header
     from ..models.delta import TEXT_MODELS as TEXT_MODELS

@@ -17,6 +17,7 @@ from pack.training import class_images, dataset, encoding, loop
 from pack.training import run as running
 from pack.training.base_model import load_base
 from pack.training.export import whole_checkpoint
+from pack.training.options import TextualInversion
 from pack.training.run import METHODS
 from pack.training.settings import make_settings, read_settings
 from PIL import Image
@@ -74,6 +75,22 @@ def test_help_names_every_option(root):
     assert done.returncode == 0
     for name in settings_of("dreambooth", root, "x", "y").flat():
         assert f"  --{name}" in done.stdout
+
+
+def test_other_trainers_names_of_options():
+    words = ["--train_data_dir", "photos", "--placeholder_token", "sks", "--use_8bit_adam"]
+    settings = read_settings(TextualInversion, "", "", words)
+    assert settings == make_settings(TextualInversion, {"train_data_dir": "photos", "placeholder_token": "sks", "use_8bit_adam": True})  # fmt: skip
+    assert (settings.data.instance_data_dir, settings.data.trigger) == ("photos", "sks")
+    assert settings.training.optimizer == "adamw8bit"
+
+
+def test_captions_that_are_too_long_are_told(root, tmp_path, capsys):
+    pictures = photos(tmp_path / "photos", 2)
+    sorted(pictures.iterdir())[0].with_suffix(".txt").write_text("ohwx " + "very " * 80 + "tall")
+    train("lora", root, pictures, tmp_path / "out", max_train_steps=1)
+    name = sorted(pictures.glob("*.png"))[0].name
+    assert f"1 captions are longer than the 77 tokens that are read ({name}): their end" in capsys.readouterr().err
 
 
 def test_wrong_options_are_told_at_once(tmp_path):

@@ -1,5 +1,6 @@
 """Everything that is wrong is told at once, before a model is loaded."""
 
+import json
 import shutil
 import struct
 import zlib
@@ -11,7 +12,7 @@ from finetuning import CHECKPOINT, photos, settings_of, train
 from pack.models.errors import PersonalizeError
 from pack.training import preflight, run
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +129,7 @@ def test_files_that_are_no_base(root, tmp_path):
 def test_an_output_that_cannot_be_written(root, tmp_path):
     (tmp_path / "file").write_text("x")
     (said,) = problems(root, photos(tmp_path / "photos", 1), tmp_path / "file" / "out")
-    assert said == f"The output folder {tmp_path}/file/out cannot be written to (Not a directory)."
+    assert said == f"The folder {tmp_path}/file/out (--output_dir) cannot be written to (Not a directory)."
 
 
 def test_a_full_disk(root, tmp_path, monkeypatch):
@@ -136,6 +137,54 @@ def test_a_full_disk(root, tmp_path, monkeypatch):
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
     said = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", method="dreambooth")
     assert said == [f"The disk of {tmp_path}/out has 0.0 GB free, but checkpoints and the result need about 0.5 GB."]
+
+
+def test_options_that_do_not_fit_the_base(root, tmp_path):
+    folder = photos(tmp_path / "photos", 1)
+    common = {"resolution": 72, "vae_path": "/nowhere/vae", "block_ranks": ["up=3"]}
+    said = problems(root, folder, tmp_path / "out", **common)
+    for part, sentence in zip(("block_ranks has 'up=3'", "--resolution 72 is no multiple of 16, which the pocket model needs.", "The VAE /nowhere/vae does not exist"), said, strict=True):  # fmt: skip
+        assert part in sentence
+
+
+def test_nothing_of_the_users_is_written_over_or_trained_on_by_mistake(root, tmp_path):
+    folder = photos(tmp_path / "photos", 1)
+    shutil.copy(root / CHECKPOINT, folder / "ohwx.safetensors")
+    base = str(folder / "ohwx.safetensors")
+    said = problems(root, folder, folder, method="dreambooth", pretrained_model_name_or_path=base)
+    assert said == [
+        "--output_dir and --instance_data_dir are the same folder: what is written would be trained on.",
+        f"The result would overwrite the base model {base}: set --output_name.",
+    ]
+
+
+def test_bases_that_are_not_whole(root, tmp_path):
+    folder = photos(tmp_path / "photos", 1)
+    bare = {name: value for name, value in load_file(root / CHECKPOINT).items() if "first_stage" not in name}
+    save_file(bare, tmp_path / "bare.safetensors")
+    (said,) = problems(root, folder, tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / "bare.safetensors"))
+    assert said == "bare.safetensors has no VAE: give one with --vae_path, or take a whole checkpoint."
+    (tmp_path / "inpainting" / "unet").mkdir(parents=True)
+    config = json.loads((root / "training" / "configs" / "sd15" / "unet" / "config.json").read_text())
+    (tmp_path / "inpainting" / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    (said,) = problems(root, folder, tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / "inpainting"))
+    assert said.endswith("takes 9 channels (an inpainting or editing model): use a plain text-to-image model.")
+
+
+def test_a_mistyped_path_is_no_hub_id(root, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for where in ("models/bsae", "../base", "base.ckpt"):
+        with pytest.raises(PersonalizeError, match="does not exist: it is no file, no folder, and no hub id"):
+            preflight.family_at(where)
+
+
+def test_a_class_folder_with_hidden_files_only_is_filled(root, tmp_path):
+    folder, others = photos(tmp_path / "photos", 1), tmp_path / "class"
+    others.mkdir()
+    (others / ".DS_Store").write_bytes(b"x")
+    options = {"with_prior_preservation": True, "class_data_dir": str(others)}
+    assert preflight.preflight(settings_of("dreambooth", root, folder, tmp_path / "out", **options)).family == "pocket"
 
 
 def test_pictures_that_are_not_there(root, tmp_path):

@@ -1,6 +1,8 @@
 """A training that is killed, stopped, or fails: nothing is lost, and it goes on bit for bit."""
 
+import errno
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from pack.models.errors import PersonalizeError
 from pack.training import checkpoint as checkpoints
 from pack.training import run as running
 from pack.training.loop import Stop, Trainer
+from pack.training.lora import LoraMethod
 
 # everything that draws at random, and everything that a checkpoint must hold
 OPTIONS = {
@@ -69,7 +72,7 @@ def test_asked_to_stop_it_goes_on_with_the_same_settings_only(root, tmp_path):
     settings = settings_of("lora", root, folder, output, max_train_steps=5)
     assert running.personalize("lora", settings, stop) == []
     with pytest.raises(
-        PersonalizeError, match=r"has a training of 1 steps with other settings \(rank was 16, is 8\): use"
+        PersonalizeError, match=r"has a training of 1 steps that began otherwise \(rank was 16, is 8\): use"
     ):
         train("lora", root, folder, output, max_train_steps=5, rank=8)
     with pytest.raises(PersonalizeError, match=r"^There is no checkpoint step-9; in .* there are: step-0000001\.$"):
@@ -108,6 +111,43 @@ def test_stopped_and_gone_on_the_file_is_the_same(root, tmp_path, method, option
         assert checkpoints.read_settings_of(newest)[0] == done
     stopped = train(method, root, folder, output, **common)[0].read_bytes()
     assert stopped == train(method, root, folder, tmp_path / "uninterrupted", **common)[0].read_bytes()
+
+
+def test_it_does_not_go_on_with_other_pictures(root, tmp_path):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    train("lora", root, folder, output, max_train_steps=2)
+    picture = sorted(folder.iterdir())[0]
+    picture.with_suffix(".txt").write_text("ohwx in the rain")
+    with pytest.raises(
+        PersonalizeError, match=r"has a training of 2 steps that began otherwise \(other pictures or captio"
+    ):
+        train("lora", root, folder, output, max_train_steps=2)
+    assert train("lora", root, folder, output, max_train_steps=2, resume_from_checkpoint="step-0000002")
+
+
+def test_a_result_that_was_not_written_is_written_by_the_same_command(root, tmp_path, monkeypatch, capsys):
+    folder, output, write = photos(tmp_path / "photos"), tmp_path / "out", LoraMethod.write
+
+    def full(self, *_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LoraMethod, "write", full)
+    options = command("lora", root, folder, output, "--max_train_steps", "3")[3:]
+    assert running.main("lora", "", options) == 1
+    assert f"{output} cannot be read or written (No space left on device): mend that and run" in capsys.readouterr().err
+    monkeypatch.setattr(LoraMethod, "write", write)
+    monkeypatch.setattr(Trainer, "step", None)
+    assert running.main("lora", "", options) == 0
+    assert (output / "ohwx.safetensors").exists()
+
+
+def test_too_little_memory_to_begin(root, tmp_path, monkeypatch, capsys):
+    def exhausted(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(running, "encode_pictures", exhausted)
+    assert running.main("lora", "", command("lora", root, photos(tmp_path / "photos"), tmp_path / "out")[3:]) == 1
+    assert "There is not enough memory for the base model: use --mixed_precision bf16" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(root, tmp_path, monkeypatch):
@@ -163,7 +203,7 @@ def test_starting_anew_keeps_its_own_checkpoints(root, tmp_path):
     step, settings = checkpoints.read_settings_of(newest)
     assert step < 6
     assert settings["rank"] == 8
-    assert (output / "checkpoints" / "before-step-0000006").exists()
+    assert (output / "checkpoints" / "before-step-0000008").exists()
 
 
 def test_samples_that_fail_do_not_end_the_training(root, tmp_path, monkeypatch, capsys):
