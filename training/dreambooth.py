@@ -23,6 +23,7 @@ from .shared import (
     PREFIXES,
     TEXT_MODELS,
     About,
+    check_budget,
     delta_tensors,
     host_text_tensors,
     host_unet_names,
@@ -50,6 +51,9 @@ class DreamBoothMethod:
             module.requires_grad_(True).to(torch.float32)
         options: DreamBooth = settings.method
         self.before = {name: _copy(module) for name, module in modules} if options.save_as != "full" else {}
+        if self.before and options.delta_megabytes is not None:
+            shapes = (parameter.shape for _, module in modules for parameter in module.parameters())
+            check_budget(shapes, int(options.delta_megabytes * 1e6))
         self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
 
     def spoken(self, text: str) -> str:
@@ -100,8 +104,9 @@ class DreamBoothMethod:
             tensors = delta_tensors(changes)
         else:
             tensors, kept = truncated_delta_tensors(changes, int(megabytes * 1e6), progress=_bar)
-            print(f"{path.name}: {kept:.1%} of the change's squared length fits into {megabytes:g} MB.")
         write_safetensors(path, tensors, about.as_metadata())
+        if megabytes is not None:
+            print(f"{path.name} has {path.stat().st_size / 1e6:.1f} MB and {kept:.1%} of the change's squared length.")
         return path
 
 
