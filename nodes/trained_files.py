@@ -10,7 +10,7 @@ import comfy.lora_convert
 import comfy.utils
 from torch import Tensor
 
-from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, title_of
+from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, same_model, title_of
 from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
 from ..models.weight_files import read_safetensors, read_weights
@@ -80,7 +80,7 @@ def check_base(model: Any, about: About | None, name: str, exactly: bool) -> Non
             f"{name} was trained on {title_of(about.base_family)} ({about.base_name}), but the model is "
             f"{title_of(family) if family else 'no Stable Diffusion'}: load a {title_of(about.base_family)} checkpoint."
         )
-    if about.base_fingerprint and about.base_fingerprint != fingerprint_of_model(model):
+    if about.base_fingerprint and not same_model(about.base_fingerprint, fingerprint_of_model(model)):
         if exactly:
             raise PersonalizeError(
                 f"{name} is the difference of a trained model from {about.base_name}, and the model is another of its "

@@ -204,6 +204,22 @@ def test_a_difference_by_the_stock_loader_and_ours(host, root, files, loaded, ca
         assert close_to_trained(files, "full", root, made, one, strength) > 250
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_base_is_known_in_any_precision(host, files, other, dtype):
+    import comfy.sd
+
+    def load(name):
+        path = host.folder_paths.get_full_path("checkpoints", name)
+        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, model_options={"dtype": dtype})[:2]
+
+    model, clip = load(BASE)
+    assert model.model.diffusion_model.time_embed[0].bias.dtype == dtype
+    node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0, model, clip)
+    for name in ("my_full.safetensors", "other.safetensors"):
+        with pytest.raises(ValueError, match="the model is another of its family"):
+            node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0, *load(name))
+
+
 def graph(file, strength, **links):
     sampler = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
     wires = {"model": ["2", 0], "positive": ["3", 0], "negative": ["3", 0], "latent_image": ["4", 0]}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.models.base_models import fingerprint
+from pack.models.base_models import FINGERPRINTED, fingerprint, same_model
 from pack.models.checkpoints import overwrite_tensors, read_header
 from pack.models.delta import delta_tensors, truncated_delta_tensors
 from pack.models.errors import PersonalizeError
@@ -181,10 +181,23 @@ def test_metadata_comes_back():
 
 
 def test_a_fingerprint_is_of_one_model_in_any_precision():
-    names = ("time_embed.0.bias", "time_embed.2.bias", "middle_block.0.in_layers.2.bias", "out.2.bias")
-    unet = {name: torch.randn(8) for name in names}
-    assert fingerprint(unet) == fingerprint({name: value.half() for name, value in unet.items()})
-    assert fingerprint(unet) != fingerprint({name: value + 0.01 for name, value in unet.items()})
+    torch.manual_seed(0)
+    unet = {name: 0.1 * torch.randn(384) for name in FINGERPRINTED}
+    precisions = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    read = {
+        (stored, loaded): fingerprint({name: value.to(stored).to(loaded) for name, value in unet.items()})
+        for stored in precisions
+        for loaded in precisions
+    }
+    for one in read.values():
+        assert all(same_model(one, other) for other in read.values())
+    for bias, change in (("time_embed.0.bias", 0.01), ("out.2.bias", 0.001)):
+        others = unet | {bias: unet[bias] + change}
+        for loaded in precisions[: 4 if change == 0.01 else 3]:
+            assert not same_model(
+                read[torch.float32, torch.float32], fingerprint({k: v.to(loaded) for k, v in others.items()})
+            )
+    assert not same_model(read[torch.float32, torch.float32], "0123456789ab")
 
 
 def test_others_may_read_a_file_as_they_may_any(tmp_path):
