@@ -1,5 +1,6 @@
 """Loaders of trained files: LoRA, Textual Inversion, DreamBooth, and one that takes any of ours."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ class LoadTextualInversion(io.ComfyNode):
                     options=folder_paths.get_filename_list("embeddings"),
                     tooltip="A file in models/embeddings: of this pack's trainer, or of another.",
                 ),
+                _clip(optional=True, tooltip="Its text encoders; they are given on as they are."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=3.0, step=0.05, tooltip="The word's weight in the prompt."
                 ),
@@ -109,21 +111,27 @@ class LoadTextualInversion(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, file: str, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(model, checked_word(model, find_model("embeddings", file), file, strength))
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoders as they came."),
+    def execute(cls, model, file: str, strength: float, clip=None) -> io.NodeOutput:
+        return io.NodeOutput(model, clip, checked_word(model, find_model("embeddings", file), file, strength))
 
 
 def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
     """The prompt's text for a learned word.
 
     Raises:
-        PersonalizeError: it was made for another base model.
+        PersonalizeError: it was made for another base model, or a prompt cannot call it.
     """
     tensors, about = read_trained(path)
     check_base(model, about, path.name, exactly=False)
     family = family_of_model(model)
     if family in TEXT_WIDTHS:
         read_word(tensors, TEXT_WIDTHS[family], path.name, title_of(family))
+    if re.search(r"[\s()]", file):
+        better = re.sub(r"[\s()]+", "_", file)
+        raise PersonalizeError(
+            f'A prompt cannot call "{file}", as a name in it ends at a space or a bracket: rename it, to "{better}" say.'
+        )
     word = f"embedding:{file.rsplit('.', 1)[0]}"
     return word if strength == 1 else f"({word}:{strength:g})"
 

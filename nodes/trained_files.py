@@ -40,7 +40,9 @@ def read_trained(path: Path) -> tuple[dict[str, Tensor], About | None]:
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         return tensors, read_about(metadata, path.name)
-    return {key: value for key, value in read_weights(path).items() if isinstance(value, Tensor)}, None
+    weights = read_weights(path)
+    weights = weights.get("string_to_param", weights)  # where A1111's Textual Inversion keeps its vectors
+    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}, None
 
 
 def family_of_model(model: Any) -> str:

@@ -165,8 +165,8 @@ def encode(host, clip, text):
 
 
 def test_a_word_in_a_prompt(host, root, files, loaded):
-    model, trigger = node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 1.0)
-    assert model is loaded[0]
+    model, clip, trigger = node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 1.0, loaded[1])
+    assert (model, clip) == loaded[:2]
     assert trigger == "embedding:my_word"
     ours = encode(host, loaded[1], f"a photo of {trigger} smiling")
     assert not torch.equal(ours, encode(host, loaded[1], "a photo of my_word smiling"))
@@ -176,7 +176,30 @@ def test_a_word_in_a_prompt(host, root, files, loaded):
     ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(ours.float(), pipeline.text_encoder(ids)[0], atol=5e-3, rtol=1e-2)
-    assert node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 0.8)[1] == "(embedding:my_word:0.8)"
+    assert node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 0.8)[2] == "(embedding:my_word:0.8)"
+
+
+def test_words_of_others(host, files, loaded):
+    folder = host.base / "models" / "embeddings"
+    (folder / "people").mkdir()
+    shutil.copy(folder / "my_word.safetensors", folder / "people" / "anna.safetensors")
+    (vectors,) = load_file(folder / "my_word.safetensors").values()
+    torch.save({"string_to_param": {"*": vectors}, "name": "anna", "step": 9}, folder / "a1111.pt")
+    torch.save({"string_to_param": {"*": torch.zeros(2, 768)}}, folder / "wide.pt")
+    load = node(host, "LoadTextualInversion")
+    ours = encode(host, loaded[1], "a photo of embedding:my_word smiling")
+    for file, word in (("people/anna.safetensors", "embedding:people/anna"), ("a1111.pt", "embedding:a1111")):
+        trigger = load(loaded[0], file, 1.0)[2]
+        assert trigger == word
+        assert torch.equal(encode(host, loaded[1], f"a photo of {trigger} smiling"), ours)
+    with pytest.raises(ValueError, match=r"^wide\.pt has vectors of width 768, but the pocket model needs 64"):
+        load(loaded[0], "wide.pt", 1.0)
+    for name in ("my word", "my(word)"):
+        shutil.copy(folder / "my_word.safetensors", folder / f"{name}.safetensors")
+        with pytest.raises(
+            ValueError, match=r"^A prompt cannot call .* rename it, to \"my_word_?\.safetensors\" say\.$"
+        ):
+            load(loaded[0], f"{name}.safetensors", 1.0)
 
 
 def test_a_checkpoint_by_the_stock_loader_and_ours(host, root, files, caplog):
