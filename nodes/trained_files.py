@@ -1,7 +1,9 @@
 """Putting trained files onto a MODEL and a CLIP, with every misfit told instead of logged."""
 
 import logging
+import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import comfy.utils
 from torch import Tensor
 
 from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, same_model, title_of
+from ..models.checkpoints import read_header
 from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
 from ..models.weight_files import read_safetensors, read_weights
@@ -29,6 +32,11 @@ SUFFIXES = (
     ".w_norm",
     ".b_norm",
 )
+OURS = re.compile(rb'"personalize\.method"\s*:\s*"dreambooth"')
+HEAD = 1 << 16
+"""Bytes of a file in which our metadata tells the method."""
+DIFFERENCE = (".diff", ".diff_b", ".lora_up.weight")
+"""Endings of a difference's tensors; a whole checkpoint has none of them."""
 
 
 def read_trained(path: Path) -> tuple[dict[str, Tensor], About | None]:
@@ -43,6 +51,30 @@ def read_trained(path: Path) -> tuple[dict[str, Tensor], About | None]:
     weights = read_weights(path)
     weights = weights.get("string_to_param", weights)  # where A1111's Textual Inversion keeps its vectors
     return {key: value for key, value in weights.items() if isinstance(value, Tensor)}, None
+
+
+def read_about_file(path: Path) -> About | None:
+    """What a .safetensors file says of itself, from its header alone."""
+    return read_about(read_header(path)[1], path.name) if path.suffix == ".safetensors" else None
+
+
+def is_difference(path: Path) -> bool:
+    """Whether a file holds a trained model's difference from its base, rather than a whole checkpoint."""
+    return path.suffix == ".safetensors" and any(key.endswith(DIFFERENCE) for key in read_header(path)[0])
+
+
+def is_dreambooth(path: Path) -> bool:
+    """Whether our DreamBooth wrote a .safetensors file; fast enough to ask of thousands."""
+    try:
+        return path.suffix == ".safetensors" and _is_dreambooth(path, path.stat().st_mtime_ns)
+    except OSError:
+        return False
+
+
+@cache
+def _is_dreambooth(path: Path, changed: int) -> bool:
+    with open(path, "rb") as file:
+        return OURS.search(file.read(HEAD)) is not None
 
 
 def family_of_model(model: Any) -> str:

@@ -1,6 +1,7 @@
 """Files of the trainers in ComfyUI: through the stock nodes and through ours."""
 
 import logging
+import os
 import shutil
 
 import narrow
@@ -225,6 +226,51 @@ def test_a_difference_by_the_stock_loader_and_ours(host, root, files, loaded, ca
     assert vae is loaded[2]
     for made, one, strength in ((stock[0], stock[1], 1.0), (model, clip, 1.0), (half[0], half[1], 0.5)):
         assert close_to_trained(files, "full", root, made, one, strength) > 250
+
+
+def test_a_difference_by_any_name(host, root, files, loaded):
+    models = host.base / "models"
+    difference = models / "loras" / "my_full.delta.safetensors"
+    shutil.copy(difference, models / "loras" / "renamed.safetensors")
+    shutil.copy(difference, models / "loras" / "my_full.safetensors")
+    shutil.copy(models / "checkpoints" / "my_full.safetensors", models / "checkpoints" / "odd.delta.safetensors")
+    inputs = host.node("PersonalizeLoadDreamBooth").INPUT_TYPES()
+    options = inputs["required"]["file"][1]["options"]
+    wanted = ["my_full.delta.safetensors", "loras/my_full.safetensors", "renamed.safetensors"]
+    assert options == wanted + host.folder_paths.get_filename_list("checkpoints")
+    for load, file in [("DreamBooth", file) for file in wanted[1:]] + [("Personalization", wanted[1])]:
+        model, clip, vae, trigger = node(host, f"Load{load}")(file, 1.0, *loaded[:3])
+        assert (vae, trigger) == (loaded[2], "ohwx")
+        assert close_to_trained(files, "full", root, model, clip) > 250
+    for load, file in (
+        ("DreamBooth", "my_full.safetensors"),
+        ("DreamBooth", "odd.delta.safetensors"),
+        ("Personalization", "checkpoints/my_full.safetensors"),
+    ):
+        model, _, vae, trigger = node(host, f"Load{load}")(file, 1.0, *loaded[:3])
+        assert trigger == "ohwx"
+        assert vae is not loaded[2]
+        assert not model.patches
+
+
+def test_thousands_of_loras_are_listed_fast(host, files, monkeypatch):
+    """A file is opened once, unless it changes."""
+    trained_files = host.module("nodes.trained_files")
+    opened = []
+
+    def counting(path, mode):
+        opened.append(path.name)
+        return open(path, mode)
+
+    monkeypatch.setattr(trained_files, "open", counting, raising=False)
+    trained_files._is_dreambooth.cache_clear()
+    host.node("PersonalizeLoadDreamBooth").INPUT_TYPES()
+    assert "my_lora.safetensors" in opened
+    opened.clear()
+    path = host.base / "models" / "loras" / "my_lora.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    host.node("PersonalizeLoadDreamBooth").INPUT_TYPES()
+    assert opened == ["my_lora.safetensors"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
