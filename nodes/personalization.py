@@ -1,5 +1,6 @@
 """Loaders of trained files: LoRA, Textual Inversion, DreamBooth, and one that takes any of ours."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,20 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..models.base_models import TEXT_WIDTHS, title_of
-from ..models.checkpoints import read_header
 from ..models.errors import PersonalizeError
-from ..models.metadata import About, read_about
 from ..models.textual_inversion import read_word
 from .folders import find_model
 from .schema import schema
-from .trained_files import apply_patches, check_base, family_of_model, read_trained
+from .trained_files import (
+    apply_patches,
+    check_base,
+    family_of_model,
+    is_difference,
+    is_dreambooth,
+    read_about_file,
+    read_trained,
+)
 
-DELTA = ".delta.safetensors"
 TRIGGER = "The words that call the subject, to wire into a prompt; empty where the file does not say."
 
 
@@ -93,6 +99,7 @@ class LoadTextualInversion(io.ComfyNode):
             search_aliases=["embedding", "textual inversion loader"],
             inputs=[
                 _model(tooltip="The model that the word is for; it is given on as it is."),
+                _clip(optional=True, tooltip="Its text encoders; they are given on as they are."),
                 io.Combo.Input(
                     "file",
                     options=folder_paths.get_filename_list("embeddings"),
@@ -104,21 +111,27 @@ class LoadTextualInversion(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model as it came."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoders as they came."),
                 io.String.Output(display_name="trigger", tooltip="The word, to wire into a prompt."),
             ],
         )
 
     @classmethod
-    def execute(cls, model, file: str, strength: float) -> io.NodeOutput:
-        return io.NodeOutput(model, checked_word(model, find_model("embeddings", file), file, strength))
+    def execute(cls, model, file: str, strength: float, clip=None) -> io.NodeOutput:
+        return io.NodeOutput(model, clip, checked_word(model, find_model("embeddings", file), file, strength))
 
 
 def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
     """The prompt's text for a learned word.
 
     Raises:
-        PersonalizeError: it was made for another base model.
+        PersonalizeError: it was made for another base model, or a prompt cannot call it.
     """
+    if re.search(r"[\s()]", file):
+        better = re.sub(r"[\s()]+", "_", file)
+        raise PersonalizeError(
+            f'A prompt cannot call "{file}", as a name in it ends at a space or a bracket: rename it, to "{better}" say.'
+        )
     tensors, about = read_trained(path)
     check_base(model, about, path.name, exactly=False)
     family = family_of_model(model)
@@ -139,8 +152,8 @@ class LoadDreamBooth(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=dreambooth_files(),
-                    tooltip="A checkpoint in models/checkpoints, or a .delta.safetensors in models/loras.",
+                    options=list(dreambooth_files()),
+                    tooltip="A checkpoint in models/checkpoints, or a fine-tuned model's difference in models/loras.",
                 ),
                 _strength("strength", "its base; for a difference only"),
                 _model(optional=True, tooltip="The base; needed for a difference only."),
@@ -152,29 +165,31 @@ class LoadDreamBooth(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, strength: float, model=None, clip=None, vae=None) -> io.NodeOutput:
-        if file.endswith(DELTA):
-            return io.NodeOutput(
-                *with_difference(find_model("loras", file), strength, model, clip), vae, _trigger("loras", file)
-            )
-        return io.NodeOutput(*whole_checkpoint(find_model("checkpoints", file)), _trigger("checkpoints", file))
+        kind, name = dreambooth_files().get(file, ("checkpoints", file))
+        return io.NodeOutput(*load_dreambooth(find_model(kind, name), strength, model, clip, vae))
 
 
-def dreambooth_files() -> list[str]:
-    """Differences, then checkpoints."""
-    return [
-        *(name for name in folder_paths.get_filename_list("loras") if name.endswith(DELTA)),
-        *folder_paths.get_filename_list("checkpoints"),
-    ]
+def dreambooth_files() -> dict[str, tuple[str, str]]:
+    """Folder and name of differences, then of checkpoints, by how they are listed.
+
+    That is by their names; a difference that has a checkpoint's name is listed with its folder.
+    """
+    checkpoints = {name: ("checkpoints", name) for name in folder_paths.get_filename_list("checkpoints")}
+    differences = {}
+    for name in folder_paths.get_filename_list("loras"):
+        path = folder_paths.get_full_path("loras", name)
+        if path is not None and is_dreambooth(Path(path)):
+            differences[f"loras/{name}" if name in checkpoints else name] = ("loras", name)
+    return differences | checkpoints
 
 
-def about_file(path: Path) -> About | None:
-    """What a .safetensors file says of itself, from its header alone."""
-    return read_about(read_header(path)[1], path.name) if path.suffix == ".safetensors" else None
-
-
-def _trigger(kind: str, file: str) -> str:
-    about = about_file(find_model(kind, file))
-    return about.trigger if about else ""
+def load_dreambooth(path: Path, strength: float, model: Any, clip: Any, vae: Any) -> tuple[Any, Any, Any, str]:
+    """MODEL, CLIP, VAE and trigger of a whole checkpoint, or of a base with a difference."""
+    about = read_about_file(path)
+    trigger = about.trigger if about else ""
+    if is_difference(path):
+        return *with_difference(path, strength, model, clip), vae, trigger
+    return *whole_checkpoint(path), trigger
 
 
 def with_difference(path: Path, strength: float, model: Any, clip: Any) -> tuple[Any, Any]:
@@ -230,11 +245,11 @@ class LoadPersonalization(io.ComfyNode):
     def execute(cls, file: str, strength: float, model=None, clip=None, vae=None) -> io.NodeOutput:
         kind, _, name = file.partition("/")
         path = find_model(kind, name)
-        about = about_file(path)
+        about = read_about_file(path)
         if about is None:
             raise PersonalizeError(f"{name} does not say how it was trained: use the loader of its method.")
         if about.method == "dreambooth":
-            return LoadDreamBooth.execute(name, strength, model, clip, vae)
+            return io.NodeOutput(*load_dreambooth(path, strength, model, clip, vae))
         if model is None:
             raise PersonalizeError(
                 f"{name} is a {about.method} for {about.base_name}: connect that checkpoint's MODEL and CLIP."

@@ -1,34 +1,29 @@
 """Putting trained files onto a MODEL and a CLIP, with every misfit told instead of logged."""
 
 import logging
+import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
 import comfy.utils
+import torch
 from torch import Tensor
 
-from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, title_of
+from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, same_model, title_of
+from ..models.checkpoints import read_header
 from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
 from ..models.weight_files import read_safetensors, read_weights
 
-SUFFIXES = (
-    ".lora_down.weight",
-    ".lora_up.weight",
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_mid.weight",
-    ".alpha",
-    ".dora_scale",
-    ".diff",
-    ".diff_b",
-    ".set_weight",
-    ".w_norm",
-    ".b_norm",
-)
+OURS = re.compile(rb'"personalize\.method"\s*:\s*"dreambooth"')
+HEAD = 1 << 16
+"""Bytes of a file in which our metadata tells the method."""
+DIFFERENCE = (".diff", ".diff_b", ".lora_up.weight")
+"""Endings of a difference's tensors; a whole checkpoint has none of them."""
 
 
 def read_trained(path: Path) -> tuple[dict[str, Tensor], About | None]:
@@ -40,7 +35,33 @@ def read_trained(path: Path) -> tuple[dict[str, Tensor], About | None]:
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
         return tensors, read_about(metadata, path.name)
-    return {key: value for key, value in read_weights(path).items() if isinstance(value, Tensor)}, None
+    weights = read_weights(path)
+    weights = weights.get("string_to_param", weights)  # where A1111's Textual Inversion keeps its vectors
+    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}, None
+
+
+def read_about_file(path: Path) -> About | None:
+    """What a .safetensors file says of itself, from its header alone."""
+    return read_about(read_header(path)[1], path.name) if path.suffix == ".safetensors" else None
+
+
+def is_difference(path: Path) -> bool:
+    """Whether a file holds a trained model's difference from its base, rather than a whole checkpoint."""
+    return path.suffix == ".safetensors" and any(key.endswith(DIFFERENCE) for key in read_header(path)[0])
+
+
+def is_dreambooth(path: Path) -> bool:
+    """Whether our DreamBooth wrote a .safetensors file; fast enough to ask of thousands."""
+    try:
+        return path.suffix == ".safetensors" and _is_dreambooth(path, path.stat().st_mtime_ns)
+    except OSError:
+        return False
+
+
+@cache
+def _is_dreambooth(path: Path, changed: int) -> bool:
+    with open(path, "rb") as file:
+        return OURS.search(file.read(HEAD)) is not None
 
 
 def family_of_model(model: Any) -> str:
@@ -80,13 +101,29 @@ def check_base(model: Any, about: About | None, name: str, exactly: bool) -> Non
             f"{name} was trained on {title_of(about.base_family)} ({about.base_name}), but the model is "
             f"{title_of(family) if family else 'no Stable Diffusion'}: load a {title_of(about.base_family)} checkpoint."
         )
-    if about.base_fingerprint and about.base_fingerprint != fingerprint_of_model(model):
+    if about.base_fingerprint and not same_model(about.base_fingerprint, fingerprint_of_model(model)):
         if exactly:
             raise PersonalizeError(
                 f"{name} is the difference of a trained model from {about.base_name}, and the model is another of its "
                 f"family: load {about.base_name}."
             )
         logging.info("%s was trained on %s; on another checkpoint it may act differently.", name, about.base_name)
+
+
+class _Watched(dict[str, Tensor]):
+    """A file's tensors, and which of them were taken."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self.taken: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.taken.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.taken.add(key)
+        return super().get(key, default)
 
 
 def apply_patches(
@@ -96,75 +133,87 @@ def apply_patches(
 
     Args:
         model, clip: either may be None, and is then left out.
-        tensors: of the file, in any naming that ComfyUI knows.
+        tensors: of the file, of any trainer that ComfyUI knows.
         strengths: for the model and for the CLIP.
         name: the file's.
 
     Raises:
         PersonalizeError: nothing in the file is for this model, or a tensor has another shape.
     """
+    file = _Watched(comfy.lora_convert.convert_lora(dict(tensors)))
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
     if model is not None:
-        ours = comfy.lora.model_lora_keys_unet(model.model, {})
+        ours = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
     if clip is not None:
-        theirs = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-    converted = comfy.lora_convert.convert_lora(dict(tensors))
-    layers = {_layer(key) for key in converted}
-    known = layers & (ours.keys() | theirs.keys())
-    if not known:
-        raise PersonalizeError(
-            f"None of the {len(layers)} layers in {name} is in this model: it was made for another base model."
+        theirs = comfy.lora.load_lora(
+            file, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), log_missing=False
         )
-    unknown = layers - known
-    if unknown and clip is not None and model is not None:
-        logging.warning("%s: %d of %d layers are not in this model and were left out.", name, len(unknown), len(layers))
+    if not ours and not theirs:
+        raise PersonalizeError(
+            f"None of the {len(file)} tensors in {name} is for this model: it was made for another base model."
+        )
+    left = sorted(file.keys() - file.taken)
+    if left and clip is not None and model is not None:
+        logging.warning(
+            "%s: %d of %d tensors are not for this model and were left out, such as %s.",
+            name,
+            len(left),
+            len(file),
+            left[0],
+        )
     if model is not None:
-        model = _patched(model, comfy.lora.load_lora(converted, ours, log_missing=False), strengths[0], name)
+        model = _patched(model, ours, strengths[0], name)
     if clip is not None:
-        patches = comfy.lora.load_lora(converted, theirs, log_missing=False)
-        clip = _patched(clip, patches, strengths[1], name)
+        clip = _patched(clip, theirs, strengths[1], name)
     return model, clip
 
 
-def _layer(key: str) -> str:
-    return next((key.removesuffix(suffix) for suffix in SUFFIXES if key.endswith(suffix)), key)
-
-
-def _patched(thing: Any, patches: Mapping[str, Any], strength: float, name: str) -> Any:
+def _patched(thing: Any, patches: Mapping[Any, Any], strength: float, name: str) -> Any:
     """A clone of a MODEL or CLIP with the patches."""
     patcher = getattr(thing, "patcher", thing)
     shapes = {key: tuple(value.shape) for key, value in patcher.model.state_dict().items()}
     for key, patch in patches.items():
-        target = key if isinstance(key, str) else key[0]
-        shape = _shape_of(patch)
-        if isinstance(key, str) and shape is not None and not _fits(shape, shapes.get(target, shape)):
+        if not isinstance(key, str):  # of a part of a weight
+            continue
+        if key not in shapes:
+            logging.warning("%s: %s is not in this model and was left out.", name, key)
+        elif not _fits(patch, shapes[key], key):
+            shape = _shape_of(patch)
             raise PersonalizeError(
-                f"{target} is {shapes[target]} in this model, but {shape} in {name}: it was made for another base model."
+                f"{key} is {shapes[key]} in this model, but {shape or 'of another shape'} in {name}: "
+                "it was made for another base model."
             )
     clone = thing.clone()
     clone.add_patches(patches, strength)
     return clone
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Rows, and all the rest together: a convolution's change may be written as a matrix."""
+def _fits(patch: Any, shape: tuple[int, ...], key: str) -> bool:
+    """Whether ComfyUI can add a patch to a weight of this shape: where not, it makes no change of it."""
+    if isinstance(patch, tuple) and patch[0] == "set":
+        return bool(patch[1][0].shape == shape)
+    if getattr(patch, "name", "") in ("oft", "boft"):  # which look at the values
+        blocks = patch.weights[0]
+        return bool(blocks.shape[-3] * blocks.shape[-1] == shape[0])
+    changes: list[Tensor] = []
 
-    def flat(sizes: tuple[int, ...]) -> tuple[int, int]:
-        count = 1
-        for size in sizes[1:]:
-            count *= size
-        return sizes[0] if sizes else 1, count
+    def pass_on(change: Tensor) -> Tensor:
+        changes.append(change)
+        return change
 
-    return flat(shape) == flat(wanted)
+    try:
+        comfy.lora.calculate_weight([(1.0, patch, 1.0, None, pass_on)], torch.zeros(shape, device="meta"), key)
+    except RuntimeError:
+        return False
+    return bool(changes)
 
 
 def _shape_of(patch: Any) -> tuple[int, ...] | None:
     """The shape of what a patch adds; None where only ComfyUI can tell."""
-    if isinstance(patch, tuple) and patch[0] == "diff":
+    if isinstance(patch, tuple):
         return tuple(patch[1][0].shape)
-    weights = getattr(patch, "weights", None)
-    if getattr(patch, "name", "") == "lora" and weights is not None and weights[3] is None:
-        up, down = weights[0], weights[1]
+    if patch.name == "lora" and patch.weights[3] is None:
+        up, down = patch.weights[:2]
         return (up.shape[0], *down.shape[1:])
     return None

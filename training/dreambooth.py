@@ -24,12 +24,15 @@ from .shared import (
     TEXT_MODELS,
     About,
     PersonalizeError,
+    check_budget,
+    check_delta,
     check_tensors,
     delta_tensors,
     host_text_tensors,
     host_unet_names,
     overwrite_tensors,
     read_header,
+    read_safetensors,
     text_tensors,
     truncated_delta_tensors,
     write_safetensors,
@@ -52,6 +55,9 @@ class DreamBoothMethod:
             module.requires_grad_(True).to(torch.float32)
         options: DreamBooth = settings.method
         self.before = {name: _copy(module) for name, module in modules} if options.save_as != "full" else {}
+        if self.before and options.delta_megabytes is not None:
+            shapes = (parameter.shape for _, module in modules for parameter in module.parameters())
+            check_budget(shapes, int(options.delta_megabytes * 1e6))
         self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
         self.check_names()
 
@@ -117,8 +123,11 @@ class DreamBoothMethod:
             tensors = delta_tensors(changes)
         else:
             tensors, kept = truncated_delta_tensors(changes, int(megabytes * 1e6), progress=_bar)
-            print(f"{path.name}: {kept:.1%} of the change's squared length fits into {megabytes:g} MB.")
         write_safetensors(path, tensors, about.as_metadata())
+        shapes = {name: tuple(change.shape) for name, change in changes.items()}
+        check_delta(read_safetensors(path)[0], shapes, path.name)
+        if megabytes is not None:
+            print(f"{path.name} has {path.stat().st_size / 1e6:.1f} MB and {kept:.1%} of the change's squared length.")
         return path
 
 

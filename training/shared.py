@@ -13,6 +13,8 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.checkpoints import overwrite_tensors as overwrite_tensors
     from models.checkpoints import read_header as read_header
     from models.delta import TEXT_MODELS as TEXT_MODELS
+    from models.delta import check_budget as check_budget
+    from models.delta import check_delta as check_delta
     from models.delta import delta_tensors as delta_tensors
     from models.delta import host_text_tensors as host_text_tensors
     from models.delta import host_unet_names as host_unet_names
@@ -66,6 +68,8 @@ else:
     from ..models.checkpoints import overwrite_tensors as overwrite_tensors
     from ..models.checkpoints import read_header as read_header
     from ..models.delta import TEXT_MODELS as TEXT_MODELS
+    from ..models.delta import check_budget as check_budget
+    from ..models.delta import check_delta as check_delta
     from ..models.delta import delta_tensors as delta_tensors
     from ..models.delta import host_text_tensors as host_text_tensors
     from ..models.delta import host_unet_names as host_unet_names

@@ -123,7 +123,7 @@ def check_in_comfyui(arguments: argparse.Namespace, base: Path, folder: Path) ->
         print(f"word: changes the text states by up to {change:.3f}")
         expect(change > 0)
         trigger = host.node("PersonalizeLoadTextualInversion").execute(model, "textual_inversion.safetensors", 1.0)
-        expect(trigger.result[1] == "embedding:textual_inversion")
+        expect(trigger.result[2] == "embedding:textual_inversion")
     if "dreambooth" in arguments.methods:
         del model, clip
         gc.collect()

@@ -1,6 +1,8 @@
 """Files of the trainers in ComfyUI: through the stock nodes and through ours."""
 
 import logging
+import os
+import re
 import shutil
 
 import narrow
@@ -165,8 +167,8 @@ def encode(host, clip, text):
 
 
 def test_a_word_in_a_prompt(host, root, files, loaded):
-    model, trigger = node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 1.0)
-    assert model is loaded[0]
+    model, clip, trigger = node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 1.0, loaded[1])
+    assert (model, clip) == loaded[:2]
     assert trigger == "embedding:my_word"
     ours = encode(host, loaded[1], f"a photo of {trigger} smiling")
     assert not torch.equal(ours, encode(host, loaded[1], "a photo of my_word smiling"))
@@ -176,7 +178,30 @@ def test_a_word_in_a_prompt(host, root, files, loaded):
     ids = pipeline.tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
     with torch.no_grad():
         torch.testing.assert_close(ours.float(), pipeline.text_encoder(ids)[0], atol=5e-3, rtol=1e-2)
-    assert node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 0.8)[1] == "(embedding:my_word:0.8)"
+    assert node(host, "LoadTextualInversion")(loaded[0], "my_word.safetensors", 0.8)[2] == "(embedding:my_word:0.8)"
+
+
+def test_words_of_others(host, files, loaded):
+    folder = host.base / "models" / "embeddings"
+    (folder / "people").mkdir()
+    shutil.copy(folder / "my_word.safetensors", folder / "people" / "anna.safetensors")
+    (vectors,) = load_file(folder / "my_word.safetensors").values()
+    torch.save({"string_to_param": {"*": vectors}, "name": "anna", "step": 9}, folder / "a1111.pt")
+    torch.save({"string_to_param": {"*": torch.zeros(2, 768)}}, folder / "wide.pt")
+    load = node(host, "LoadTextualInversion")
+    ours = encode(host, loaded[1], "a photo of embedding:my_word smiling")
+    for file, word in (("people/anna.safetensors", "embedding:people/anna"), ("a1111.pt", "embedding:a1111")):
+        trigger = load(loaded[0], file, 1.0)[2]
+        assert trigger == word
+        assert torch.equal(encode(host, loaded[1], f"a photo of {trigger} smiling"), ours)
+    with pytest.raises(ValueError, match=r"^wide\.pt has vectors of width 768, but the pocket model needs 64"):
+        load(loaded[0], "wide.pt", 1.0)
+    for name in ("my word", "my(word)"):
+        shutil.copy(folder / "my_word.safetensors", folder / f"{name}.safetensors")
+        with pytest.raises(
+            ValueError, match=r"^A prompt cannot call .* rename it, to \"my_word_?\.safetensors\" say\.$"
+        ):
+            load(loaded[0], f"{name}.safetensors", 1.0)
 
 
 def test_a_checkpoint_by_the_stock_loader_and_ours(host, root, files, caplog):
@@ -202,6 +227,67 @@ def test_a_difference_by_the_stock_loader_and_ours(host, root, files, loaded, ca
     assert vae is loaded[2]
     for made, one, strength in ((stock[0], stock[1], 1.0), (model, clip, 1.0), (half[0], half[1], 0.5)):
         assert close_to_trained(files, "full", root, made, one, strength) > 250
+
+
+def test_a_difference_by_any_name(host, root, files, loaded):
+    models = host.base / "models"
+    difference = models / "loras" / "my_full.delta.safetensors"
+    shutil.copy(difference, models / "loras" / "renamed.safetensors")
+    shutil.copy(difference, models / "loras" / "my_full.safetensors")
+    shutil.copy(models / "checkpoints" / "my_full.safetensors", models / "checkpoints" / "odd.delta.safetensors")
+    inputs = host.node("PersonalizeLoadDreamBooth").INPUT_TYPES()
+    options = inputs["required"]["file"][1]["options"]
+    wanted = ["my_full.delta.safetensors", "loras/my_full.safetensors", "renamed.safetensors"]
+    assert options == wanted + host.folder_paths.get_filename_list("checkpoints")
+    for load, file in [("DreamBooth", file) for file in wanted[1:]] + [("Personalization", wanted[1])]:
+        model, clip, vae, trigger = node(host, f"Load{load}")(file, 1.0, *loaded[:3])
+        assert (vae, trigger) == (loaded[2], "ohwx")
+        assert close_to_trained(files, "full", root, model, clip) > 250
+    for load, file in (
+        ("DreamBooth", "my_full.safetensors"),
+        ("DreamBooth", "odd.delta.safetensors"),
+        ("Personalization", "checkpoints/my_full.safetensors"),
+    ):
+        model, _, vae, trigger = node(host, f"Load{load}")(file, 1.0, *loaded[:3])
+        assert trigger == "ohwx"
+        assert vae is not loaded[2]
+        assert not model.patches
+
+
+def test_thousands_of_loras_are_listed_fast(host, files, monkeypatch):
+    """A file is opened once, unless it changes."""
+    trained_files = host.module("nodes.trained_files")
+    opened = []
+
+    def counting(path, mode):
+        opened.append(path.name)
+        return open(path, mode)
+
+    monkeypatch.setattr(trained_files, "open", counting, raising=False)
+    trained_files._is_dreambooth.cache_clear()
+    host.node("PersonalizeLoadDreamBooth").INPUT_TYPES()
+    assert "my_lora.safetensors" in opened
+    opened.clear()
+    path = host.base / "models" / "loras" / "my_lora.safetensors"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    host.node("PersonalizeLoadDreamBooth").INPUT_TYPES()
+    assert opened == ["my_lora.safetensors"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_base_is_known_in_any_precision(host, files, other, dtype):
+    import comfy.sd
+
+    def load(name):
+        path = host.folder_paths.get_full_path("checkpoints", name)
+        return comfy.sd.load_checkpoint_guess_config(path, output_vae=False, model_options={"dtype": dtype})[:2]
+
+    model, clip = load(BASE)
+    assert model.model.diffusion_model.time_embed[0].bias.dtype == dtype
+    node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0, model, clip)
+    for name in ("my_full.safetensors", "other.safetensors"):
+        with pytest.raises(ValueError, match="the model is another of its family"):
+            node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0, *load(name))
 
 
 def graph(file, strength, **links):
@@ -254,6 +340,65 @@ def test_another_base(host, files, loaded, other, caplog):
     assert "was trained on pocket_portraits.safetensors; on another checkpoint it may act differently" in caplog.text
 
 
+LAYER = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k"
+
+
+def layer_of(trainer, out, into):
+    """One layer's tensors as other trainers write them."""
+    r = torch.randn
+    return {
+        "kohya": {f"{LAYER}.lora_down.weight": r(4, into), f"{LAYER}.lora_up.weight": r(out, 4), f"{LAYER}.alpha": 2.0},
+        "diffusers": {
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight": r(4, into),
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.up.weight": r(out, 4),
+        },
+        "peft": {
+            "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lora_A.weight": r(4, into),
+            "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lora_B.weight": r(out, 4),
+        },
+        "loha": {
+            f"{LAYER}.hada_w1_a": r(out, 4),
+            f"{LAYER}.hada_w1_b": r(4, into),
+            f"{LAYER}.hada_w2_a": r(out, 4),
+            f"{LAYER}.hada_w2_b": r(4, into),
+            f"{LAYER}.alpha": 2.0,
+        },
+        "lokr": {f"{LAYER}.lokr_w1": r(4, 4), f"{LAYER}.lokr_w2": r(out // 4, into // 4), f"{LAYER}.alpha": 2.0},
+        "glora": {
+            f"{LAYER}.a1.weight": r(into, 4),
+            f"{LAYER}.a2.weight": r(4, into),
+            f"{LAYER}.b1.weight": r(out, 4),
+            f"{LAYER}.b2.weight": r(4, into),
+        },
+        "oft": {f"{LAYER}.oft_blocks": 0.1 * r(8, out // 8, out // 8), f"{LAYER}.alpha": 1.0},
+        "full": {f"{LAYER}.diff": r(out, into)},
+    }[trainer]
+
+
+@pytest.mark.parametrize("trainer", ["kohya", "diffusers", "peft", "loha", "lokr", "glora", "oft", "full"])
+def test_loras_of_other_trainers(host, loaded, trainer, caplog):
+    def write(name, *sizes, **more):
+        tensors = {key: torch.as_tensor(value).contiguous() for key, value in layer_of(trainer, *sizes).items()}
+        save_file(tensors | more, host.base / "models" / "loras" / f"{name}.safetensors")
+
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    write("theirs", 96, 64)
+    stock = host.nodes.LoraLoader().load_lora(loaded[0], loaded[1], "theirs.safetensors", 1.0, 1.0)[0]
+    with caplog.at_level(logging.INFO):
+        ours, clip, trigger = node(host, "LoadLoRA")(loaded[0], "theirs.safetensors", 1.0, 1.0, loaded[1])
+    assert not caplog.records
+    assert (list(ours.patches), clip.patcher.patches, trigger) == ([key], {}, "")
+    assert torch.equal(patched(ours, key), patched(stock, key))
+    assert not torch.equal(patched(ours, key), patched(loaded[0], key))
+    write("more", 96, 64, strange=torch.ones(1))
+    with caplog.at_level(logging.INFO):
+        node(host, "LoadLoRA")(loaded[0], "more.safetensors", 1.0, 1.0, loaded[1])
+    assert re.search(r"more\.safetensors: 1 of \d tensors are not for this model .* such as strange\.", caplog.text)
+    write("large", 320, 768)
+    with pytest.raises(ValueError, match=r"is \(96, 64\) in this model, but .* in large\.safetensors: it was made"):
+        node(host, "LoadLoRA")(loaded[0], "large.safetensors", 1.0, 1.0)
+
+
 def test_files_of_others_and_wrong_ones(host, files, loaded):
     loras = host.base / "models" / "loras"
     layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -267,7 +412,7 @@ def test_files_of_others_and_wrong_ones(host, files, loaded):
         node(host, "LoadLoRA")(loaded[0], "sd15.safetensors", 1.0, 1.0)
     save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, loras / "flux.safetensors")
     with pytest.raises(
-        ValueError, match=r"^None of the 1 layers in flux\.safetensors is in this model: it was made for"
+        ValueError, match=r"^None of the 1 tensors in flux\.safetensors is for this model: it was made for"
     ):
         node(host, "LoadLoRA")(loaded[0], "flux.safetensors", 1.0, 1.0)
     with pytest.raises(HostError, match=r"^sd15\.safetensors does not say how it was trained: use the loader of its"):

@@ -40,6 +40,19 @@ def same_file(first, second):
     return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
+def test_a_difference_cut_to_a_size(root, folder, tmp_path, capsys):
+    options = {"save_as": "delta", "max_train_steps": 1}
+    (path,) = train("dreambooth", root, folder, tmp_path / "cut", delta_megabytes=3.0, **options)
+    size = path.stat().st_size
+    assert 2.9e6 < size < 3.2e6  # the tensors, and a header
+    assert f"{path.name} has {size / 1e6:.1f} MB and " in capsys.readouterr().out
+    with pytest.raises(
+        PersonalizeError, match=r"^The difference cannot be cut to 0\.01 MB: .* need at least 0\.\d+ MB\.$"
+    ):
+        train("dreambooth", root, folder, tmp_path / "small", delta_megabytes=0.01, **options)
+    assert losses_of(tmp_path / "small") == []  # before the first step
+
+
 def test_a_command_from_options_and_a_file(root, folder, tmp_path):
     output = tmp_path / "out"
     config = tmp_path / "my.toml"

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from pack.models.base_models import fingerprint
+from pack.models.base_models import FINGERPRINTED, fingerprint, same_model
 from pack.models.checkpoints import overwrite_tensors, read_header
-from pack.models.delta import delta_tensors, truncated_delta_tensors
+from pack.models.delta import check_delta, delta_tensors, truncated_delta_tensors
 from pack.models.errors import PersonalizeError
 from pack.models.metadata import About, read_about
 from pack.models.textual_inversion import LearnedWord, read_word, word_tensors
@@ -93,14 +93,56 @@ def test_a_difference_cut_to_a_size_keeps_the_most():
     assert tensors["diffusion_model.x.alpha"] == up.shape[1] == 3
     torch.testing.assert_close(up.float() @ down.float(), whole["diffusion_model.x.weight"], atol=2e-2, rtol=2e-2)
     assert not any("conv" in name for name in tensors)
-    more, all_of_it = truncated_delta_tensors(whole, 100_000)
-    assert all_of_it == pytest.approx(1, abs=1e-4)
-    conv_up, conv_down = (more[f"diffusion_model.conv.lora_{side}.weight"] for side in ("up", "down"))
-    product = (conv_up.float().flatten(1) @ conv_down.float().flatten(1)).reshape(8, 6, 3, 3)
-    torch.testing.assert_close(product, whole["diffusion_model.conv.weight"], atol=1e-3, rtol=1e-2)
     fewer, less = truncated_delta_tensors(whole, 40 * 2 + (40 + 30) * 2)
     assert less < kept
     assert fewer["diffusion_model.x.alpha"] == 1
+
+
+def test_a_difference_that_fits_is_written_whole():
+    tensors, kept = truncated_delta_tensors(changes(), (40 + 40 * 30 + 8 * 54) * 2)
+    assert kept == 1
+    assert tensors.keys() == delta_tensors(changes()).keys()
+
+
+def test_a_budget_is_used():
+    """A matrix that needs many singular values gets them, and is whole where they would cost as much."""
+    torch.manual_seed(0)
+    one, two = torch.linalg.qr(torch.randn(400, 400))[0], torch.linalg.qr(torch.randn(400, 200))[0]
+    whole = {"flat.weight": 10 * one, "half.weight": two @ two.T, "conv.weight": 1e-2 * torch.randn(30, 20, 3, 3)}
+    tensors, kept = truncated_delta_tensors(whole, (400 * 400 + 150 * 800 + 3 * 210) * 2)
+    assert torch.equal(tensors["flat.diff"], whole["flat.weight"].half())
+    assert tensors["half.alpha"] == 150
+    assert tensors["conv.alpha"] == 3
+    made = tensors["half.lora_up.weight"].float() @ tensors["half.lora_down.weight"].float()
+    assert (made - whole["half.weight"]).square().sum() == pytest.approx(50, rel=1e-2)
+    up, down = (tensors[f"conv.lora_{side}.weight"].float() for side in ("up", "down"))
+    assert (up.shape, down.shape) == ((30, 3, 1, 1), (3, 20, 3, 3))
+    u, s, v = torch.linalg.svd(whole["conv.weight"].flatten(1))
+    best = (u[:, :3] * s[:3]) @ v[:3]
+    torch.testing.assert_close(up.flatten(1) @ down.flatten(1), best, atol=1e-4, rtol=1e-2)
+    length = sum(change.square().sum().item() for change in whole.values())
+    assert (1 - kept) * length == pytest.approx(50 + s[3:].square().sum().item(), rel=1e-2)
+
+
+def test_a_difference_is_checked_against_the_base():
+    shapes = {name: tuple(change.shape) for name, change in changes().items()}
+    whole = delta_tensors(changes())
+    assert check_delta(whole, shapes, "x.safetensors") == len(whole)
+    cut, _ = truncated_delta_tensors(changes(), (40 + 3 * 70) * 2)
+    assert check_delta(cut, shapes, "x.safetensors") == 2
+    for wrong in (
+        {"diffusion_model.gone.diff": torch.zeros(3)},
+        {"diffusion_model.x.diff": torch.zeros(3, 3)},
+        {key: value for key, value in cut.items() if not key.endswith("alpha")},
+        {"diffusion_model.x.oft": torch.zeros(3)},
+    ):
+        with pytest.raises(PersonalizeError, match=r"in x\.safetensors has no place in the base model"):
+            check_delta(wrong, shapes, "x.safetensors")
+
+
+def test_a_budget_that_is_too_small():
+    with pytest.raises(PersonalizeError, match=r"^The difference cannot be cut to 7e-05 MB: .* need at least 0\.01 MB"):
+        truncated_delta_tensors(changes(), 70)
 
 
 def test_a_learned_word_leaves_all_other_rows_alone():
@@ -155,10 +197,23 @@ def test_metadata_comes_back():
 
 
 def test_a_fingerprint_is_of_one_model_in_any_precision():
-    names = ("time_embed.0.bias", "time_embed.2.bias", "middle_block.0.in_layers.2.bias", "out.2.bias")
-    unet = {name: torch.randn(8) for name in names}
-    assert fingerprint(unet) == fingerprint({name: value.half() for name, value in unet.items()})
-    assert fingerprint(unet) != fingerprint({name: value + 0.01 for name, value in unet.items()})
+    torch.manual_seed(0)
+    unet = {name: 0.1 * torch.randn(384) for name in FINGERPRINTED}
+    precisions = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+    read = {
+        (stored, loaded): fingerprint({name: value.to(stored).to(loaded) for name, value in unet.items()})
+        for stored in precisions
+        for loaded in precisions
+    }
+    for one in read.values():
+        assert all(same_model(one, other) for other in read.values())
+    for bias, change in (("time_embed.0.bias", 0.01), ("out.2.bias", 0.001)):
+        others = unet | {bias: unet[bias] + change}
+        for loaded in precisions[: 4 if change == 0.01 else 3]:
+            assert not same_model(
+                read[torch.float32, torch.float32], fingerprint({k: v.to(loaded) for k, v in others.items()})
+            )
+    assert not same_model(read[torch.float32, torch.float32], "0123456789ab")
 
 
 def test_others_may_read_a_file_as_they_may_any(tmp_path):
