@@ -93,7 +93,7 @@ def test_asked_to_stop_it_goes_on_with_the_same_settings_only(root, tmp_path):
         ("dreambooth", {"optimizer": "adafactor", "save_as": "delta", "channels_last": True}),
         ("textual_inversion", {"optimizer": "prodigy", "num_vectors": 2}),
     ],
-    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+    ids=lambda value: value if isinstance(value, str) else "=".join(map(str, next(iter(value.items())))),
 )
 def test_stopped_and_gone_on_the_file_is_the_same(root, tmp_path, method, options):
     folder, output = photos(tmp_path / "photos", 3), tmp_path / "stopped"
