@@ -10,6 +10,7 @@ from typing import Any
 import comfy.lora
 import comfy.lora_convert
 import comfy.utils
+import torch
 from torch import Tensor
 
 from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, same_model, title_of
@@ -18,20 +19,6 @@ from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
 from ..models.weight_files import read_safetensors, read_weights
 
-SUFFIXES = (
-    ".lora_down.weight",
-    ".lora_up.weight",
-    ".lora_A.weight",
-    ".lora_B.weight",
-    ".lora_mid.weight",
-    ".alpha",
-    ".dora_scale",
-    ".diff",
-    ".diff_b",
-    ".set_weight",
-    ".w_norm",
-    ".b_norm",
-)
 OURS = re.compile(rb'"personalize\.method"\s*:\s*"dreambooth"')
 HEAD = 1 << 16
 """Bytes of a file in which our metadata tells the method."""
@@ -123,6 +110,22 @@ def check_base(model: Any, about: About | None, name: str, exactly: bool) -> Non
         logging.info("%s was trained on %s; on another checkpoint it may act differently.", name, about.base_name)
 
 
+class _Watched(dict[str, Tensor]):
+    """A file's tensors, and which of them were taken."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        super().__init__(tensors)
+        self.taken: set[str] = set()
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.taken.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.taken.add(key)
+        return super().get(key, default)
+
+
 def apply_patches(
     model: Any, clip: Any, tensors: Mapping[str, Tensor], strengths: tuple[float, float], name: str
 ) -> tuple[Any, Any]:
@@ -130,75 +133,87 @@ def apply_patches(
 
     Args:
         model, clip: either may be None, and is then left out.
-        tensors: of the file, in any naming that ComfyUI knows.
+        tensors: of the file, of any trainer that ComfyUI knows.
         strengths: for the model and for the CLIP.
         name: the file's.
 
     Raises:
         PersonalizeError: nothing in the file is for this model, or a tensor has another shape.
     """
+    file = _Watched(comfy.lora_convert.convert_lora(dict(tensors)))
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
     if model is not None:
-        ours = comfy.lora.model_lora_keys_unet(model.model, {})
+        ours = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
     if clip is not None:
-        theirs = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-    converted = comfy.lora_convert.convert_lora(dict(tensors))
-    layers = {_layer(key) for key in converted}
-    known = layers & (ours.keys() | theirs.keys())
-    if not known:
-        raise PersonalizeError(
-            f"None of the {len(layers)} layers in {name} is in this model: it was made for another base model."
+        theirs = comfy.lora.load_lora(
+            file, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), log_missing=False
         )
-    unknown = layers - known
-    if unknown and clip is not None and model is not None:
-        logging.warning("%s: %d of %d layers are not in this model and were left out.", name, len(unknown), len(layers))
+    if not ours and not theirs:
+        raise PersonalizeError(
+            f"None of the {len(file)} tensors in {name} is for this model: it was made for another base model."
+        )
+    left = sorted(file.keys() - file.taken)
+    if left and clip is not None and model is not None:
+        logging.warning(
+            "%s: %d of %d tensors are not for this model and were left out, such as %s.",
+            name,
+            len(left),
+            len(file),
+            left[0],
+        )
     if model is not None:
-        model = _patched(model, comfy.lora.load_lora(converted, ours, log_missing=False), strengths[0], name)
+        model = _patched(model, ours, strengths[0], name)
     if clip is not None:
-        patches = comfy.lora.load_lora(converted, theirs, log_missing=False)
-        clip = _patched(clip, patches, strengths[1], name)
+        clip = _patched(clip, theirs, strengths[1], name)
     return model, clip
 
 
-def _layer(key: str) -> str:
-    return next((key.removesuffix(suffix) for suffix in SUFFIXES if key.endswith(suffix)), key)
-
-
-def _patched(thing: Any, patches: Mapping[str, Any], strength: float, name: str) -> Any:
+def _patched(thing: Any, patches: Mapping[Any, Any], strength: float, name: str) -> Any:
     """A clone of a MODEL or CLIP with the patches."""
     patcher = getattr(thing, "patcher", thing)
     shapes = {key: tuple(value.shape) for key, value in patcher.model.state_dict().items()}
     for key, patch in patches.items():
-        target = key if isinstance(key, str) else key[0]
-        shape = _shape_of(patch)
-        if isinstance(key, str) and shape is not None and not _fits(shape, shapes.get(target, shape)):
+        if not isinstance(key, str):  # of a part of a weight
+            continue
+        if key not in shapes:
+            logging.warning("%s: %s is not in this model and was left out.", name, key)
+        elif not _fits(patch, shapes[key], key):
+            shape = _shape_of(patch)
             raise PersonalizeError(
-                f"{target} is {shapes[target]} in this model, but {shape} in {name}: it was made for another base model."
+                f"{key} is {shapes[key]} in this model, but {shape or 'of another shape'} in {name}: "
+                "it was made for another base model."
             )
     clone = thing.clone()
     clone.add_patches(patches, strength)
     return clone
 
 
-def _fits(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Rows, and all the rest together: a convolution's change may be written as a matrix."""
+def _fits(patch: Any, shape: tuple[int, ...], key: str) -> bool:
+    """Whether ComfyUI can add a patch to a weight of this shape: where not, it makes no change of it."""
+    if isinstance(patch, tuple) and patch[0] == "set":
+        return bool(patch[1][0].shape == shape)
+    if getattr(patch, "name", "") in ("oft", "boft"):  # which look at the values
+        blocks = patch.weights[0]
+        return bool(blocks.shape[-3] * blocks.shape[-1] == shape[0])
+    changes: list[Tensor] = []
 
-    def flat(sizes: tuple[int, ...]) -> tuple[int, int]:
-        count = 1
-        for size in sizes[1:]:
-            count *= size
-        return sizes[0] if sizes else 1, count
+    def pass_on(change: Tensor) -> Tensor:
+        changes.append(change)
+        return change
 
-    return flat(shape) == flat(wanted)
+    try:
+        comfy.lora.calculate_weight([(1.0, patch, 1.0, None, pass_on)], torch.zeros(shape, device="meta"), key)
+    except RuntimeError:
+        return False
+    return bool(changes)
 
 
 def _shape_of(patch: Any) -> tuple[int, ...] | None:
     """The shape of what a patch adds; None where only ComfyUI can tell."""
-    if isinstance(patch, tuple) and patch[0] == "diff":
+    if isinstance(patch, tuple):
         return tuple(patch[1][0].shape)
-    weights = getattr(patch, "weights", None)
-    if getattr(patch, "name", "") == "lora" and weights is not None and weights[3] is None:
-        up, down = weights[0], weights[1]
+    if patch.name == "lora" and patch.weights[3] is None:
+        up, down = patch.weights[:2]
         return (up.shape[0], *down.shape[1:])
     return None
