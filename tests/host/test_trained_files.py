@@ -377,9 +377,12 @@ def layer_of(trainer, out, into):
 
 @pytest.mark.parametrize("trainer", ["kohya", "diffusers", "peft", "loha", "lokr", "glora", "oft", "full"])
 def test_loras_of_other_trainers(host, loaded, trainer, caplog):
+    loras = host.base / "models" / "loras"
+    loras.mkdir(exist_ok=True)
+
     def write(name, *sizes, **more):
-        tensors = {key: torch.as_tensor(value).contiguous() for key, value in layer_of(trainer, *sizes).items()}
-        save_file(tensors | more, host.base / "models" / "loras" / f"{name}.safetensors")
+        tensors = {key: torch.as_tensor(value) for key, value in layer_of(trainer, *sizes).items()}
+        save_file(tensors | more, loras / f"{name}.safetensors")
 
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     write("theirs", 96, 64)
