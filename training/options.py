@@ -159,7 +159,7 @@ class Output:
 
     output_dir: str | None = option(None, "folder for the result, checkpoints, samples, the log and the configuration")
     output_name: str | None = option(None, "name of the result without ending; the trigger by default")
-    save_precision: str = option("fp16", "of the result", ("fp16", "bf16", "fp32"))
+    save_precision: str = option("fp16", "of the result; a difference is always in fp16", ("fp16", "bf16", "fp32"))
 
 
 @dataclass

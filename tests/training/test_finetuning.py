@@ -5,6 +5,7 @@ import re
 import shutil
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,7 +154,7 @@ def test_the_defaults_of_a_hub_id_are_those_of_what_it_turns_out_to_be(root, fol
     assert effective["data"]["resolution"] == 64
     assert effective["training"]["learning_rate"] == 1e-3
     assert effective["training"]["text_encoder_lr"] == 2e-4
-    with pytest.raises(PersonalizeError, match=r"has a training of 1 steps with other settings \(rank was 16, is 8\)"):
+    with pytest.raises(PersonalizeError, match=r"has a training of 2 steps that began otherwise \(rank was 16, is 8\)"):
         train("lora", root, folder, output, rank=8, **hub)
     with pytest.raises(
         PersonalizeError, match=r"^These settings are for SDXL \(base_family\), but name is the pocket model"
@@ -276,8 +277,8 @@ def test_channels_last_is_the_same_training(root, folder, tmp_path, monkeypatch)
     plain = train("dreambooth", root, folder, tmp_path / "plain", **options)[0]
     last = train("dreambooth", root, folder, tmp_path / "last", channels_last=True, **options)[0]
     # a training may also go on with the other layout
-    (tmp_path / "turned").mkdir()
-    shutil.copytree(tmp_path / "plain" / "checkpoints", tmp_path / "turned" / "checkpoints")
+    halfway = Path("checkpoints", "step-0000002")
+    shutil.copytree(tmp_path / "plain" / halfway, tmp_path / "turned" / halfway)
     turned = train("dreambooth", root, folder, tmp_path / "turned", channels_last=True, **options)[0]
     for trainer, expected in zip(trainers, (False, True, True), strict=True):
         convolution = trainer.base.pipeline.unet.conv_in.weight
