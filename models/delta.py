@@ -92,9 +92,8 @@ def truncated_delta_tensors(
     lengths = {name: float(change.double().square().sum()) for name, change in changes.items()}
     matrices = {name: change.float().flatten(1) for name, change in changes.items() if change.ndim >= 2}
     left -= sum(change.numel() for name, change in changes.items() if name not in matrices)
-    steps: list[
-        tuple[float, str, bool]
-    ] = []  # squared length explained for each value stored, where, and if by all of it
+    # squared length explained for each value stored, where, and if by all of it
+    steps: list[tuple[float, str, bool]] = []
     for name in progress(matrices):
         steps += _steps(name, matrices[name], left)
     ranks, whole = dict.fromkeys(matrices, 0), set()

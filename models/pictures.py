@@ -43,6 +43,14 @@ def list_pictures(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise PersonalizeError(f"The folder {folder} does not exist.")
+    paths = picture_paths(folder)
+    if not paths:
+        raise PersonalizeError(f"The folder {folder} has no pictures ({', '.join(sorted(SUFFIXES))}).")
+    return paths
+
+
+def picture_paths(folder: Path) -> list[Path]:
+    """The same of a folder that exists; it may have none."""
     paths = [
         path
         for path in folder.iterdir()
@@ -50,8 +58,6 @@ def list_pictures(folder: Path) -> list[Path]:
         and not path.name.startswith(".")
         and not path.stem.endswith(MASK_ENDING)
     ]
-    if not paths:
-        raise PersonalizeError(f"The folder {folder} has no pictures ({', '.join(sorted(SUFFIXES))}).")
     return sorted(paths, key=lambda path: path.name.casefold())
 
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .base_model import BaseModel
 from .encoding import read_text
-from .shared import SUFFIXES
+from .shared import picture_paths
 from .watch import draw_samples, resting
 
 
@@ -22,7 +22,7 @@ def draw_class_images(
     stopped goes on; processes share the work.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = {path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+    there = {path.name for path in picture_paths(folder)}
     accelerator.wait_for_everyone()  # before the first is saved, or the processes would count differently
     mark = hashlib.sha256(f"{base.fingerprint()} {prompt} {resolution} {seed}".encode()).hexdigest()[:8]
     wanted = [(i, f"class-{mark}-{i:04}.png") for i in range(count)]

@@ -31,15 +31,14 @@ POCKET = {
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 
 
-def fill_defaults(settings: Settings, method: str, family: str) -> Settings:
+def fill_defaults(settings: Settings, family: str) -> Settings:
     """The settings with nothing open.
 
     Args:
         settings: as the user gave them.
-        method: of models.metadata.METHODS.
         family: of models.base_models; one that is not known is treated as SD1.5.
     """
-    suits = DEFAULTS.get(family, LARGE)[method]
+    suits = DEFAULTS.get(family, LARGE)[settings.method.name]
     training, data, output = settings.training, settings.data, settings.output
     steps = training.max_train_steps
     if steps is None and training.num_train_epochs is None:

@@ -99,16 +99,15 @@ class DreamBoothMethod:
         return tensors
 
     def _write_full(self, path: Path, about: About) -> Path:
-        source = self.base.file
+        source, trained = self.base.file, self.trained()
         if source is not None and source.suffix == ".safetensors":
-            overwrite_tensors(source, path, self.trained(), about.as_metadata())
-            check_tensors(path, self.trained())
-            return path
-        dtype = PRECISIONS[self.settings.output.save_precision]
-        tensors = read_checkpoint(source) if source is not None else whole_checkpoint(self.base)
-        tensors |= self.trained()
-        write_safetensors(path, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, about.as_metadata())
-        check_tensors(path, self.trained())
+            overwrite_tensors(source, path, trained, about.as_metadata())
+        else:
+            dtype = PRECISIONS[self.settings.output.save_precision]
+            tensors = read_checkpoint(source) if source is not None else whole_checkpoint(self.base)
+            tensors |= trained
+            write_safetensors(path, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, about.as_metadata())
+        check_tensors(path, trained)
         return path
 
     def _write_delta(self, path: Path, about: About) -> Path:

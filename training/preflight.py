@@ -22,10 +22,10 @@ from .methods import templates_of
 from .options import Lora, TextualInversion
 from .settings import Settings
 from .shared import (
-    SUFFIXES,
     PersonalizeError,
     family_of_widths,
     list_pictures,
+    picture_paths,
     read_header,
     read_picture,
     title_of,
@@ -97,13 +97,14 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
     filled = settings
     if family is not None:
         told(check_family, settings, family)
-        filled = fill_defaults(settings, settings.method.name, family)
-        told(_size, filled, family)
+        filled = fill_defaults(settings, family)
+        if family in OFFLINE:
+            told(check_size, filled.resolution, size_step_of(family), title_of(family))
     told(_vae, settings.base.vae_path)
     counts = [0]
     for option, is_prior in (("instance_data_dir", False), ("class_data_dir", True), ("validation_data_dir", False)):
         folder = getattr(settings.data, option)
-        if folder is None or (option == "class_data_dir" and not settings.data.with_prior_preservation):
+        if folder is None or (is_prior and not settings.data.with_prior_preservation):
             continue
         path = Path(folder).expanduser()
         if is_prior and not told(_class_folder, path):
@@ -173,11 +174,10 @@ def check_family(settings: Settings, family: str) -> None:
         )
 
 
-def _size(filled: Settings, family: str) -> None:
-    if family in OFFLINE and filled.resolution % (step := size_step_of(family)):
-        raise PersonalizeError(
-            f"--resolution {filled.resolution} is no multiple of {step}, which {title_of(family)} needs."
-        )
+def check_size(resolution: int, step: int, base: str) -> None:
+    """Raises PersonalizeError where a base, by its name, takes no pictures of this many pixels."""
+    if resolution % step:
+        raise PersonalizeError(f"--resolution {resolution} is no multiple of {step}, which {base} needs.")
 
 
 def _vae(where: str | None) -> None:
@@ -192,7 +192,7 @@ def _class_folder(path: Path) -> bool:
         PersonalizeError: it cannot.
     """
     check_writable(path, "--class_data_dir")
-    return any(file.suffix.lower() in SUFFIXES and not file.name.startswith(".") for file in path.iterdir())
+    return bool(picture_paths(path))
 
 
 def check_writable(folder: Path, option: str) -> None:

@@ -27,7 +27,7 @@ from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method, templates_of
 from .options import DreamBooth, Lora, TextualInversion
-from .preflight import changed_settings, check_family, preflight, shared_settings
+from .preflight import changed_settings, check_family, check_size, preflight, processes, shared_settings
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
@@ -93,7 +93,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     findings = preflight(settings, quiet=int(os.environ.get("LOCAL_RANK", "0")) > 0)
     for warning in findings.warnings:
         print(warning, file=sys.stderr)
-    given, settings = settings, fill_defaults(settings, method, findings.family or "sd15")
+    given, settings = settings, fill_defaults(settings, findings.family or "sd15")
     accelerator = start(settings)
     dtype = PRECISIONS[{"no": "fp32"}.get(precision := settings.training.mixed_precision or "no", precision)]
     options = settings.base
@@ -107,7 +107,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     )
     if findings.family is None:
         check_family(settings, base.family)
-        settings = fill_defaults(given, method, base.family)
+        settings = fill_defaults(given, base.family)
     if settings.training.channels_last:
         base.pipeline.unet.to(memory_format=torch.channels_last)
     for module in (base.pipeline.unet, *base.text_encoders, base.pipeline.vae):
@@ -156,7 +156,7 @@ def start(settings: Settings) -> Accelerator:
     if settings.training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     tracker = settings.watching.report_to
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one in the same process
     accelerator = Accelerator(
         mixed_precision=settings.training.mixed_precision,
@@ -175,10 +175,7 @@ def prepare(
     """Find and encode pictures and captions, attach the method, free what is not needed any more."""
     data, watching = settings.data, settings.watching
     sizes = Sizes(settings.resolution, base.size_step, data.buckets)
-    if sizes.resolution % base.size_step:  # of a hub id, which the preflight could not tell
-        raise PersonalizeError(
-            f"--resolution {sizes.resolution} is no multiple of {base.size_step}, which {base.name} needs."
-        )
+    check_size(sizes.resolution, base.size_step, base.name)  # of a hub id, which the preflight could not tell
     templates = templates_of(settings)
     examples = find_examples(Path(data.instance_data_dir or "").expanduser(), data, sizes, templates)
     if data.with_prior_preservation:

@@ -37,10 +37,10 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import CLIP_MEAN as CLIP_MEAN
     from models.pictures import CLIP_STD as CLIP_STD
     from models.pictures import MASK_ENDING as MASK_ENDING
-    from models.pictures import SUFFIXES as SUFFIXES
     from models.pictures import cover_picture as cover_picture
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
+    from models.pictures import picture_paths as picture_paths
     from models.pictures import read_picture as read_picture
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
@@ -92,10 +92,10 @@ else:
     from ..models.pictures import CLIP_MEAN as CLIP_MEAN
     from ..models.pictures import CLIP_STD as CLIP_STD
     from ..models.pictures import MASK_ENDING as MASK_ENDING
-    from ..models.pictures import SUFFIXES as SUFFIXES
     from ..models.pictures import cover_picture as cover_picture
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures
+    from ..models.pictures import picture_paths as picture_paths
     from ..models.pictures import read_picture as read_picture
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
