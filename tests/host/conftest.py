@@ -1,7 +1,7 @@
 """ComfyUI in this process, and as a server."""
 
 import pytest
-from inprocess import Host
+from inprocess import BASE, Host
 from structural.adapters import random_adapter, save_adapter
 
 
@@ -24,3 +24,9 @@ def models(host):
 def clip_vision(host):
     """The pocket model's image encoder as a CLIP_VISION."""
     return host.node("PersonalizeLoadImageEncoder").execute("pocket_portraits_vision.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def loaded(host):
+    """The pocket model: MODEL, CLIP and VAE."""
+    return host.nodes.CheckpointLoaderSimple().load_checkpoint(BASE)

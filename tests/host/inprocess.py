@@ -5,6 +5,8 @@ import importlib
 import sys
 from types import SimpleNamespace
 
+BASE = "pocket_portraits.safetensors"
+
 
 class Host:
     """ComfyUI loaded in process, with this pack and others loaded by ComfyUI's own custom-node loader."""
@@ -70,3 +72,21 @@ class Host:
 
 class HostError(Exception):
     """What ComfyUI shows the user."""
+
+
+def node(host, name):
+    """One of our nodes as a function."""
+    return lambda *arguments, **named: host.node(f"Personalize{name}").execute(*arguments, **named).result
+
+
+def patched(patcher, key):
+    """A weight as the host computes with it."""
+    import comfy.lora
+    import comfy.utils
+
+    weight = comfy.utils.get_attr(patcher.model, key)
+    kept = patcher.backup.get(key)
+    weight = (weight if kept is None else kept.weight).float().clone()
+    if key not in patcher.patches:
+        return weight
+    return comfy.lora.calculate_weight(patcher.patches[key], weight, key)

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 
 import narrow
@@ -10,12 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from finetuning import CHECKPOINT, photos, train
-from inprocess import HostError
+from inprocess import BASE, HostError, node, patched
 from pack.training import run
 from pack.training.base_model import load_base, load_pipeline
 from safetensors.torch import load_file, save_file
 
-BASE = "pocket_portraits.safetensors"
 FOLDERS = {"lora": "loras", "dora": "loras", "word": "embeddings", "full": "checkpoints", "delta": "loras"}
 
 
@@ -71,11 +69,6 @@ def files(host, root, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loaded(host):
-    return host.nodes.CheckpointLoaderSimple().load_checkpoint(BASE)
-
-
-@pytest.fixture(scope="module")
 def other(host, root):
     """Another pocket model."""
     tensors = load_file(root / CHECKPOINT)
@@ -84,23 +77,6 @@ def other(host, root):
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "other.safetensors")
     return host.nodes.CheckpointLoaderSimple().load_checkpoint("other.safetensors")
-
-
-def node(host, name):
-    return lambda *arguments, **named: host.node(f"Personalize{name}").execute(*arguments, **named).result
-
-
-def patched(patcher, key):
-    """A weight as the host computes with it."""
-    import comfy.lora
-    import comfy.utils
-
-    weight = comfy.utils.get_attr(patcher.model, key)
-    kept = patcher.backup.get(key)
-    weight = (weight if kept is None else kept.weight).float().clone()
-    if key not in patcher.patches:
-        return weight
-    return comfy.lora.calculate_weight(patcher.patches[key], weight, key)
 
 
 def host_names(root):
@@ -338,68 +314,6 @@ def test_another_base(host, files, loaded, other, caplog):
     with caplog.at_level(logging.INFO):
         lora(other[0], "my_lora.safetensors", 1.0, 1.0)
     assert "was trained on pocket_portraits.safetensors; on another checkpoint it may act differently" in caplog.text
-
-
-LAYER = "lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k"
-
-
-def layer_of(trainer, out, into):
-    """One layer's tensors as other trainers write them."""
-    r = torch.randn
-    return {
-        "kohya": {f"{LAYER}.lora_down.weight": r(4, into), f"{LAYER}.lora_up.weight": r(out, 4), f"{LAYER}.alpha": 2.0},
-        "diffusers": {
-            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.down.weight": r(4, into),
-            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.processor.to_k_lora.up.weight": r(out, 4),
-        },
-        "peft": {
-            "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lora_A.weight": r(4, into),
-            "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.lora_B.weight": r(out, 4),
-        },
-        "loha": {
-            f"{LAYER}.hada_w1_a": r(out, 4),
-            f"{LAYER}.hada_w1_b": r(4, into),
-            f"{LAYER}.hada_w2_a": r(out, 4),
-            f"{LAYER}.hada_w2_b": r(4, into),
-            f"{LAYER}.alpha": 2.0,
-        },
-        "lokr": {f"{LAYER}.lokr_w1": r(4, 4), f"{LAYER}.lokr_w2": r(out // 4, into // 4), f"{LAYER}.alpha": 2.0},
-        "glora": {
-            f"{LAYER}.a1.weight": r(into, 4),
-            f"{LAYER}.a2.weight": r(4, into),
-            f"{LAYER}.b1.weight": r(out, 4),
-            f"{LAYER}.b2.weight": r(4, into),
-        },
-        "oft": {f"{LAYER}.oft_blocks": 0.1 * r(8, out // 8, out // 8), f"{LAYER}.alpha": 1.0},
-        "full": {f"{LAYER}.diff": r(out, into)},
-    }[trainer]
-
-
-@pytest.mark.parametrize("trainer", ["kohya", "diffusers", "peft", "loha", "lokr", "glora", "oft", "full"])
-def test_loras_of_other_trainers(host, loaded, trainer, caplog):
-    loras = host.base / "models" / "loras"
-    loras.mkdir(exist_ok=True)
-
-    def write(name, *sizes, **more):
-        tensors = {key: torch.as_tensor(value) for key, value in layer_of(trainer, *sizes).items()}
-        save_file(tensors | more, loras / f"{name}.safetensors")
-
-    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    write("theirs", 96, 64)
-    stock = host.nodes.LoraLoader().load_lora(loaded[0], loaded[1], "theirs.safetensors", 1.0, 1.0)[0]
-    with caplog.at_level(logging.INFO):
-        ours, clip, trigger = node(host, "LoadLoRA")(loaded[0], "theirs.safetensors", 1.0, 1.0, loaded[1])
-    assert not caplog.records
-    assert (list(ours.patches), clip.patcher.patches, trigger) == ([key], {}, "")
-    assert torch.equal(patched(ours, key), patched(stock, key))
-    assert not torch.equal(patched(ours, key), patched(loaded[0], key))
-    write("more", 96, 64, strange=torch.ones(1))
-    with caplog.at_level(logging.INFO):
-        node(host, "LoadLoRA")(loaded[0], "more.safetensors", 1.0, 1.0, loaded[1])
-    assert re.search(r"more\.safetensors: 1 of \d tensors are not for this model .* such as strange\.", caplog.text)
-    write("large", 320, 768)
-    with pytest.raises(ValueError, match=r"is \(96, 64\) in this model, but .* in large\.safetensors: it was made"):
-        node(host, "LoadLoRA")(loaded[0], "large.safetensors", 1.0, 1.0)
 
 
 def test_files_of_others_and_wrong_ones(host, files, loaded):

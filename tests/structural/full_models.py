@@ -18,29 +18,30 @@ from pack.training.shared import write_safetensors
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 
+def assemble(family: str, unet, vae, text_encoder, text_encoder_2=None):
+    """The family's pipeline of these networks, with its schedule and tokenizers."""
+    parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": clip_tokenizer()}
+    folder = CONFIGS / family / "scheduler"
+    if family == "sdxl":
+        parts |= {"text_encoder_2": text_encoder_2, "tokenizer_2": clip_tokenizer("!")}
+        return StableDiffusionXLPipeline(**parts, scheduler=EulerDiscreteScheduler.from_pretrained(folder))
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(**parts, **none, scheduler=DDIMScheduler.from_pretrained(folder))
+
+
 def random_pipeline(family: str, dtype: torch.dtype = torch.float32):
     """A pipeline of the family's configuration ("sd15" or "sdxl") in the precision given."""
     folder = CONFIGS / family
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")).to(dtype)
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")).to(dtype)
-    text = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")).to(dtype)
-    parts = {"unet": unet, "vae": vae, "text_encoder": text, "tokenizer": clip_tokenizer()}
+    networks = [
+        UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet")).to(dtype),
+        AutoencoderKL.from_config(AutoencoderKL.load_config(folder / "vae")).to(dtype),
+        CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder")).to(dtype),
+    ]
     if family == "sdxl":
         config = CLIPTextConfig.from_pretrained(folder / "text_encoder_2")
-        return StableDiffusionXLPipeline(
-            **parts,
-            text_encoder_2=CLIPTextModelWithProjection(config).to(dtype),
-            tokenizer_2=clip_tokenizer("!"),
-            scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
-        )
-    return StableDiffusionPipeline(
-        **parts,
-        scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        networks.append(CLIPTextModelWithProjection(config).to(dtype))
+    return assemble(family, *networks)
 
 
 def write_single_file(pipeline, family: str, path: Path) -> Path:

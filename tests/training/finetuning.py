@@ -1,5 +1,6 @@
 """Short trainings on the pocket model, for the tests."""
 
+import json
 import os
 import subprocess
 import sys
@@ -59,3 +60,9 @@ def run(root, *arguments, timeout=300):
     """Run to the end."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(arguments, cwd=root, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+def losses_of(output):
+    """The loss of each step that was logged."""
+    lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]

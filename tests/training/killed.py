@@ -18,9 +18,11 @@ sys.path.insert(0, os.getcwd())
 from training.run import main
 
 
-def start(method, options):
+def start(method, options, environment=None):
+    """The process of a training that says nothing."""
     child = os.fork()
     if child == 0:
+        os.environ |= environment or {}
         with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
             os._exit(main(method, "", options))
     return child

@@ -2,16 +2,9 @@
 
 import narrow
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from pack.training.base_model import CONFIGS
-from pack.training.clip_tokenizer import clip_tokenizer
+from structural.full_models import assemble
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 WIDTH = 32  # of a text encoder
@@ -41,22 +34,10 @@ TEXT = {
 def narrow_folder(family, folder):
     """Write a base model of the family's layout ("sd15" or "sdxl"), schedule and tokenizers; returns the folder."""
     torch.manual_seed(0)
-    parts = {
-        "unet": UNet2DConditionModel(**UNETS[family]),
-        "vae": narrow_vae(),
-        "text_encoder": CLIPTextModel(_text(family, "text_encoder")),
-        "tokenizer": clip_tokenizer(),
-    }
+    networks = [UNet2DConditionModel(**UNETS[family]), narrow_vae(), CLIPTextModel(_text(family, "text_encoder"))]
     if family == "sdxl":
-        scheduler = EulerDiscreteScheduler.from_pretrained(CONFIGS / family / "scheduler")
-        second = CLIPTextModelWithProjection(_text(family, "text_encoder_2"))
-        two = {"text_encoder_2": second, "tokenizer_2": clip_tokenizer("!")}
-        pipeline = StableDiffusionXLPipeline(**parts, **two, scheduler=scheduler)
-    else:
-        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        scheduler = DDIMScheduler.from_pretrained(CONFIGS / family / "scheduler")
-        pipeline = StableDiffusionPipeline(**parts, **none, scheduler=scheduler)
-    pipeline.save_pretrained(folder)
+        networks.append(CLIPTextModelWithProjection(_text(family, "text_encoder_2")))
+    assemble(family, *networks).save_pretrained(folder)
     return folder
 
 

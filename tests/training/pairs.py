@@ -13,19 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, os.getcwd())
-
-from training.run import main
-
-
-def start(rank, port, method, options):
-    child = os.fork()
-    if child == 0:
-        os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-        with open(os.devnull, "w") as sys.stdout, open(os.devnull, "w") as sys.stderr:
-            os._exit(main(method, "", options))
-    return child
+from killed import start
 
 
 def run(method, options, until=None):
@@ -33,7 +21,9 @@ def run(method, options, until=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = [start(rank, port, method, options) for rank in range(2)]
+    shared = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"} for rank in range(2)]
+    children = [start(method, options, shared | rank) for rank in ranks]
     if until is not None:
         while not until.exists() and os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             time.sleep(0.002)

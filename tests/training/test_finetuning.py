@@ -1,16 +1,13 @@
-"""The trainers' options: what each changes, and what it leaves alone."""
+"""What each option changes in a training, and what it leaves alone."""
 
-import json
-import re
 import shutil
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from finetuning import CHECKPOINT, command, photos, run, settings_of, train
+from finetuning import CHECKPOINT, losses_of, photos, settings_of, train
 from pack.models.errors import PersonalizeError
 from pack.models.losses import denoising_losses, prior_preservation_loss
 from pack.models.weight_files import read_safetensors, write_safetensors
@@ -18,22 +15,9 @@ from pack.training import class_images, dataset, encoding, loop
 from pack.training import run as running
 from pack.training.base_model import load_base
 from pack.training.export import whole_checkpoint
-from pack.training.options import TextualInversion
-from pack.training.run import METHODS
-from pack.training.settings import make_settings, read_settings
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return photos(tmp_path / "photos")
-
-
-def losses_of(output):
-    lines = map(json.loads, (output / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
 
 
 def same_file(first, second):
@@ -54,127 +38,12 @@ def test_a_difference_cut_to_a_size(root, folder, tmp_path, capsys):
     assert losses_of(tmp_path / "small") == []  # before the first step
 
 
-def test_a_command_from_options_and_a_file(root, folder, tmp_path):
-    output = tmp_path / "out"
-    config = tmp_path / "my.toml"
-    config.write_text('trigger = "sks"\n[training]\nmax_train_steps = 9\nlearning_rate = 1e-3\n[lora]\nrank = 2\n')
-    options = ["--config", str(config), "--max-train-steps", "2", "--validation_prompt", "a {trigger} {class}"]
-    options += ["--num_validation_images", "2", "--validation_steps", "1", "--validation_data_dir", str(folder)]
-    done = run(root, *command("lora", root, folder, output, *options))
-    assert done.returncode == 0, done.stderr
-    assert "sks.safetensors" in done.stdout
-    assert "2/2" in done.stderr  # the bar
-    with safe_open(output / "sks.safetensors", framework="pt") as file:
-        about = file.metadata()
-    assert about["personalize.method"] == "lora"
-    assert about["personalize.trigger"] == "sks"
-    assert about["personalize.base_name"] == "pocket_portraits.safetensors"
-    assert len(about["personalize.base_hash"]) == 64
-    assert about["ss_network_dim"] == "2"
-    assert str(tmp_path) not in json.dumps(about)
-    effective = tomllib.loads((output / "config.toml").read_text())
-    assert effective["training"]["max_train_steps"] == 2
-    assert effective["training"]["text_encoder_lr"] == 2e-4  # what was open was filled in
-    assert read_settings(METHODS["lora"][0], "", "", ["--config", str(output / "config.toml")]).flat()["rank"] == 2
-    assert Image.open(output / "loss.png").size == (900, 420)
-    sheets = sorted((output / "samples").iterdir())
-    assert [sheet.name for sheet in sheets] == ["step-0000001.png", "step-0000002.png"]
-    assert Image.open(sheets[0]).size == (240, 80)
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    assert sum("validation_loss" in line for line in lines) == 2
-
-
-def test_help_names_every_option(root):
-    done = run(root, *command("dreambooth", root, "x", "y", "--help"))
-    assert done.returncode == 0
-    for name in settings_of("dreambooth", root, "x", "y").flat():
-        assert f"  --{name}" in done.stdout
-
-
-def test_other_trainers_names_of_options():
-    words = ["--train_data_dir", "photos", "--placeholder_token", "sks", "--use_8bit_adam"]
-    settings = read_settings(TextualInversion, "", "", words)
-    assert settings == make_settings(TextualInversion, {"train_data_dir": "photos", "placeholder_token": "sks", "use_8bit_adam": True})  # fmt: skip
-    assert (settings.data.instance_data_dir, settings.data.trigger) == ("photos", "sks")
-    assert settings.training.optimizer == "adamw8bit"
-
-
 def test_captions_that_are_too_long_are_told(root, tmp_path, capsys):
     pictures = photos(tmp_path / "photos", 2)
     sorted(pictures.iterdir())[0].with_suffix(".txt").write_text("ohwx " + "very " * 80 + "tall")
     train("lora", root, pictures, tmp_path / "out", max_train_steps=1)
     name = sorted(pictures.glob("*.png"))[0].name
     assert f"1 captions are longer than the 77 tokens that are read ({name}): their end" in capsys.readouterr().err
-
-
-def test_wrong_options_are_told_at_once(tmp_path):
-    config = tmp_path / "my.toml"
-    config.write_text('learning_rat = 1\nbuckets = "False"\ntrain_batch_size = 0\nmixed_precision = "bf61"\n')
-    with pytest.raises(PersonalizeError) as caught:
-        read_settings(METHODS["lora"][0], "", "", ["--config", str(config), "--rank", "many"])
-    assert str(caught.value).splitlines() == [
-        "There is no option learning_rat: do you mean learning_rate?",
-        "buckets is 'False', but must be true or false.",
-        "train_batch_size is 0, but must be at least 1.",
-        "mixed_precision is 'bf61', but must be one of no, fp16, bf16.",
-        "rank is 'many', but must be a whole number.",
-    ]
-    for text, said in (
-        ("[lora", "cannot be read"),
-        ("[optimiser]\nx = 1\n", r"^\[optimiser\] in .* is no group of options"),
-        ("[dreambooth]\nx = 1\n", r"^\[dreambooth\] in .* is no group of options"),
-    ):
-        config.write_text(text)
-        with pytest.raises(PersonalizeError, match=said):
-            read_settings(METHODS["lora"][0], "", "", ["--config", str(config)])
-    with pytest.raises(PersonalizeError, match=r"^The configuration .*gone\.toml does not exist\.$"):
-        read_settings(METHODS["lora"][0], "", "", ["--config", str(tmp_path / "gone.toml")])
-
-
-@pytest.mark.parametrize("name", ["adam_beta1", "adam_beta2", "ema_decay", "caption_dropout", "lora_dropout"])
-def test_a_share_is_below_one(name):
-    with pytest.raises(PersonalizeError, match=rf"^{name} is 1\.0, but must be below 1\.$"):
-        make_settings(METHODS["lora"][0], {name: 1})
-    assert make_settings(METHODS["lora"][0], {name: 0.99}).flat()[name] == 0.99
-
-
-@pytest.mark.parametrize("table", ["textual_inversion", "textualinversion"])
-def test_the_table_of_textual_inversion(tmp_path, table):
-    config = tmp_path / "my.toml"
-    config.write_text(f"[{table}]\nnum_vectors = 7\n")
-    settings = read_settings(METHODS["textual_inversion"][0], "", "", ["--config", str(config)])
-    assert settings.method.num_vectors == 7
-
-
-def test_the_defaults_of_a_hub_id_are_those_of_what_it_turns_out_to_be(root, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "load_base", lambda _, *rest: load_base(str(root / CHECKPOINT), *rest))
-    hub, output = {"pretrained_model_name_or_path": "owner/name", "max_train_steps": 2}, tmp_path / "out"
-    train("lora", root, folder, output, checkpointing_steps=1, **hub)
-    effective = tomllib.loads((output / "config.toml").read_text())
-    assert effective["data"]["resolution"] == 64
-    assert effective["training"]["learning_rate"] == 1e-3
-    assert effective["training"]["text_encoder_lr"] == 2e-4
-    with pytest.raises(PersonalizeError, match=r"has a training of 2 steps that began otherwise \(rank was 16, is 8\)"):
-        train("lora", root, folder, output, rank=8, **hub)
-    with pytest.raises(
-        PersonalizeError, match=r"^These settings are for SDXL \(base_family\), but name is the pocket model"
-    ):
-        train("lora", root, folder, output, base_family="sdxl", **hub)
-
-
-def test_shipped_configurations(root):
-    """Each says in its first lines which command it is for, and is understood by it."""
-    configs = sorted((root / "training" / "configs").glob("*.toml"))
-    assert len(configs) == 15
-    for path in configs:
-        text = path.read_text()
-        method = re.search(r"python -m training\.(\w+) --config training/configs/(\S+)", text)
-        assert method is not None
-        assert method[2] == path.name
-        assert "# Expected: " in text
-        assert "# Memory: " in text
-        settings = read_settings(METHODS[method[1]][0], "", "", ["--config", str(path)])
-        assert path.name.startswith(f"{settings.base.base_family}_")
 
 
 def test_the_prior_loss_is_its_equation(root, folder, tmp_path, monkeypatch):
