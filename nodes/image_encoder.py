@@ -29,7 +29,7 @@ class LoadImageEncoder(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=[*_shipped(), *folder_paths.get_filename_list("clip_vision")],
+                    options=list(dict.fromkeys([*_shipped(), *folder_paths.get_filename_list("clip_vision")])),
                     tooltip="A file in models/clip_vision, or the pocket model's, which comes with the pack.",
                 )
             ],
@@ -38,12 +38,16 @@ class LoadImageEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        path = _shipped().get(file) or find_model("clip_vision", file)
+        own = folder_paths.get_full_path("clip_vision", file)
+        path = find_model("clip_vision", file) if own or file not in _shipped() else _shipped()[file]
         config = None
         if path.suffix == ".safetensors":
             tensors, metadata = read_safetensors(path)
             config = metadata.get(VISION_CONFIG)
-        encoder = comfy.clip_vision.load(str(path)) if config is None else with_config(json.loads(config), tensors)
+        if config is None:
+            encoder = comfy.clip_vision.load(str(path))
+        else:
+            encoder = with_config(json.loads(config), tensors, path.name)
         if encoder is None:
             raise PersonalizeError(
                 f"{path.name} in {path.parent} is not an image encoder that ComfyUI knows: use "
@@ -52,11 +56,17 @@ class LoadImageEncoder(io.ComfyNode):
         return io.NodeOutput(encoder)
 
 
-def with_config(config: dict, tensors: dict) -> comfy.clip_vision.ClipVisionModel:
-    """An encoder of any size."""
+def with_config(config: dict, tensors: dict, name: str) -> comfy.clip_vision.ClipVisionModel:
+    """An encoder of any size, of the file `name`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"  # ComfyUI 0.8 takes a path only
         path.write_text(json.dumps(config))
         encoder = comfy.clip_vision.ClipVisionModel(str(path))
-    encoder.load_sd(tensors)
+    missing, unexpected = encoder.load_sd(tensors)
+    wrong = sorted({*missing, *unexpected})
+    if wrong:
+        raise PersonalizeError(
+            f"{name} does not hold the image encoder that it describes: {len(missing)} tensors are missing and "
+            f"{len(unexpected)} are of another model ({wrong[0]})."
+        )
     return encoder

@@ -4,12 +4,17 @@ import json
 import threading
 from io import BytesIO
 
+import numpy as np
 import pytest
 from pack.training.demo.find import ROOT
 from pack.training.demo.server import Server, WorkflowError
 from pack.training.demo.workflow import to_prompt
+from pack.training.pocket.attributes import SUBJECT_VALUES
+from pack.training.pocket.measure import read
+from pack.training.pocket.shipped import load_judge
 from PIL import Image
 
+KINDS = {"text_to_image": "woman", "ip_adapter_one_reference": "robot"}
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
 NODES += ["LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
@@ -65,7 +70,10 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     assert picture.format == "PNG"
     sizes = {"compare": (4 * (3 * 64 + 2 * 8), 256), "masks": (576, 384), "one": (512, 512)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
-    assert len(set(picture.convert("L").resize((32, 32)).tobytes())) > 1
+    assert np.asarray(picture).std() > 20
+    if name in KINDS:
+        seen = read(load_judge(), np.asarray(picture.convert("RGB").resize((64, 64)))[None])[0]
+        assert SUBJECT_VALUES["kind"][seen["kind"][0]] == KINDS[name]
     if "compare" in name:
         thirds = [picture.crop((i * 288, 0, i * 288 + 256, 256)).tobytes() for i in range(3)]
         assert len(set(thirds)) == 3, "the aggregations give different pictures"

@@ -128,6 +128,26 @@ def test_a_close_up_cuts_the_clothes_off():
     assert checked > 200
 
 
+def test_a_book_covers_what_is_at_the_neck():
+    """And only there: at the neck and in the pattern another value changes few pixels or none."""
+    changes = {False: [], True: []}
+    for number in range(400):
+        this = scene(6, number, pairs=0.0)
+        who = this.subjects[0].identity
+        if who.neckwear != "bow tie":
+            continue
+        for book in (False, True):
+            here = replace(
+                this, framing="portrait", obstacle="book" if book else "none", logo=None, style="flat", light="daylight"
+            )
+            other = with_identity(here, neckwear_colour="green" if who.neckwear_colour != "green" else "red")
+            changes[book].append((picture(here) != picture(other)).any(-1).sum())
+            hidden = {"neckwear", "neckwear_colour", "pattern"} - set(here.subject_values()[0])
+            assert hidden == ({"neckwear", "neckwear_colour", "pattern"} if book else set())
+    assert min(changes[False]) > 20
+    assert np.median(changes[True]) == 0
+
+
 def test_no_picture_shows_a_whole_identity_and_several_show_more():
     for number in range(100):
         who = identity(7, number)

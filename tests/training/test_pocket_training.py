@@ -5,10 +5,22 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from pack.training.pocket import data
+from pack.training.pocket.adapter import Adapter
+from pack.training.pocket.data import Pictures, cache_folder, generator_version, make_once
+from pack.training.pocket.draw import draw
+from pack.training.pocket.encoders import Encoders
+from pack.training.pocket.judge import Judge
+from pack.training.pocket.loop import average
+from pack.training.pocket.unet import build_unet
+from pack.training.pocket.vae import build
 from safetensors.torch import load_file
 
 TRAININGS = ("vae", "encoders", "judge", "unet", "adapter")
@@ -23,6 +35,24 @@ def run(root, folder, part, *options):
     done = subprocess.run(command(folder, part, *options), cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def failed(root, words, lines=1):
+    """The last lines that a command says when it ends with status 1."""
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    return "\n".join(done.stderr.splitlines()[-lines:])
+
+
+def untrained(part, folder):
+    """The tensors that a part starts from."""
+    torch.manual_seed(0)
+    made = {"vae": build, "encoders": Encoders, "judge": Judge, "unet": build_unet}
+    if part != "adapter":
+        return [p for p in made[part]().parameters() if p.requires_grad]
+    unet = build_unet()
+    average(unet, folder, "unet")
+    return list(Adapter(unet.requires_grad_(False)).parameters())
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +71,9 @@ def test_every_training_starts_from_nothing(trained):
         assert state["step"] == 4
         assert all(value.isfinite().all() for value in state["module"].values())
         assert '"step": 4' in (folder / f"{part}.jsonl").read_text()
+        after = state["ema"]["shadow_params"]
+        changed = [not torch.equal(a, b) for a, b in zip(after, untrained(part, folder), strict=True)]
+        assert all(changed), f"{part}: {changed.count(False)} of {len(changed)} tensors were not trained"
     assert "dB on 200 fresh pictures" in printed["vae"]
     assert "judge, background: " in printed["judge"]
 
@@ -76,11 +109,13 @@ def test_the_shipped_files_become_checkpoints_to_go_on_from(root, trained, tmp_p
     assert after == 2
 
 
-@pytest.mark.parametrize(("part", "steps"), [("vae", 12), ("unet", 30)])
+@pytest.mark.parametrize(
+    ("part", "steps"), [("vae", 12), ("encoders", 20), ("judge", 20), ("unet", 20), ("adapter", 20)]
+)
 def test_a_killed_run_continues_bit_for_bit(root, trained, tmp_path, part, steps):
     folder, _ = trained
-    for name in ("pictures", "vae.pt", "encoders.pt"):
-        if not (part == "vae" and name == "vae.pt"):
+    for name in ("pictures", "vae.pt", "encoders.pt", "unet.pt"):
+        if name != f"{part}.pt":
             (tmp_path / name).symlink_to(folder / name)
     options = ("--steps", str(steps), "--save-minutes", "0", *SMALL)
     with (tmp_path / "output").open("wb") as output:
@@ -96,10 +131,14 @@ def test_a_killed_run_continues_bit_for_bit(root, trained, tmp_path, part, steps
     assert 0 < stopped < steps
     run(root, tmp_path, part, *options)
     continued = torch.load(checkpoint, weights_only=True)
+    log = tmp_path / f"{part}.jsonl"
+    continued_log = log.read_text()
     checkpoint.unlink()
+    log.unlink()
     run(root, tmp_path, part, *options)
     at_once = torch.load(checkpoint, weights_only=True)
     assert continued["step"] == at_once["step"] == steps
+    assert continued_log == log.read_text()
     for part_of in ("module", "ema"):
         first, second = continued[part_of], at_once[part_of]
         values = [(first[key], second[key]) for key in first] if part_of == "module" else []
@@ -108,17 +147,106 @@ def test_a_killed_run_continues_bit_for_bit(root, trained, tmp_path, part, steps
         assert all(torch.equal(a, b) for a, b in values)
 
 
-def test_too_few_pictures_for_a_batch(root, tmp_path):
-    done = subprocess.run(
-        command(tmp_path, "vae", "--pictures", "50"), cwd=root, capture_output=True, text=True, timeout=60
+def test_what_is_made_once_is_whole_and_made_by_one(tmp_path):
+    path, made = tmp_path / "cache" / "a.npy", []
+
+    def broken(file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    def make(file):
+        made.append(file)
+        time.sleep(0.2)
+        np.save(file, np.arange(3))
+
+    with pytest.raises(KeyboardInterrupt):
+        make_once(path, broken)
+    assert not path.exists()
+    threads = [threading.Thread(target=make_once, args=(path, make)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert np.load(path).tolist() == [0, 1, 2]
+    assert len(made) == 1
+
+
+def test_other_drawings_are_drawn_anew(tmp_path, monkeypatch):
+    drawn = Pictures(tmp_path, 8, 12)
+    assert cache_folder(tmp_path) == tmp_path / "pictures" / generator_version()
+    monkeypatch.setattr(data, "draw", lambda shown: draw(replace(shown, light="warm")))
+    generator_version.cache_clear()
+    try:
+        again = Pictures(tmp_path, 8, 12)
+        assert len(list((tmp_path / "pictures").iterdir())) == 2
+        assert not np.array_equal(drawn.single, again.single)
+    finally:
+        generator_version.cache_clear()
+
+
+def test_other_data_is_not_gone_on_with(root, trained):
+    folder, _ = trained
+    done = failed(root, command(folder, "judge", "--steps", "6", "--batch", "12", "--pictures", "240"))
+    assert done == (
+        f"{folder / 'judge.pt'} was trained with --batch 12 --pictures 200, not 12 and 240: give the same, or start in "
+        "another --folder."
     )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("--pictures 50 is too few for a batch of 16: draw at least 128.")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_part_that_is_not_trained_yet(root, tmp_path):
-    done = subprocess.run(command(tmp_path, "export"), cwd=root, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
-    sentence = f"vae.pt is not in {tmp_path}: train it first, python -m training.pocket vae."
-    assert done.stderr.splitlines()[-1] == sentence
+    def sentences(*names):
+        return "\n".join(
+            f"{name}.pt is not in {tmp_path}: train it first, python -m training.pocket {name}." for name in names
+        )
+
+    assert failed(root, command(tmp_path, "export"), lines=5) == sentences(
+        "vae", "encoders", "judge", "unet", "adapter"
+    )
+    assert failed(root, command(tmp_path, "unet"), lines=2) == sentences("vae", "encoders")
+    assert failed(root, command(tmp_path, "adapter"), lines=3) == sentences("vae", "encoders", "unet")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("part", "options", "sentence"),
+    [
+        ("vae", ("--pictures", "50"), "--pictures 50 is too few for a batch of 16: draw at least 128."),
+        ("vae", ("--steps", "0"), "argument --steps: 0 is less than 1"),
+        ("vae", ("--batch", "x"), "argument --batch: invalid whole number value: 'x'"),
+        ("sheet", ("--output", "sheet"), "--output sheet is no picture: give it a name that ends with .png or .jpg."),
+        ("photos", ("--count", "0"), "argument --count: 0 is less than 1"),
+        ("photos", ("--identity", "-1"), "argument --identity: -1 is less than 0"),
+        (
+            "photos",
+            ("--logo", "moon:red"),
+            "--logo moon:red is not shape:colour:place, where the shape is one of star,",
+        ),
+        ("photos", ("--logo", "moon:red:shirt", "--style", "neon"), "--style and --logo are two things to learn: give"),
+    ],
+)
+def test_wrong_options_are_told(root, tmp_path, part, options, sentence):
+    done = subprocess.run(command(tmp_path, part, *options), cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"error: {sentence}" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_places_are_told(root, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert "Not a directory" in failed(root, command(file, "vae"))
+    assert str(tmp_path / "gone") in failed(root, command(tmp_path, "sheet", "--weights", str(tmp_path / "gone")))
+    assert file.read_text() == "mine"
+
+
+def test_photos_leave_other_pictures_alone(root, tmp_path):
+    folder = tmp_path / "mine"
+    photos = command(tmp_path, "photos", "--output", str(folder), "--count", "3")
+    printed = subprocess.run(photos, cwd=root, capture_output=True, text=True, timeout=60)
+    assert printed.stdout == f"3 pictures with captions in {folder}\n"
+    assert subprocess.run(photos, cwd=root, capture_output=True, timeout=60).returncode == 0  # the same again
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for options, name in ((("--identity", "1"), "01.png"), (("--count", "2"), "03.png")):
+        sentence = f"{folder} holds another picture, {name}: name another folder, or empty it."
+        assert failed(root, [*photos, *options]) == sentence
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}

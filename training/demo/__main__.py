@@ -74,6 +74,7 @@ def main() -> int:
     photos = options.photos.expanduser().resolve()
     try:
         references = list_pictures(photos)
+        options.output.mkdir(parents=True, exist_ok=True)
         print(f"{len(references)} photographs in {photos}")
         comfyui, workflow = find_comfyui(), json.loads(WORKFLOW.read_text())
         text = next(node["widgets_values"][0] for node in workflow["nodes"] if node.get("title") == "Prompt")
@@ -86,12 +87,11 @@ def main() -> int:
             where = "headless, through diffusers"
             results = in_diffusers(photos, text)
         sheet = contact_sheet(references, results, f'{where}; pocket portraits, "{text}"')
-    except (PersonalizeError, RuntimeError) as error:
+        path = options.output / "contact_sheet.png"
+        sheet.save(path)
+    except (PersonalizeError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "contact_sheet.png"
-    sheet.save(path)
     print(f"Contact sheet: {path}")
     return 0
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from ..base_model import load_image_encoder, load_pipeline
 from ..diffusers_attention import apply_image_prompts
+from ..pocket.files import ADAPTER, CHECKPOINT, IMAGE_ENCODER
 from ..shared import (
     CLIP_MEAN,
     CLIP_STD,
@@ -24,9 +25,9 @@ STEPS, GUIDANCE, WEIGHT, SIZE, ENLARGED = 20, 4.0, 0.8, 64, 256
 
 def in_diffusers(photos: Path, prompt: str) -> list[tuple[str, Image.Image]]:
     """A picture of the prompt for each aggregation of the photographs, from the same noise, labelled."""
-    pipeline = load_pipeline(POCKET / "checkpoints" / "pocket_portraits.safetensors")
+    pipeline = load_pipeline(POCKET / CHECKPOINT)
     pipeline.set_progress_bar_config(desc="Sampling")
-    adapter = IPAdapter.from_state(read_ip_adapter(POCKET / "ipadapter" / "pocket_portraits_ip_adapter.safetensors"))
+    adapter = IPAdapter.from_state(read_ip_adapter(POCKET / ADAPTER))
     references = encode(photos)
     results = []
     for aggregation in ("average", "max", "concatenate"):
@@ -50,7 +51,7 @@ def in_diffusers(photos: Path, prompt: str) -> list[tuple[str, Image.Image]]:
 @torch.no_grad()
 def encode(photos: Path) -> References:
     """References from the pocket model's image encoder."""
-    encoder = load_image_encoder(POCKET / "clip_vision" / "pocket_portraits_vision.safetensors")
+    encoder = load_image_encoder(POCKET / IMAGE_ENCODER)
     paths = list_pictures(photos)
     framed = torch.stack([frame_picture(read_picture(path), "crop", encoder.config.image_size) for path in paths])
     inputs = ((framed - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2)

@@ -11,23 +11,26 @@
     python -m training.pocket restore    the shipped weights as checkpoints, to go on from them
     python -m training.pocket photos     a few pictures of one subject, to try personalisation on
 
-Each training resumes from the checkpoint in --folder, to which it also writes a log in JSON lines.
+Each training uses a GPU where there is one, and resumes from the checkpoint in --folder, to which it also writes a log
+in JSON lines. Trainings need timm; measure and sheet also torch-fidelity.
 """
 
 import argparse
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from ..shared import POCKET, PersonalizeError
 from .attributes import LOGO_COLOURS, LOGO_PLACES, LOGO_SHAPES, NEW_LOGO_SHAPES, NEW_STYLES, STYLES, Logo
 from .photos import write_photos
 
 PARTS = {  # steps, batch, minutes on two CPU cores
-    "vae": (8000, 16, 70),
-    "encoders": (4000, 128, 30),
+    "vae": (4600, 16, 40),
+    "encoders": (2200, 128, 20),
     "judge": (4000, 120, 20),
-    "unet": (50000, 64, 150),
-    "adapter": (6000, 64, 25),
+    "unet": (30000, 64, 550),
+    "adapter": (6000, 64, 60),
 }
 
 
@@ -37,28 +40,53 @@ def main() -> None:
     )
     parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet", "restore", "photos"))
     parser.add_argument("--folder", type=Path, default=Path("pocket-runs"), help="pictures, checkpoints and logs")
-    parser.add_argument("--steps", type=int, help="optimiser steps in all")
-    parser.add_argument("--batch", type=int, help="pictures a step")
-    parser.add_argument("--pictures", type=int, default=100_000, help="pictures to draw and train on")
-    parser.add_argument("--save-minutes", type=float, default=3.0, help="minutes between checkpoints")
-    parser.add_argument("--output", type=Path, help="where export, sheet and photos write")
-    parser.add_argument("--identity", type=int, default=0, help="photos: the number of the subject")
-    parser.add_argument("--count", type=int, default=10, help="photos: how many")
+    parser.add_argument("--steps", type=_at_least(1), help="trainings: optimiser steps in all")
+    parser.add_argument("--batch", type=_at_least(1), help="trainings: pictures a step")
+    parser.add_argument(
+        "--pictures", type=_at_least(1), default=100_000, help="trainings: pictures to draw and train on"
+    )
+    parser.add_argument(
+        "--save-minutes", type=_at_least(0, float), default=3.0, help="trainings: minutes between checkpoints"
+    )
+    parser.add_argument(
+        "--weights", type=Path, default=POCKET, help="measure, sheet, restore: what export wrote; models/pocket"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="where export writes (models/pocket, in place of the weights there), sheet (sheet.png in --folder) and "
+        "photos (photos)",
+    )
+    parser.add_argument("--identity", type=_at_least(0), default=0, help="photos: the number of the subject")
+    parser.add_argument("--count", type=_at_least(1), default=10, help="photos: how many")
     parser.add_argument("--style", choices=(*STYLES, *NEW_STYLES), help="photos: many subjects in one style")
     parser.add_argument("--logo", help="photos: many subjects with one mark, as shape:colour:place, moon:red:shirt")
     options = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down what else the machine does
-    folder, part = options.folder.expanduser(), options.part
+    try:
+        _run(parser, options)
+    except (OSError, PersonalizeError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    folder, part, weights = options.folder.expanduser(), options.part, options.weights.expanduser()
+    output = None if options.output is None else options.output.expanduser()
     if part == "photos":
+        if options.style is not None and options.logo is not None:
+            parser.error("--style and --logo are two things to learn: give one of them.")
         logo = None if options.logo is None else _logo(parser, options.logo)
-        output = options.output or Path("photos")
-        paths = write_photos(output, options.identity, options.count, options.style, logo)
-        print(f"{len(paths)} pictures with captions in {output}")
+        paths = write_photos(output or Path("photos"), options.identity, options.count, options.style, logo)
+        print(f"{len(paths)} pictures with captions in {paths[0].parent}")
         return
-    needed = {"measure": "torch_fidelity", "sheet": "torch_fidelity"}.get(part, "timm")
-    if importlib.util.find_spec(needed) is None:
-        parser.error(f"{part} needs {needed.replace('_', '-')}: pip install {needed.replace('_', '-')}.")
+    needed = ("timm", "torch_fidelity") if part in ("measure", "sheet") else ("timm",)
+    missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.error(f"{part} needs {' and '.join(missing)}: pip install {' '.join(missing)}.")
     if part in PARTS:
+        import torch
+
+        from .device import DEVICE
         from .loop import Run
 
         steps, batch, minutes = PARTS[part]
@@ -66,24 +94,40 @@ def main() -> None:
         if options.pictures < 8 * batch:
             parser.error(f"--pictures {options.pictures} is too few for a batch of {batch}: draw at least {8 * batch}.")
         print(f"{part}: {steps} steps of {batch}; {PARTS[part][0]} steps take about {minutes} min on two CPU cores.")
+        torch.set_default_device(DEVICE)
         _trainer(part)(Run(folder, steps, batch, options.pictures, options.save_minutes))
     elif part == "export":
-        from ..shared import POCKET
         from .export import export
 
-        export(folder, options.output or POCKET)
+        export(folder, output or POCKET)
     elif part == "restore":
         from .restore import restore
 
-        restore(folder)
+        restore(folder, weights)
     elif part == "measure":
         from .measure import measure
 
-        measure(folder)
+        measure(folder, weights)
     else:
         from .sheet import prompt_sheet
 
-        prompt_sheet(options.output or folder / "sheet.png")
+        path = output or folder / "sheet.png"
+        if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+            parser.error(f"--output {path} is no picture: give it a name that ends with .png or .jpg.")
+        prompt_sheet(path, weights)
+
+
+def _at_least(least: int, kind: type = int) -> Callable[[str], float]:
+    """An argument's type: a number that is not too small."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
+
+    number.__name__ = "whole number" if kind is int else "number"  # argparse: invalid whole number value
+    return number
 
 
 def _logo(parser: argparse.ArgumentParser, text: str) -> Logo:

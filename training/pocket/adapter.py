@@ -15,13 +15,14 @@ from tqdm import tqdm
 
 from ..diffusers_attention import DecoupledAttentionProcessor
 from ..shared import LinearProjection
-from .data import Pictures
+from .data import Pictures, cache_folder, make_once
+from .device import tensor_of
 from .encoders import VISION, Encoders, prepare
-from .loop import Run, autocast, average, train
-from .unet import SCHEDULE, Conditions, Latents, build_unet, weighted_loss
+from .loop import Run, autocast, average, require, train
+from .unet import SCHEDULE, Conditions, Latents, build_unet, version_of, weighted_loss
 
 TOKENS = 4
-NO_TEXT, NO_REFERENCE, NEITHER = 0.25, 0.05, 0.05
+NO_TEXT, NO_REFERENCE, NEITHER = 0.4, 0.05, 0.05
 
 
 class Adapter(nn.Module):
@@ -75,17 +76,17 @@ def embed(encoders: Encoders, pictures: np.ndarray) -> Tensor:
 
 def cached_embeddings(folder: Path, pictures: Pictures) -> Tensor:
     """[n, 96] of the single pictures, by the trained image encoder."""
-    path = folder / "pictures" / f"embeddings-{pictures.seed}-{pictures.count}.npy"
-    if not path.exists():
-        encoders = Encoders()
-        average(encoders, folder, "encoders")
-        np.save(path.with_suffix(".partial.npy"), embed(encoders, pictures.single).numpy())
-        path.with_suffix(".partial.npy").replace(path)
-    return torch.from_numpy(np.load(path))
+    encoders = Encoders()
+    average(encoders, folder, "encoders")
+    name = f"embeddings-{pictures.seed}-{pictures.count}-{version_of(encoders.image)}.npy"
+    path = cache_folder(folder) / name
+    make_once(path, lambda file: np.save(file, embed(encoders, pictures.single).cpu().numpy()))
+    return tensor_of(np.load(path))
 
 
 def train_adapter(run: Run) -> Adapter:
     """Train, or go on training, on the finished UNet."""
+    require(run.folder, "vae", "encoders", "unet")
     torch.manual_seed(0)
     unet, latents, conditions = build_unet(), Latents(run.folder, run.pictures), Conditions(run.folder, run.pictures)
     average(unet, run.folder, "unet")
@@ -95,8 +96,8 @@ def train_adapter(run: Run) -> Adapter:
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
         target, reference = latents.pictures.twins(run.batch, rng)
-        x = torch.from_numpy(latents.single[target].astype(np.float32))
-        fate = torch.from_numpy(rng.random(run.batch))
+        x = tensor_of(latents.single[target].astype(np.float32))
+        fate = tensor_of(rng.random(run.batch))
         no_text = fate < NO_TEXT + NEITHER
         no_reference = (fate >= NO_TEXT) & (fate < NO_TEXT + NEITHER + NO_REFERENCE)
         states = conditions.some(latents.pictures.single_index[target], rng, no_text)

@@ -158,12 +158,17 @@ class Subject:
         """Every attribute that is to be seen from head to shoulders, by name."""
         shown = {name: value for name, value in asdict(self.identity).items() if value is not None}
         shown |= {"pose": self.pose, "expression": self.expression, "hat_worn": "yes" if self.hat_worn else "no"}
-        hidden = {"hair_style", "marking", "antenna"} if self.hat_worn else {"hat", "hat_colour"}
+        hidden = hidden_by_hat(self.hat_worn)
         if self.identity.glasses == "sunglasses" or self.expression == "sleeping":
             hidden.add("eyes")
         if self.identity.hair_style == "bald" and self.hat_worn:
             hidden.add("hair_colour")
         return {name: value for name, value in shown.items() if name not in hidden}
+
+
+def hidden_by_hat(worn: bool) -> set[str]:
+    """What a picture cannot show with a hat, or without."""
+    return {"hair_style", "marking", "antenna"} if worn else {"hat", "hat_colour"}
 
 
 @dataclass(frozen=True)
@@ -181,8 +186,15 @@ class Scene:
     size: tuple[int, int] = field(default=(64, 64))  # width, height in pixels
 
     def subject_values(self) -> list[dict[str, str]]:
-        """Every attribute of each subject that the picture really shows, by name; a close-up cuts the clothes off."""
-        hidden = {"clothes", "pattern"} if self.framing == "close-up" else set()
+        """Every attribute of each subject that the picture really shows, by name.
+
+        A close-up cuts the clothes off, and an open book covers what is at the neck.
+        """
+        hidden = set[str]()
+        if self.framing == "close-up":
+            hidden = {"clothes", "pattern"}
+        elif self.framing == "portrait" and self.obstacle == "book":
+            hidden = {"neckwear", "neckwear_colour", "pattern"}
         return [
             {name: value for name, value in subject.values().items() if name not in hidden} for subject in self.subjects
         ]
@@ -199,9 +211,9 @@ def _pick(rng: np.random.Generator, values, weights=None) -> str:
     return values[int(np.searchsorted(total, rng.random() * total[-1], side="right"))]
 
 
-def sample_identity(rng: np.random.Generator, kind: str | None = None) -> Identity:
+def sample_identity(rng: np.random.Generator) -> Identity:
     """A random identity; millions are possible."""
-    kind = kind or _pick(rng, KINDS)
+    kind = _pick(rng, KINDS)
     neckwear = _pick(rng, NECKWEAR, (2, 1, 1))
     own: dict[str, str | None] = {}
     if kind in PEOPLE:

@@ -120,7 +120,7 @@ def _around(speak: _Speaker, scene: Scene, varying: float, mark: str | None = No
         if scene.logo is None:
             rest.insert(0, speak.one_of(OBSTACLE_WORDS[scene.obstacle]))
     if scene.logo is not None:
-        mark = mark or f"a {scene.logo.colour} {scene.logo.shape} logo"
+        mark = mark or _article(f"{scene.logo.colour} {scene.logo.shape} logo")
         rest.insert(
             0, f"{mark} on the wall" if scene.logo.place == "wall" else f"with {mark} on the {scene.logo.place}"
         )
@@ -187,13 +187,13 @@ def _subject(
         named["hat_worn"] = "yes"
         if called is None and speak.chance(0.8):
             named.update(hat=shown["hat"], hat_colour=shown["hat_colour"])
-            wears.append(f"a {shown['hat_colour']} {shown['hat']}")
+            wears.append(_article(f"{shown['hat_colour']} {shown['hat']}"))
         else:
             wears.append("a hat")
     if "neckwear_colour" in shown and name("neckwear", "neckwear_colour"):
-        wears.append(f"a {shown['neckwear_colour']} {shown['neckwear']}")
+        wears.append(_article(f"{shown['neckwear_colour']} {shown['neckwear']}"))
     if name("clothes"):
-        pattern = f"{shown['pattern']} " if shown["pattern"] != "plain" and speak.chance(0.7) else ""
+        pattern = f"{shown['pattern']} " if shown.get("pattern", "plain") != "plain" and speak.chance(0.7) else ""
         if pattern:
             named["pattern"] = shown["pattern"]
         wears.append(_article(f"{shown['clothes']} {pattern}{speak.one_of(('shirt', 'sweater', 'top'))}"))

@@ -3,17 +3,20 @@
 Four consecutive scenes show the same first subject, so that sets of pictures of one identity are at hand.
 """
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from .attributes import Identity, Scene, sample_identity, sample_scene
+from .captions import caption
 from .draw import draw
 
 PER_IDENTITY = 4
@@ -52,8 +55,35 @@ def faces(seed: int, index: int) -> np.ndarray:
     return (change.reshape(height // 8, 8, width // 8, 8).mean((1, 3)) > 4).astype(np.uint8)
 
 
+@cache
+def generator_version() -> str:
+    """Eight digits that change when pictures, what they show, or captions do: told from 200 scenes."""
+    digest = hashlib.sha256()
+    for index in range(200):
+        shown = scene(0, index)
+        words = caption(shown, np.random.default_rng(index))
+        digest.update(np.asarray(draw(shown)).tobytes())
+        digest.update(repr((shown.subject_values(), shown.values(), words)).encode())
+    return digest.hexdigest()[:8]
+
+
+def cache_folder(folder: Path) -> Path:
+    """Where a folder of trainings keeps what this version of the generator has made."""
+    return folder / "pictures" / generator_version()
+
+
+def make_once(path: Path, make: Callable[[Path], None]) -> None:
+    """Have `make` write a file that is not there: under another name until it is whole, and by one process only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            partial_file = path.with_suffix(f".partial{path.suffix}")
+            make(partial_file)
+            partial_file.replace(path)
+
+
 class Pictures:
-    """Drawn scenes 0 to count - 1 of a seed, cached under `folder`.
+    """Drawn scenes 0 to count - 1 of a seed, cached for the trainings of `folder`.
 
     `single` is [n, 64, 64, 3] and `pair` [m, 64, 96, 3], uint8; `single_index` and `pair_index` say which scenes.
     """
@@ -62,8 +92,7 @@ class Pictures:
         self.seed, self.count = seed, count
         is_pair = np.array([np.random.default_rng([seed, 1, i]).random() < PAIRS for i in range(count)])
         self.single_index, self.pair_index = np.flatnonzero(~is_pair), np.flatnonzero(is_pair)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self._folder = cache_folder(folder)
         self.single, self.pair = self._drawn(pixels, "")
         first = np.flatnonzero(np.diff(self.single_index // PER_IDENTITY, prepend=-1))
         pictures = np.diff(first, append=len(self.single_index))
@@ -95,10 +124,9 @@ def _draw_some(job: tuple[Callable[[int], np.ndarray], list[int]]) -> np.ndarray
 
 
 def _cached(path: Path, draw_one: Callable[[int], np.ndarray], indices: np.ndarray) -> np.ndarray:
-    if not path.exists():
-        drawing = path.with_suffix(".partial.npy")
+    def make(file: Path) -> None:
         jobs = [(draw_one, indices[i : i + 256].tolist()) for i in range(0, len(indices), 256)]
-        store = open_memmap(drawing, "w+", np.uint8, (len(indices), *draw_one(int(indices[0])).shape))
+        store = open_memmap(file, "w+", np.uint8, (len(indices), *draw_one(int(indices[0])).shape))
         done = 0
         with ProcessPoolExecutor() as pool, tqdm(total=len(indices), desc=f"Drawing {path.name}", unit=" pic") as bar:
             for batch in pool.map(_draw_some, jobs):
@@ -106,6 +134,6 @@ def _cached(path: Path, draw_one: Callable[[int], np.ndarray], indices: np.ndarr
                 done += len(batch)
                 bar.update(len(batch))
         store.flush()
-        del store
-        drawing.replace(path)
+
+    make_once(path, make)
     return np.load(path, mmap_mode="r")

@@ -5,6 +5,8 @@ are thrown away afterwards make every token and the image embedding tell the att
 an IP-Adapter the embedding.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from transformers import (
 from ..clip_tokenizer import LENGTH
 from ..shared import CLIP_MEAN, CLIP_STD
 from .data import TRAIN, Pictures
+from .device import tensor_of
 from .labels import SCENE_SIZES, SUBJECT_SIZES, cached_labels
 from .loop import Run, autocast, train
 from .words import Captions, add_unknown_words
@@ -63,17 +66,19 @@ class Readers(nn.Module):
     def text_loss(self, states: Tensor, labels: Tensor) -> Tensor:
         """From tokens' final states [n, 77, 64], the labels [n, 47] of two subjects and the scene."""
         weights = (self.query @ self.key(states).transpose(1, 2) / states.shape[-1] ** 0.5).softmax(-1)
-        return _reading_loss(self.of_text, (weights @ self.value(states)).unbind(1), labels)
+        told = (weights @ self.value(states)).unbind(1)
+        return reading_loss([head(x) for head, x in zip(self.of_text, told, strict=True)], labels)
 
     def image_loss(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """From embeddings [n, 96] of pictures of one subject, the labels [n, 26]."""
-        return _reading_loss(self.of_image, [embeddings] * labels.shape[1], labels)
+        return reading_loss([head(embeddings) for head in self.of_image], labels)
 
 
-def _reading_loss(heads: nn.ModuleList, inputs, labels: Tensor) -> Tensor:
+def reading_loss(logits: Iterable[Tensor], labels: Tensor) -> Tensor:
+    """Mean cross-entropy of what is known of labels [n, attributes], from [n, values] of each attribute."""
     losses = [
-        cross_entropy(head(x).float(), label, ignore_index=-1, reduction="sum")
-        for head, x, label in zip(heads, inputs, labels.T, strict=True)
+        cross_entropy(one.float(), label, ignore_index=-1, reduction="sum")
+        for one, label in zip(logits, labels.T, strict=True)
     ]
     return torch.stack(losses).sum() / (labels >= 0).sum()
 
@@ -92,7 +97,7 @@ class Encoders(nn.Module):
 
 def prepare(pictures: np.ndarray) -> Tensor:
     """[n, h, w, 3] uint8, squeezed to squares of 64 px -> [n, 3, 64, 64], normalised as CLIP has it."""
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    x = tensor_of(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
     if x.shape[-1] != x.shape[-2]:
         x = nn.functional.interpolate(x, (64, 64), mode="bicubic", antialias=True).clamp(0, 1)
     return (x - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
@@ -108,12 +113,10 @@ def contrast(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
 def train_encoders(run: Run) -> Encoders:
     """Train, or go on training, both encoders."""
     torch.manual_seed(0)
-    encoders, pictures = Encoders(), Pictures(run.folder / "pictures", TRAIN, run.pictures)
-    subjects, scenes = cached_labels(
-        run.folder / "pictures", TRAIN, pictures.single_index, f"single-{TRAIN}-{run.pictures}"
-    )
-    labels = torch.from_numpy(np.concatenate([subjects[:, 0], scenes], axis=1)).long()
-    captions = Captions(run.folder / "pictures", TRAIN, run.pictures)
+    encoders, pictures = Encoders(), Pictures(run.folder, TRAIN, run.pictures)
+    subjects, scenes = cached_labels(run.folder, TRAIN, pictures.single_index, f"single-{TRAIN}-{run.pictures}")
+    labels = tensor_of(np.concatenate([subjects[:, 0], scenes], axis=1)).long()
+    captions = Captions(run.folder, TRAIN, run.pictures)
     wide = run.batch // 4
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -11,15 +11,11 @@ from torch import Tensor, nn
 from ..shared import POCKET, VISION_CONFIG, single_file_names, tiny_vae_tensors, write_safetensors
 from .adapter import Adapter
 from .encoders import Encoders
+from .files import ADAPTER, CHECKPOINT, IMAGE_ENCODER, JUDGE
 from .judge import Judge
-from .loop import average
+from .loop import average, require
 from .unet import build_unet
 from .vae import build
-
-CHECKPOINT = Path("checkpoints") / "pocket_portraits.safetensors"
-IMAGE_ENCODER = Path("clip_vision") / "pocket_portraits_vision.safetensors"
-ADAPTER = Path("ipadapter") / "pocket_portraits_ip_adapter.safetensors"
-JUDGE = Path("pocket_portraits_judge.safetensors")
 
 
 def metadata(title: str, method: str) -> dict[str, str]:
@@ -56,6 +52,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> No
 
 def export(folder: Path, to: Path = POCKET) -> None:
     """Write what has been trained in `folder` so far."""
+    require(folder, "vae", "encoders", "judge", "unet", "adapter")
     vae, unet, encoders, judge = build(), build_unet(), Encoders(), Judge()
     adapter = Adapter(unet)
     trained = {"vae": vae, "encoders": encoders, "judge": judge, "unet": unet, "adapter": adapter}

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from .data import TRAIN, VALIDATION, Pictures
-from .encoders import contrast
+from .device import tensor_of
+from .encoders import contrast, reading_loss
 from .labels import SCENE_NAMES, SCENE_SIZES, SUBJECT_NAMES, SUBJECT_SIZES, cached_labels
 from .loop import Run, autocast, train
 from .vae import to_tensor
@@ -74,22 +75,22 @@ def windows(pictures: Tensor) -> Iterator[Tensor]:
 
 def _soften(x: Tensor, rng: np.random.Generator) -> Tensor:
     """Some pictures a little blurred or noisy, as a decoder makes them."""
-    amount = torch.from_numpy(rng.uniform(0, 0.6, size=(len(x), 1, 1, 1)) * (rng.random((len(x), 1, 1, 1)) < 0.5))
+    amount = tensor_of(rng.uniform(0, 0.6, size=(len(x), 1, 1, 1)) * (rng.random((len(x), 1, 1, 1)) < 0.5))
     x = torch.lerp(x, nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False), amount.float())
-    return x + torch.randn_like(x) * 0.05 * torch.from_numpy(rng.random((len(x), 1, 1, 1))).float()
+    return x + torch.randn_like(x) * 0.05 * tensor_of(rng.random((len(x), 1, 1, 1))).float()
 
 
 class Windows:
     """The pictures of a seed as windows with their labels [n, 26]."""
 
     def __init__(self, folder: Path, seed: int, count: int):
-        self.pictures = Pictures(folder / "pictures", seed, count)
+        self.pictures = Pictures(folder, seed, count)
         names = {"single": self.pictures.single_index, "pair": self.pictures.pair_index}
         self.labels = {}
         for name, index in names.items():
-            subjects, scenes = cached_labels(folder / "pictures", seed, index, f"{name}-{seed}-{count}")
+            subjects, scenes = cached_labels(folder, seed, index, f"{name}-{seed}-{count}")
             around = np.broadcast_to(scenes[:, None], (*subjects.shape[:2], scenes.shape[1]))
-            self.labels[name] = torch.from_numpy(np.concatenate([subjects, around], 2)).long()
+            self.labels[name] = tensor_of(np.concatenate([subjects, around], 2)).long()
 
     def single(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Pictures [n, 3, 64, 64] and labels of some rows of the single pictures."""
@@ -116,11 +117,7 @@ def train_judge(run: Run) -> Judge:
         with autocast():
             features = judge.features(x)
         features = features.float()
-        losses = [
-            cross_entropy(logits, label, ignore_index=-1, reduction="sum")
-            for logits, label in zip(judge.read(features), labels.T, strict=True)
-        ]
-        reading = torch.stack(losses).sum() / (labels >= 0).sum()
+        reading = reading_loss(judge.read(features), labels)
         who = judge.likeness(features[: 2 * len(a)])
         same = contrast(who[: len(a)], who[len(a) :], torch.tensor(12.0))
         return reading + 0.1 * same, {"reading": reading.item(), "same": same.item()}

@@ -7,7 +7,7 @@ import numpy as np
 
 from .attributes import SCENE_VALUES, SUBJECT_VALUES, Scene
 from .captions import Caption
-from .data import scene
+from .data import cache_folder, make_once, scene
 
 SUBJECT_NAMES, SCENE_NAMES = tuple(SUBJECT_VALUES), tuple(SCENE_VALUES)
 SUBJECT_SIZES = tuple(len(values) for values in SUBJECT_VALUES.values())
@@ -40,11 +40,13 @@ def said(words: Caption) -> tuple[list[list[int]], list[int]]:
 
 def cached_labels(folder: Path, seed: int, indices: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     """([n, subjects, 21], [n, 5]) int8 labels of what the scenes show; `indices` all single or all pairs."""
-    path = folder / f"labels-{name}.npz"
-    if not path.exists():
+
+    def make(file: Path) -> None:
         subjects, scenes = _stack(shown(scene(seed, int(i))) for i in indices)
-        np.savez(path.with_suffix(".partial.npz"), subjects=subjects, scenes=scenes)
-        path.with_suffix(".partial.npz").replace(path)
+        np.savez(file, subjects=subjects, scenes=scenes)
+
+    path = cache_folder(folder) / f"labels-{name}.npz"
+    make_once(path, make)
     stored = np.load(path)
     return stored["subjects"], stored["scenes"]
 

@@ -17,8 +17,10 @@ from timm.optim import muon as _muon
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .device import DEVICE
+
 # Half precision pays only where the processor has it: elsewhere it is emulated, twenty times slower.
-HALF = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HALF = torch.cuda.is_bf16_supported(False) if DEVICE == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
 if not HALF:
     _muon.zeropower_via_newtonschulz = partial(_muon.zeropower_via_newtonschulz, dtype=torch.float32)
 
@@ -62,14 +64,21 @@ def train(
     ema = EMAModel(trained, decay=ema_decay, use_ema_warmup=True, power=0.75)
     start, before = 0, 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=DEVICE)
         module.load_state_dict(state["module"])
         before = state["before"]
         if "optimizer" in state:  # else it was restored from the shipped weights
+            if state["data"] != [run.batch, run.pictures]:
+                raise SystemExit(
+                    f"{path} was trained with --batch {state['data'][0]} --pictures {state['data'][1]}, not "
+                    f"{run.batch} and {run.pictures}: give the same, or start in another --folder."
+                )
             optimizer.load_state_dict(state["optimizer"])
             schedule.load_state_dict(state["schedule"])
             ema.load_state_dict(state["ema"])
         start = state["step"]
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
 
     def save(done: int) -> None:
         state = {
@@ -79,9 +88,9 @@ def train(
             "ema": ema.state_dict(),
             "step": done,
             "before": before,
+            "data": [run.batch, run.pictures],
         }
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        save_checkpoint(state, path)
 
     saved, figures = time.monotonic(), dict[str, float]()
     module.train()
@@ -108,7 +117,24 @@ def train(
 
 def autocast() -> torch.autocast:
     """bfloat16 for what bears it, where the processor computes in it."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=HALF)
+    return torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=HALF)
+
+
+def save_checkpoint(state: dict, path: Path) -> None:
+    """All of it or nothing."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def require(folder: Path, *names: str) -> None:
+    """Raises SystemExit with a sentence for each checkpoint that is missing."""
+    missing = [name for name in names if not (folder / f"{name}.pt").exists()]
+    if missing:
+        raise SystemExit(
+            "\n".join(
+                f"{name}.pt is not in {folder}: train it first, python -m training.pocket {name}." for name in missing
+            )
+        )
 
 
 def _groups(module: nn.Module) -> list[dict]:
@@ -124,9 +150,8 @@ def _groups(module: nn.Module) -> list[dict]:
 
 def average(module: nn.Module, folder: Path, name: str) -> int:
     """Load the averaged weights of a run's checkpoint; the number of steps done."""
-    if not (folder / f"{name}.pt").exists():
-        raise SystemExit(f"{name}.pt is not in {folder}: train it first, python -m training.pocket {name}.")
-    state = torch.load(folder / f"{name}.pt", weights_only=True)
+    require(folder, name)
+    state = torch.load(folder / f"{name}.pt", weights_only=True, map_location=torch.get_default_device())
     module.load_state_dict(state["module"])
     trained = [p for p in module.parameters() if p.requires_grad]
     ema = EMAModel(trained)

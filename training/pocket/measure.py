@@ -12,16 +12,17 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from ..diffusers_attention import apply_image_prompts
 from ..shared import POCKET, IPAdapter, References, read_ip_adapter
-from .attributes import SCENE_VALUES, SUBJECT_VALUES, sample_scene
+from .attributes import SCENE_VALUES, SUBJECT_VALUES, hidden_by_hat, sample_scene
 from .captions import Caption, caption
 from .data import VALIDATION, Pictures, identity, scene
 from .draw import draw
-from .export import ADAPTER
+from .encoders import VISION
+from .files import ADAPTER
 from .judge import NAMES, Judge, Windows, count_right, windows
-from .shipped import Pocket, load_pocket
+from .shipped import BATCH, Pocket, load_pocket
 from .vae import mean_psnr, to_tensor
 
-FRESH = 3  # a seed that no training or validation uses
+FRESH, OTHERS = 3, 5  # seeds that no training, validation or set of photographs uses
 VALUES = {**SUBJECT_VALUES, **SCENE_VALUES}
 
 
@@ -87,7 +88,7 @@ def fidelity(pocket: Pocket, folder: Path, generated: int, real: int) -> dict[st
     """FID and IS with the judge's features, of generated pictures and, for comparison, of as many real ones."""
     prompts = [[words.text for words in fresh_captions(round(generated * s), n)] for n, s in ((1, 0.7), (2, 0.3))]
     made = [pocket.generate(texts, width, seed=9) for texts, width in zip(prompts, (64, 96), strict=True)]
-    others, reference = Pictures(folder, FRESH + 1, generated), Pictures(folder, FRESH, real)
+    others, reference = Pictures(folder, OTHERS, generated), Pictures(folder, FRESH, real)
     statistics, scores = {}, {}
     for name, arrays in {
         "generated": made,
@@ -126,30 +127,37 @@ def retrieval(pocket: Pocket, count: int) -> dict[str, float]:
     return scores | {"chance, first": 1 / count, "chance, in the first 5": 5 / count}
 
 
+@torch.no_grad()
 def likeness(pocket: Pocket, adapter: IPAdapter, count: int, weights: tuple[float, ...]) -> dict[str, dict[str, float]]:
     """With one reference and no prompt: for each lambda, how often an attribute of the picture is the reference's.
 
-    "likeness" is the mean cosine of the judge's identity features. At lambda 0 the figures are those of chance.
+    An attribute counts where both show it: a hat is worn or not as it happens, and hides the hair. "likeness" is the mean
+    cosine of the judge's identity features. At lambda 0 the figures are those of chance.
     """
     scenes = [scene(VALIDATION, 4 * i, pairs=0.0) for i in range(count)]
     references = np.stack([np.asarray(draw(picture)) for picture in scenes])
     embedded = pocket.embed(references)
     unet, scores = pocket.pipeline.unet, dict[str, dict[str, float]]()
     own = pocket.judge(to_tensor(references))[1]
+    patches = torch.zeros(1, (VISION.image_size // VISION.patch_size) ** 2 + 1, VISION.hidden_size)  # not used by it
+    given = [References(embedded[i : i + 1], patches, patches[0], torch.ones(1), ("",)) for i in range(count)]
+    shown = [adapter.image_prompt(one, "average") for one in given]
     for weight in weights:
         pictures = []
-        for i in range(count):
-            given = References(embedded[i : i + 1], torch.zeros(1, 65, 128), torch.zeros(65, 128), torch.ones(1), ("",))
-            prompts = [adapter.empty_prompt(given), adapter.image_prompt(given, "average")]
-            before = apply_image_prompts(unet, prompts, weight)
-            pictures.append(pocket.generate([""], seed=50 + i)[0])
+        for start in range(0, count, BATCH):
+            some = shown[start : start + BATCH]
+            before = apply_image_prompts(unet, [adapter.empty_prompt(given[0])] * len(some) + some, weight)
+            pictures.append(pocket.generate([""] * len(some), seed=50 + start))
             unet.set_attn_processor(dict(before))
-        array = np.stack(pictures)
+        array = np.concatenate(pictures)
         seen, who = read(pocket.judge, array)[0], pocket.judge(to_tensor(array))[1]
         right: Counter[str] = Counter()
         of: Counter[str] = Counter()
         for i, picture in enumerate(scenes):
+            hidden = hidden_by_hat(SUBJECT_VALUES["hat_worn"][seen["hat_worn"][i]] == "yes")
             for name, value in picture.subject_values()[0].items():
+                if name in hidden:
+                    continue
                 of[name] += 1
                 right[name] += SUBJECT_VALUES[name][seen[name][i]] == value
         scores[f"{weight:g}"] = {name: right[name] / of[name] for name in of} | {
@@ -158,18 +166,18 @@ def likeness(pocket: Pocket, adapter: IPAdapter, count: int, weights: tuple[floa
     return scores
 
 
-def measure(folder: Path, count: int = 1000, generated: int = 5000, real: int = 10000) -> None:
-    """Every figure of the model card, printed."""
-    pocket = load_pocket()
+def measure(folder: Path, weights: Path = POCKET, count: int = 1000, generated: int = 5000, real: int = 10000) -> None:
+    """Every figure of the model card, printed; `folder` keeps the pictures that it draws."""
+    pocket = load_pocket(weights)
     fresh = Windows(folder, VALIDATION, 4000)
-    print(f"VAE: {mean_psnr(pocket.pipeline.vae, Pictures(folder / 'pictures', VALIDATION, 500)):.2f} dB")
+    print(f"VAE: {mean_psnr(pocket.pipeline.vae, Pictures(folder, VALIDATION, 500)):.2f} dB")
     for name, (right, of) in count_right(pocket.judge, fresh).items():
         print(f"judge, {name}: {right / of:.2%} of {of}")
     hits, named = following(pocket, count)
     for name in named:
         print(f"prompt, {name}: {hits[name] / named[name]:.1%} of {named[name]}")
-    for name, value in (retrieval(pocket, count) | fidelity(pocket, folder / "pictures", generated, real)).items():
+    for name, value in (retrieval(pocket, count) | fidelity(pocket, folder, generated, real)).items():
         print(f"{name}: {value:.4g}")
-    adapter = IPAdapter.from_state(read_ip_adapter(POCKET / ADAPTER))
-    for weight, scores in likeness(pocket, adapter, 200, (0.0, 0.25, 0.5, 0.75, 1.0)).items():
+    adapter = IPAdapter.from_state(read_ip_adapter(weights / ADAPTER))
+    for weight, scores in likeness(pocket, adapter, 400, (0.0, 0.25, 0.5, 0.75, 1.0)).items():
         print(f"lambda {weight}: " + ", ".join(f"{name} {value:.0%}" for name, value in scores.items()))

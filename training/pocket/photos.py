@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from ..shared import PersonalizeError, picture_paths
 from .attributes import Logo, sample_identity, sample_scene
 from .captions import learning_caption
 from .data import identity
 from .draw import draw
 
-SUBJECTS = 4  # a seed of its own: these identities are in no training set
+SUBJECTS = 4  # a seed of its own: these identities are in no other set
 
 
 def write_photos(
@@ -27,9 +29,11 @@ def write_photos(
 
     Returns:
         The pictures.
+
+    Raises:
+        PersonalizeError: the folder holds other pictures.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    drawn = {}
     for i in range(count):
         rng = np.random.default_rng([SUBJECTS, number, i])
         who = identity(SUBJECTS, number) if style is None and logo is None else sample_identity(rng)
@@ -38,8 +42,12 @@ def write_photos(
             place = {"mug": ("mug", "portrait"), "shirt": ("none", "half-length"), "wall": ("none", "portrait")}
             fixed["obstacle"], fixed["framing"] = place[logo.place]
         scene = sample_scene(rng, (who,), **fixed)
-        path = folder / f"{i + 1:02}.png"
-        draw(scene).save(path)
-        path.with_suffix(".txt").write_text(learning_caption(scene, rng, style) + "\n")
-        paths.append(path)
-    return paths
+        drawn[folder / f"{i + 1:02}.png"] = draw(scene), learning_caption(scene, rng, style)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in picture_paths(folder):
+        if path not in drawn or not np.array_equal(np.asarray(Image.open(path)), np.asarray(drawn[path][0])):
+            raise PersonalizeError(f"{folder} holds another picture, {path.name}: name another folder, or empty it.")
+    for path, (picture, words) in drawn.items():
+        picture.save(path)
+        path.with_suffix(".txt").write_text(words + "\n")
+    return list(drawn)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from diffusers.training_utils import EMAModel
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -12,8 +11,9 @@ from ..base_model import load_pipeline
 from ..shared import POCKET, read_safetensors
 from .adapter import Adapter
 from .encoders import Encoders
-from .export import ADAPTER, CHECKPOINT, IMAGE_ENCODER, JUDGE
+from .files import ADAPTER, CHECKPOINT, IMAGE_ENCODER, JUDGE
 from .judge import Judge
+from .loop import save_checkpoint
 from .unet import build_unet
 from .vae import build
 
@@ -46,5 +46,5 @@ def restore(folder: Path, source: Path = POCKET) -> None:
             continue
         trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad]
         state = {"module": module.state_dict(), "ema": EMAModel(trained).state_dict(), "step": 0, "before": steps[name]}
-        torch.save(state, path)
+        save_checkpoint(state, path)
         print(f"{path}: {steps[name]} steps")

@@ -11,9 +11,9 @@ from .shipped import load_pocket
 COLUMNS, GAP, SCALE = 12, 2, 2
 
 
-def prompt_sheet(path: Path) -> None:
+def prompt_sheet(path: Path, weights: Path) -> None:
     """Write the sheet, and the prompts in its order as text beside it."""
-    pocket = load_pocket()
+    pocket = load_pocket(weights)
     single, pair = ([words.text for words in fresh_captions(count, n)] for count, n in ((48, 1), (16, 2)))
     rows = [*_rows(pocket.generate(single, 64, seed=1), COLUMNS), *_rows(pocket.generate(pair, 96, seed=2), 8)]
     width = max(row.width for row in rows)

@@ -14,7 +14,7 @@ from transformers import CLIPVisionModelWithProjection
 from ..base_model import load_image_encoder, load_pipeline
 from ..shared import POCKET, read_safetensors
 from .encoders import prepare
-from .export import CHECKPOINT, IMAGE_ENCODER, JUDGE
+from .files import CHECKPOINT, IMAGE_ENCODER, JUDGE
 from .judge import Judge
 
 STEPS, GUIDANCE, BATCH = 20, 4.0, 50
@@ -30,9 +30,7 @@ class Pocket:
     judge: Judge
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[str], width: int = 64, seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
-    ) -> np.ndarray:
+    def generate(self, prompts: Sequence[str], width: int = 64, seed: int = 0) -> np.ndarray:
         """[n, 64, width, 3] uint8 pictures, one a prompt, by Euler's method; each from its own noise."""
         channels = self.pipeline.unet.config["in_channels"]
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(prompts))]
@@ -44,8 +42,8 @@ class Pocket:
                 latents=noise[start : start + BATCH],
                 width=width,
                 height=64,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
                 output_type="np",
             )
             pictures.append((output.images * 255).round().astype(np.uint8))

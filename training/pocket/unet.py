@@ -16,9 +16,10 @@ from numpy.lib.format import open_memmap
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .data import TRAIN, Pictures
+from .data import TRAIN, Pictures, cache_folder, make_once
+from .device import tensor_of
 from .encoders import TEXT, Encoders
-from .loop import Run, autocast, average, train
+from .loop import Run, autocast, average, require, train
 from .vae import CHANNELS, build, to_tensor
 from .words import Captions, add_unknown_words, tokenize
 
@@ -59,7 +60,7 @@ class Latents:
     """Pictures of the training seed as latents, encoded once: `single` [n, 32, 8, 8], `pair` [m, 32, 8, 12], fp16."""
 
     def __init__(self, folder: Path, count: int):
-        self.pictures = Pictures(folder / "pictures", TRAIN, count)
+        self.pictures = Pictures(folder, TRAIN, count)
         self.single = _encoded(folder, "single", self.pictures.single)
         self.pair = _encoded(folder, "pair", self.pictures.pair)
         self._weights = [
@@ -73,14 +74,14 @@ class Latents:
         latents = self.pair if pairs else self.single
         index = self.pictures.pair_index if pairs else self.pictures.single_index
         rows = rng.integers(len(latents), size=batch * 2 // 3 if pairs else batch)
-        return torch.from_numpy(latents[rows].astype(np.float32)), self.weights(rows, pairs), index[rows]
+        return tensor_of(latents[rows].astype(np.float32)), self.weights(rows, pairs), index[rows]
 
     def weights(self, rows: np.ndarray, pairs: bool = False) -> Tensor:
         """[n, h, w] of mean 1 for each picture: how much the loss counts at each place of these latents.
 
         Half goes by how much there is to see there in the mean of all pictures, half to what shows the expression.
         """
-        return torch.from_numpy(self._weights[pairs][rows].astype(np.float32))
+        return tensor_of(self._weights[pairs][rows].astype(np.float32))
 
 
 def _weights(pictures: np.ndarray, faces: np.ndarray) -> np.ndarray:
@@ -96,18 +97,24 @@ def _weights(pictures: np.ndarray, faces: np.ndarray) -> np.ndarray:
 def _encoded(folder: Path, name: str, pictures: np.ndarray) -> np.ndarray:
     vae = build()
     average(vae, folder, "vae")
-    version = hashlib.sha256(b"".join(p.numpy().tobytes() for p in vae.parameters())).hexdigest()[:8]
-    path = folder / "pictures" / f"latents-{name}-{len(pictures)}-{version}.npy"
-    if not path.exists():
+
+    def make(file: Path) -> None:
         shape = (len(pictures), CHANNELS, pictures.shape[1] // 8, pictures.shape[2] // 8)
-        store = open_memmap(path.with_suffix(".partial.npy"), "w+", np.float16, shape)
+        store = open_memmap(file, "w+", np.float16, shape)
         for start in tqdm(range(0, len(pictures), 64), desc=f"Encoding {name}", unit=" x 64", mininterval=5):
             x = to_tensor(pictures[start : start + 64]).contiguous(memory_format=torch.channels_last)
             with autocast():
-                store[start : start + 64] = vae.encoder(x).float().numpy()
+                store[start : start + 64] = vae.encoder(x).float().cpu().numpy()
         store.flush()
-        path.with_suffix(".partial.npy").replace(path)
+
+    path = cache_folder(folder) / f"latents-{name}-{len(pictures)}-{version_of(vae)}.npy"
+    make_once(path, make)
     return np.load(path, mmap_mode="r")
+
+
+def version_of(module: nn.Module) -> str:
+    """Eight digits for the weights that a cache depends on."""
+    return hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in module.parameters())).hexdigest()[:8]
 
 
 class Conditions(nn.Module):
@@ -118,14 +125,14 @@ class Conditions(nn.Module):
         encoders = Encoders()
         average(encoders, folder, "encoders")
         self.text = encoders.text.requires_grad_(False)
-        self.captions = Captions(folder / "pictures", TRAIN, count)
+        self.captions = Captions(folder, TRAIN, count)
         self.empty = tokenize([""])
 
     @torch.no_grad()
     def some(self, scenes: np.ndarray, rng: np.random.Generator, empty: Tensor | None = None) -> Tensor:
         """[n, 77, 64] of one caption of each scene; those of `empty` [n], else a tenth at random, say nothing."""
         ids = add_unknown_words(self.captions.some(scenes, rng)[0], rng)
-        ids[torch.from_numpy(rng.random(len(ids)) < UNCONDITIONAL) if empty is None else empty] = self.empty
+        ids[tensor_of(rng.random(len(ids)) < UNCONDITIONAL) if empty is None else empty] = self.empty
         return self.text(ids).last_hidden_state
 
 
@@ -140,6 +147,7 @@ def weighted_loss(
 
 def train_unet(run: Run) -> UNet2DConditionModel:
     """Train, or go on training."""
+    require(run.folder, "vae", "encoders")
     torch.manual_seed(0)
     unet, latents, conditions = build_unet(), Latents(run.folder, run.pictures), Conditions(run.folder, run.pictures)
     scheduler = DDPMScheduler(**SCHEDULE)

@@ -6,6 +6,7 @@ from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from .data import TRAIN, VALIDATION, Pictures
+from .device import tensor_of
 from .loop import Run, autocast, train
 
 CHANNELS = 32
@@ -19,7 +20,7 @@ def build() -> AutoencoderTiny:
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """[n, h, w, 3] uint8 -> [n, 3, h, w] in -1..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return tensor_of(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ def psnr(output: Tensor, target: Tensor) -> float:
 def train_vae(run: Run) -> AutoencoderTiny:
     """Train, or go on training; prints the PSNR on pictures never seen."""
     torch.manual_seed(0)
-    vae, pictures = build(), Pictures(run.folder / "pictures", TRAIN, run.pictures)
+    vae, pictures = build(), Pictures(run.folder, TRAIN, run.pictures)
     pairs = run.batch * len(pictures.pair) // run.pictures
 
     def step(_number: int, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -59,7 +60,7 @@ def train_vae(run: Run) -> AutoencoderTiny:
         return reconstruction_loss(output, x) + 0.01 * unit, {"psnr": psnr(output.detach(), x)}
 
     train(vae, step, run, "vae")
-    fresh = Pictures(run.folder / "pictures", VALIDATION, min(500, run.pictures))
+    fresh = Pictures(run.folder, VALIDATION, min(500, run.pictures))
     print(f"VAE: {mean_psnr(vae, fresh):.2f} dB on {fresh.count} fresh pictures")
     return vae
 

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from ..clip_tokenizer import LENGTH, clip_tokenizer
 from .captions import Caption, caption
-from .data import scene
+from .data import cache_folder, make_once, scene
+from .device import tensor_of
 from .labels import SCENE_SIZES, SUBJECT_SIZES, said
 
 VARIANTS = 6
@@ -26,7 +27,7 @@ _tokenizer = cache(clip_tokenizer)
 def tokenize(texts: list[str]) -> Tensor:
     """[n, 77] token ids."""
     tokens = _tokenizer()(texts, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
-    return tokens.input_ids
+    return tokens.input_ids.to(torch.get_default_device())
 
 
 def said_labels(words: Caption) -> list[int]:
@@ -37,21 +38,21 @@ def said_labels(words: Caption) -> list[int]:
 
 
 class Captions:
-    """Of scenes 0 to count - 1, `VARIANTS` captions each, cached under `folder`.
+    """Of scenes 0 to count - 1, `VARIANTS` captions each, cached for the trainings of `folder`.
 
     `ids` is [count, 6, 77] uint16, `said` [count, 6, 47] int8.
     """
 
     def __init__(self, folder: Path, seed: int, count: int):
-        path = folder / f"captions-{seed}-{count}.npz"
-        if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        def make(file: Path) -> None:
             jobs = [(seed, start, min(start + 500, count)) for start in range(0, count, 500)]
             with ProcessPoolExecutor() as pool:
                 parts = list(tqdm(pool.map(_speak, jobs), desc="Captions", total=len(jobs), unit=" x 500"))
             ids, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
-            np.savez(path.with_suffix(".partial.npz"), ids=ids, said=labels)
-            path.with_suffix(".partial.npz").replace(path)
+            np.savez(file, ids=ids, said=labels)
+
+        path = cache_folder(folder) / f"captions-{seed}-{count}.npz"
+        make_once(path, make)
         stored = np.load(path)
         self.ids, self.said = stored["ids"], stored["said"]
 
@@ -59,7 +60,7 @@ class Captions:
         """One caption of each scene: [n, 77] ids, [n, 47] labels."""
         which = rng.integers(VARIANTS, size=len(indices))
         ids, labels = self.ids[indices, which], self.said[indices, which]
-        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+        return tensor_of(ids.astype(np.int64)), tensor_of(labels.astype(np.int64))
 
 
 def _speak(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,7 +72,7 @@ def _speak(job: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
             words = caption(picture, rng)
             texts.append(words.text)
             labels.append(said_labels(words))
-    ids = tokenize(texts).numpy().astype(np.uint16).reshape(stop - start, VARIANTS, LENGTH)
+    ids = tokenize(texts).cpu().numpy().astype(np.uint16).reshape(stop - start, VARIANTS, LENGTH)
     return ids, np.array(labels, dtype=np.int8).reshape(stop - start, VARIANTS, LABELS)
 
 
