@@ -28,9 +28,9 @@ from .photos import write_photos
 PARTS = {  # steps, batch, minutes on two CPU cores
     "vae": (4600, 16, 40),
     "encoders": (2200, 128, 20),
-    "judge": (4000, 120, 20),
+    "judge": (9000, 120, 55),
     "unet": (30000, 64, 550),
-    "adapter": (6000, 64, 60),
+    "adapter": (11000, 64, 80),
 }
 
 
