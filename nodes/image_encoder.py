@@ -38,8 +38,8 @@ class LoadImageEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        own = folder_paths.get_full_path("clip_vision", file)
-        path = find_model("clip_vision", file) if own or file not in _shipped() else _shipped()[file]
+        shipped = None if folder_paths.get_full_path("clip_vision", file) else _shipped().get(file)
+        path = shipped or find_model("clip_vision", file)
         config = None
         if path.suffix == ".safetensors":
             tensors, metadata = read_safetensors(path)

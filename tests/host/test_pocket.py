@@ -107,7 +107,7 @@ def test_a_picture_equals_diffusers(host, loaded, pipeline, sampler, scheduler, 
     assert theirs.std() > 0.1
 
 
-def test_previews_are_close_to_the_picture(host, loaded, root):
+def test_previews_are_close_to_the_picture(loaded):
     """The factors are the best linear guess of this VAE's pictures, to a twentieth of what they leave unexplained."""
     image = torch.from_numpy(np.stack([draw_pixels(9, i) for i in range(200) if len(scene(9, i).subjects) == 1]))
     with torch.inference_mode():

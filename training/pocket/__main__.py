@@ -21,6 +21,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+# Before torch: threads that spin while they wait slow down what else the machine does.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from ..shared import POCKET, PersonalizeError
 from .attributes import LOGO_COLOURS, LOGO_PLACES, LOGO_SHAPES, NEW_LOGO_SHAPES, NEW_STYLES, STYLES, Logo
 from .photos import write_photos
@@ -62,7 +65,6 @@ def main() -> None:
     parser.add_argument("--style", choices=(*STYLES, *NEW_STYLES), help="photos: many subjects in one style")
     parser.add_argument("--logo", help="photos: many subjects with one mark, as shape:colour:place, moon:red:shirt")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow down what else the machine does
     try:
         _run(parser, options)
     except (OSError, PersonalizeError) as error:
@@ -76,8 +78,9 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         if options.style is not None and options.logo is not None:
             parser.error("--style and --logo are two things to learn: give one of them.")
         logo = None if options.logo is None else _logo(parser, options.logo)
-        paths = write_photos(output or Path("photos"), options.identity, options.count, options.style, logo)
-        print(f"{len(paths)} pictures with captions in {paths[0].parent}")
+        output = output or Path("photos")
+        paths = write_photos(output, options.identity, options.count, options.style, logo)
+        print(f"{len(paths)} pictures with captions in {output}")
         return
     needed = ("timm", "torch_fidelity") if part in ("measure", "sheet") else ("timm",)
     missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]
