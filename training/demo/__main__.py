@@ -32,12 +32,15 @@ def in_comfyui(comfyui: Path, photos: Path, workflow: dict[str, Any]) -> list[tu
                 node["inputs"]["folder"] = str(photos)
         steps = {key: node["inputs"]["steps"] for key, node in prompt.items() if "steps" in node["inputs"]}
         with tqdm(desc="Sampling in ComfyUI", total=sum(steps.values()), unit=" steps") as bar:
+            done = dict.fromkeys(steps, 0)
 
-            def advance(node: str, _done: int, _total: int) -> None:
-                if node in steps:
-                    bar.update()
+            def advance(node: str, step: int, _total: int) -> None:  # the host leaves out steps that follow fast
+                if node in done:
+                    done[node] = step
+                    bar.update(sum(done.values()) - bar.n)
 
             outputs = server.run(prompt, advance)
+            bar.update(bar.total - bar.n)
         return split(prompt, Image.open(BytesIO(server.picture(saved(prompt, outputs)))))
 
 
