@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from pack.training.pocket import data
 from pack.training.pocket.adapter import Adapter
 from pack.training.pocket.data import Pictures, cache_folder, generator_version, make_once
@@ -129,9 +131,11 @@ def test_a_killed_run_continues_bit_for_bit(root, trained, tmp_path, part, steps
         assert process.wait() == -signal.SIGKILL
     stopped = torch.load(checkpoint, weights_only=True)["step"]
     assert 0 < stopped < steps
+    log = tmp_path / f"{part}.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 4, "l')  # killed while it wrote
     run(root, tmp_path, part, *options)
     continued = torch.load(checkpoint, weights_only=True)
-    log = tmp_path / f"{part}.jsonl"
     continued_log = log.read_text()
     checkpoint.unlink()
     log.unlink()
@@ -193,6 +197,48 @@ def test_other_data_is_not_gone_on_with(root, trained):
     )
 
 
+def test_a_damaged_checkpoint_is_named(root, trained, tmp_path):
+    folder, _ = trained
+    (tmp_path / "pictures").symlink_to(folder / "pictures")
+    for content in (b"", (folder / "judge.pt").read_bytes()[:5000], (folder / "vae.pt").read_bytes()):
+        (tmp_path / "judge.pt").write_bytes(content)
+        assert failed(root, command(tmp_path, "judge", "--steps", "6", *SMALL)) == (
+            f"{tmp_path / 'judge.pt'} is damaged or another training's checkpoint: remove it, and that training starts "
+            "anew."
+        )
+        assert (tmp_path / "judge.pt").read_bytes() == content
+
+
+def test_one_training_at_a_time(root, trained):
+    folder, _ = trained
+    before = (folder / "judge.pt").read_bytes()
+    with FileLock(folder / "judge.lock"):
+        sentence = f"judge is being trained in {folder} already: wait for it, or name another."
+        assert failed(root, command(folder, "judge", "--steps", "6", *SMALL)) == sentence
+    assert before == (folder / "judge.pt").read_bytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads the children of a process from /proc")
+def test_a_killed_drawing_leaves_no_process(root, tmp_path):
+    words = command(tmp_path, "judge", "--steps", "4", "--batch", "12", "--pictures", "100000")
+    process = subprocess.Popen(words, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
+    while not workers and process.poll() is None:
+        time.sleep(0.2)
+        workers = [int(number) for number in children.read_text().split()]
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert workers
+    for _ in range(100):
+        states = [Path(f"/proc/{number}/stat") for number in workers]
+        left = [path for path in states if path.exists() and path.read_text().split()[2] != "Z"]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+
+
 def test_a_part_that_is_not_trained_yet(root, tmp_path):
     def sentences(*names):
         return "\n".join(
@@ -249,4 +295,10 @@ def test_photos_leave_other_pictures_alone(root, tmp_path):
     for options, name in ((("--identity", "1"), "01.png"), (("--count", "2"), "03.png")):
         sentence = f"{folder} holds another picture, {name}: name another folder, or empty it."
         assert failed(root, [*photos, *options]) == sentence
+    for name, kind in (("02.txt", "caption"), ("01.png", "picture")):
+        (folder / name).write_bytes(before[name][:30])
+        sentence = f"{folder} holds another {kind}, {name}: name another folder, or empty it."
+        assert failed(root, photos) == sentence
+        assert (folder / name).read_bytes() == before[name][:30]
+        (folder / name).write_bytes(before[name])
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}

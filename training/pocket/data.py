@@ -4,6 +4,9 @@ Four consecutive scenes show the same first subject, so that sets of pictures of
 """
 
 import hashlib
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -118,6 +121,18 @@ class Pictures:
         return self._first[who] + a, self._first[who] + b
 
 
+def _end_with_parent() -> None:
+    """In a worker: one whose training was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _draw_some(job: tuple[Callable[[int], np.ndarray], list[int]]) -> np.ndarray:
     draw_one, indices = job
     return np.stack([draw_one(i) for i in indices])
@@ -128,7 +143,10 @@ def _cached(path: Path, draw_one: Callable[[int], np.ndarray], indices: np.ndarr
         jobs = [(draw_one, indices[i : i + 256].tolist()) for i in range(0, len(indices), 256)]
         store = open_memmap(file, "w+", np.uint8, (len(indices), *draw_one(int(indices[0])).shape))
         done = 0
-        with ProcessPoolExecutor() as pool, tqdm(total=len(indices), desc=f"Drawing {path.name}", unit=" pic") as bar:
+        with (
+            ProcessPoolExecutor(initializer=_end_with_parent) as pool,
+            tqdm(total=len(indices), desc=f"Drawing {path.name}", unit=" pic") as bar,
+        ):
             for batch in pool.map(_draw_some, jobs):
                 store[done : done + len(batch)] = batch
                 done += len(batch)

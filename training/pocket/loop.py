@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from filelock import FileLock, Timeout
 from timm.optim import Muon
 from timm.optim import muon as _muon
 from torch import Tensor, nn
@@ -57,6 +59,11 @@ def train(
     that a run killed at any moment repeats from its last checkpoint (`name.pt`) what it would have done.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run.folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SystemExit(f"{name} is being trained in {run.folder} already: wait for it, or name another.") from None
     path, log = run.folder / f"{name}.pt", run.folder / f"{name}.jsonl"
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = Muon(_groups(module), lr=learning_rate, weight_decay=weight_decay, nesterov=True)
@@ -64,8 +71,7 @@ def train(
     ema = EMAModel(trained, decay=ema_decay, use_ema_warmup=True, power=0.75)
     start, before = 0, 0
     if path.exists():
-        state = torch.load(path, weights_only=True, map_location=DEVICE)
-        module.load_state_dict(state["module"])
+        state = load_checkpoint(path, module)
         before = state["before"]
         if "optimizer" in state:  # else it was restored from the shipped weights
             if state["data"] != [run.batch, run.pictures]:
@@ -78,7 +84,8 @@ def train(
             ema.load_state_dict(state["ema"])
         start = state["step"]
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= start))
+    whole = [line for line in lines if line.endswith("\n")]  # the last may not be, if it was killed
+    log.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
 
     def save(done: int) -> None:
         state = {
@@ -113,6 +120,7 @@ def train(
             saved = time.monotonic()
     ema.copy_to(trained)
     module.eval()
+    lock.release()
 
 
 def autocast() -> torch.autocast:
@@ -124,6 +132,20 @@ def save_checkpoint(state: dict, path: Path) -> None:
     """All of it or nothing."""
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(path: Path, module: nn.Module) -> dict:
+    """A checkpoint, its weights loaded into the module. Raises SystemExit with a sentence if it is not whole."""
+    try:
+        state = torch.load(path, weights_only=True, map_location=torch.get_default_device())
+        module.load_state_dict(state["module"])
+    except PermissionError:
+        raise
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise SystemExit(
+            f"{path} is damaged or another training's checkpoint: remove it, and that training starts anew."
+        ) from error
+    return state
 
 
 def require(folder: Path, *names: str) -> None:
@@ -151,8 +173,7 @@ def _groups(module: nn.Module) -> list[dict]:
 def average(module: nn.Module, folder: Path, name: str) -> int:
     """Load the averaged weights of a run's checkpoint; the number of steps done."""
     require(folder, name)
-    state = torch.load(folder / f"{name}.pt", weights_only=True, map_location=torch.get_default_device())
-    module.load_state_dict(state["module"])
+    state = load_checkpoint(folder / f"{name}.pt", module)
     trained = [p for p in module.parameters() if p.requires_grad]
     ema = EMAModel(trained)
     ema.load_state_dict(state["ema"])

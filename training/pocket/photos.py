@@ -31,7 +31,7 @@ def write_photos(
         The pictures.
 
     Raises:
-        PersonalizeError: the folder holds other pictures.
+        PersonalizeError: the folder holds other pictures or captions.
     """
     drawn = {}
     for i in range(count):
@@ -45,9 +45,22 @@ def write_photos(
         drawn[folder / f"{i + 1:02}.png"] = draw(scene), learning_caption(scene, rng, style)
     folder.mkdir(parents=True, exist_ok=True)
     for path in picture_paths(folder):
-        if path not in drawn or not np.array_equal(np.asarray(Image.open(path)), np.asarray(drawn[path][0])):
+        if path not in drawn or not _shows(path, drawn[path][0]):
             raise PersonalizeError(f"{folder} holds another picture, {path.name}: name another folder, or empty it.")
-    for path, (picture, words) in drawn.items():
+    captions = {path.with_suffix(".txt"): words + "\n" for path, (_, words) in drawn.items()}
+    for path, words in captions.items():
+        if path.exists() and path.read_text(errors="replace") != words:
+            raise PersonalizeError(f"{folder} holds another caption, {path.name}: name another folder, or empty it.")
+    for path, (picture, _) in drawn.items():
         picture.save(path)
-        path.with_suffix(".txt").write_text(words + "\n")
+    for path, words in captions.items():
+        path.write_text(words)
     return list(drawn)
+
+
+def _shows(path: Path, picture: Image.Image) -> bool:
+    """Whether a file is this very picture."""
+    try:
+        return np.array_equal(np.asarray(Image.open(path)), np.asarray(picture))
+    except OSError:
+        return False
