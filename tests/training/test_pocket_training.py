@@ -8,9 +8,9 @@ import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -218,25 +218,19 @@ def test_one_training_at_a_time(root, trained):
     assert before == (folder / "judge.pt").read_bytes()
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads the children of a process from /proc")
 def test_a_killed_drawing_leaves_no_process(root, tmp_path):
     words = command(tmp_path, "judge", "--steps", "4", "--batch", "12", "--pictures", "100000")
-    process = subprocess.Popen(words, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    children, workers = Path(f"/proc/{process.pid}/task/{process.pid}/children"), []
+    process = psutil.Popen(words, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    workers = []
     while not workers and process.poll() is None:
         time.sleep(0.2)
-        workers = [int(number) for number in children.read_text().split()]
+        workers = process.children()
     time.sleep(1)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     assert workers
-    for _ in range(100):
-        states = [Path(f"/proc/{number}/stat") for number in workers]
-        left = [path for path in states if path.exists() and path.read_text().split()[2] != "Z"]
-        if not left:
-            break
-        time.sleep(0.1)
-    assert not left
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_part_that_is_not_trained_yet(root, tmp_path):

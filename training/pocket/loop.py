@@ -139,7 +139,7 @@ def load_checkpoint(path: Path, module: nn.Module) -> dict:
     try:
         state = torch.load(path, weights_only=True, map_location=torch.get_default_device())
         module.load_state_dict(state["module"])
-    except PermissionError:
+    except (PermissionError, torch.OutOfMemoryError):  # nothing is wrong with the file
         raise
     except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
         raise SystemExit(

@@ -179,5 +179,7 @@ def measure(folder: Path, weights: Path = POCKET, count: int = 1000, generated: 
     for name, value in (retrieval(pocket, count) | fidelity(pocket, folder, generated, real)).items():
         print(f"{name}: {value:.4g}")
     adapter = IPAdapter.from_state(read_ip_adapter(weights / ADAPTER))
-    for weight, scores in likeness(pocket, adapter, 300, (0.0, 0.25, 0.5, 0.75, 1.0)).items():
-        print(f"lambda {weight}: " + ", ".join(f"{name} {value:.0%}" for name, value in scores.items()))
+    for references, weights_given in ((300, (0.0, 0.25, 0.5, 0.75, 1.0)), (1000, (0.0, 1.0))):
+        for weight, scores in likeness(pocket, adapter, references, weights_given).items():
+            shares = ", ".join(f"{name} {value:.0%}" for name, value in scores.items())
+            print(f"{references} references, lambda {weight}: {shares}")
