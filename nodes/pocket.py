@@ -87,8 +87,8 @@ class PocketPortraits(comfy.supported_models.SD15):
 
 
 def register_pocket() -> None:
-    """Make the stock loaders know the family, and list the file that the pack ships."""
+    """Make the stock loaders know the family, and list the files that the pack ships."""
     if PocketPortraits not in comfy.supported_models.models:
         comfy.supported_models.models.append(PocketPortraits)
-    for kind in ("checkpoints", "ipadapter"):
+    for kind in ("checkpoints", "ipadapter", "loras", "embeddings"):
         folder_paths.add_model_folder_path(kind, str(POCKET / kind))

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -104,9 +105,24 @@ def find_checkpoint(folder: Path, wanted: str) -> Path | None:
 
 
 def read_settings_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
-    """The steps that were done, and the settings they were done with."""
-    state = json.loads((checkpoint / "state.json").read_text())
-    return state["step"], state["settings"]
+    """The steps that were done, and the settings they were done with.
+
+    Raises:
+        PersonalizeError: it is damaged.
+    """
+    try:
+        state = json.loads((checkpoint / "state.json").read_text())
+        return int(state["step"]), dict(state["settings"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise damaged(checkpoint, error) from None
+
+
+def damaged(checkpoint: Path, error: Exception) -> PersonalizeError:
+    """What to do about a checkpoint that cannot be read."""
+    return PersonalizeError(
+        f"The checkpoint {checkpoint} is damaged ({' '.join(str(error).split())[:200]}): delete this folder, and the same "
+        "command goes on from the one before, or starts anew."
+    )
 
 
 def load_checkpoint(
@@ -120,11 +136,17 @@ def load_checkpoint(
     for name, into in (("weights", weights), ("average", average)):
         if into is None:
             continue
-        stored, _ = read_safetensors(checkpoint / f"{name}.safetensors")
+        try:
+            stored, _ = read_safetensors(checkpoint / f"{name}.safetensors")
+        except PersonalizeError as error:
+            raise damaged(checkpoint, error) from None
         if stored.keys() != into.keys() or any(stored[key].shape != value.shape for key, value in into.items()):
             raise PersonalizeError(
                 f"{checkpoint} holds other weights than are trained now: start in another output_dir."
             )
         for key, value in into.items():
             value.data.copy_(stored[key])
-    return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        return torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise damaged(checkpoint, error) from None

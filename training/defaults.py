@@ -26,7 +26,7 @@ LARGE = {
 POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
     "textual_inversion": Suits(1e-2, 0.0, 600, False),
-    "dreambooth": Suits(2e-4, 5e-5, 300, True),
+    "dreambooth": Suits(2e-4, 3e-4, 400, True),
 }
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 

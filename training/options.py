@@ -203,5 +203,5 @@ class DreamBooth:
         "full", "a whole checkpoint, its difference from the base, or both", ("full", "delta", "both")
     )
     delta_megabytes: float | None = option(
-        None, "cut the difference to this size (singular values); whole by default", least=0
+        None, "cut the difference to this size (singular values; names take 0.1 MB more); whole by default", least=0
     )

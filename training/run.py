@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .about import about, digest_of_file
@@ -49,7 +50,7 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     try:
         settings = read_settings(METHODS[method][0], f"python -m training.{method}", doc or "", arguments)
         stop = Stop()
-        with stopping_on_signals(stop), explained(settings.folder):
+        with stopping_on_signals(stop), explained(settings.folder), alone(settings):
             paths = personalize(method, settings, stop)
     except PersonalizeError as error:
         print(error, file=sys.stderr)
@@ -57,6 +58,32 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     if not paths:
         return 128 + (stop.signal or 0)
     return 0
+
+
+@contextmanager
+def alone(settings: Settings) -> Iterator[None]:
+    """Only one training writes to a folder at a time.
+
+    Raises:
+        PersonalizeError: another one does.
+    """
+    if int(os.environ.get("RANK", "0")) > 0 or not settings.output.output_dir:
+        yield
+        return
+    lock = FileLock(settings.folder / ".lock")
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PersonalizeError(
+            f"Another training writes to {settings.folder}: wait for it, or use another --output_dir."
+        ) from None
+    except OSError:
+        pass  # the preflight tells it with all other problems
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from finetuning import command, photos, run, settings_of, train
 from pack.models.errors import PersonalizeError
 from pack.training import checkpoint as checkpoints
@@ -63,6 +65,33 @@ def test_a_signal_saves_and_exits(root, tmp_path, number):
     assert "The same command goes on from there." in said
     newest = checkpoints.find_checkpoint(output / "checkpoints", "latest")
     assert checkpoints.read_settings_of(newest)[0] == step
+    assert not list(output.glob("*.safetensors"))
+
+
+def test_a_damaged_checkpoint_is_named_and_nothing_is_lost(root, tmp_path):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    options = {"max_train_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 2}
+    first = train("lora", root, folder, output, **options)[0].read_bytes()
+    newest = output / "checkpoints" / "step-0000004"
+    for file in ("state.json", "state.pt", "weights.safetensors"):
+        whole = (newest / file).read_bytes()
+        (newest / file).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            PersonalizeError, match=rf"^The checkpoint {newest} is damaged \(.*\): delete this folder, "
+        ):
+            train("lora", root, folder, output, **options)
+        (newest / file).write_bytes(whole)
+    shutil.rmtree(newest)
+    assert train("lora", root, folder, output, **options)[0].read_bytes() == first
+
+
+def test_one_training_at_a_time_writes_to_a_folder(root, tmp_path):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    output.mkdir()
+    with FileLock(output / ".lock"):
+        done = run(root, *command("lora", root, folder, output, "--max_train_steps", "1"))
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"Another training writes to {output}: wait for it, or use another --output_dir."
     assert not list(output.glob("*.safetensors"))
 
 
