@@ -10,7 +10,9 @@ from pack.training.demo.find import ROOT
 from pack.training.demo.server import Server, WorkflowError
 from pack.training.demo.workflow import to_prompt
 from pack.training.pocket.attributes import SUBJECT_VALUES
+from pack.training.pocket.data import identity
 from pack.training.pocket.measure import read
+from pack.training.pocket.photos import SUBJECTS
 from pack.training.pocket.shipped import load_judge
 from PIL import Image
 
@@ -65,21 +67,44 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     prompt = prompt_of(server, name)
     outputs = server.run(prompt)
     saved = [node for node, inner in prompt.items() if inner["class_type"] == "SaveImage"]
-    assert len(saved) == 1
-    picture = Image.open(BytesIO(server.picture(outputs[saved[0]]["images"][0])))
+    assert len(saved) == (4 if name == "compare_methods" else 1)
+    pictures = [Image.open(BytesIO(server.picture(outputs[node]["images"][0]))) for node in saved]
+    picture = pictures[0]
     assert picture.format == "PNG"
-    sizes = {"compare": (4 * (3 * 64 + 2 * 8), 256), "masks": (576, 384), "one": (512, 512)}
+    sizes = {"aggregations": (4 * (3 * 64 + 2 * 8), 256), "masks": (576, 384), "one": (512, 512)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
     assert np.asarray(picture).std() > 20
     if name in KINDS:
         seen = read(load_judge(), np.asarray(picture.convert("RGB").resize((64, 64)))[None])[0]
         assert SUBJECT_VALUES["kind"][seen["kind"][0]] == KINDS[name]
-    if "compare" in name:
+    assert len({other.tobytes() for other in pictures}) == len(pictures), "the methods give different pictures"
+    if "aggregations" in name:
         thirds = [picture.crop((i * 288, 0, i * 288 + 256, 256)).tobytes() for i in range(3)]
         assert len(set(thirds)) == 3, "the aggregations give different pictures"
     log = server.log()[before:]
     assert "Traceback" not in log
     assert "ERROR" not in log
+
+
+def test_the_shipped_files_know_their_subject(server):
+    """Each of them makes pictures of the woman whom the base has never seen."""
+    own = identity(SUBJECTS, 10)
+    outputs = server.run(prompt := prompt_of(server, "compare_methods"))
+    right = {}
+    for node, inner in prompt.items():
+        if inner["class_type"] == "SaveImage":
+            files = [server.picture(picture) for picture in outputs[node]["images"]]
+            pictures = [np.asarray(Image.open(BytesIO(file)).convert("RGB").resize((64, 64))) for file in files]
+            seen = read(load_judge(), np.stack(pictures))[0]
+            name = inner["inputs"]["filename_prefix"].partition("compare_")[2]
+            right[name] = {
+                trait: np.mean([SUBJECT_VALUES[trait][value] == getattr(own, trait) for value in seen[trait]])
+                for trait in ("hair_colour", "hair_style")
+            }
+    assert set(right) == {"without", "textual_inversion", "lora", "dreambooth"}
+    assert max(right["without"].values()) < 0.5, right
+    assert right["textual_inversion"]["hair_colour"] > 0.7, right
+    assert min(*right["lora"].values(), *right["dreambooth"].values()) > 0.7, right
 
 
 def test_real_photographs_by_folder(server, photographs):
