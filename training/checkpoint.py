@@ -117,10 +117,10 @@ def read_settings_of(checkpoint: Path) -> tuple[int, dict[str, Any]]:
         raise damaged(checkpoint, error) from None
 
 
-def damaged(checkpoint: Path, error: Exception) -> PersonalizeError:
+def damaged(checkpoint: Path, why: object) -> PersonalizeError:
     """What to do about a checkpoint that cannot be read."""
     return PersonalizeError(
-        f"The checkpoint {checkpoint} is damaged ({' '.join(str(error).split())[:200]}): delete this folder, and the same "
+        f"The checkpoint {checkpoint} is damaged ({' '.join(str(why).split())[:200]}): delete this folder, and the same "
         "command goes on from the one before, or starts anew."
     )
 
@@ -138,8 +138,8 @@ def load_checkpoint(
             continue
         try:
             stored, _ = read_safetensors(checkpoint / f"{name}.safetensors")
-        except PersonalizeError as error:
-            raise damaged(checkpoint, error) from None
+        except PersonalizeError:
+            raise damaged(checkpoint, f"{name}.safetensors cannot be read") from None
         if stored.keys() != into.keys() or any(stored[key].shape != value.shape for key, value in into.items()):
             raise PersonalizeError(
                 f"{checkpoint} holds other weights than are trained now: start in another output_dir."

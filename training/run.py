@@ -78,8 +78,8 @@ def alone(settings: Settings) -> Iterator[None]:
         raise PersonalizeError(
             f"Another training writes to {settings.folder}: wait for it, or use another --output_dir."
         ) from None
-    except OSError:
-        pass  # the preflight tells it with all other problems
+    except (OSError, NotImplementedError):
+        pass  # the preflight tells what cannot be written with all other problems; some disks have no locks
     try:
         yield
     finally:
