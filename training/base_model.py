@@ -19,6 +19,7 @@ from diffusers import (
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
@@ -75,7 +76,7 @@ class BaseModel:
 
     @property
     def text_encoders(self) -> list[Any]:
-        """One or two."""
+        """One or two; None where it was freed."""
         two = [self.pipeline.text_encoder_2] if self.layout == "sdxl" else []
         return [self.pipeline.text_encoder, *two]
 
@@ -265,9 +266,12 @@ def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
     if any(key.startswith(_TINY_VAE) for key in state):
         parts["vae"] = tiny_vae(state, dtype)
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-    pipeline = kind.from_single_file(
-        str(path), config=str(CONFIGS / family), torch_dtype=dtype, local_files_only=True, **parts
-    )
+    options = {"config": str(CONFIGS / family), "torch_dtype": dtype, "local_files_only": True}
+    if path.suffix == ".safetensors":  # each maps the file for itself, so that each can be freed alone
+        parts["unet"] = UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options)
+        if "vae" not in parts:
+            parts["vae"] = AutoencoderKL.from_single_file(str(path), subfolder="vae", **options)
+    pipeline = kind.from_single_file(str(path), **options, **parts)
     _predict(pipeline, "v_prediction" if predicts_v(state, family) else "epsilon")
     if "ztsnr" in state:
         pipeline.scheduler = type(pipeline.scheduler).from_config(

@@ -59,6 +59,7 @@ class DreamBoothMethod:
             shapes = (parameter.shape for _, module in modules for parameter in module.parameters())
             check_budget(shapes, int(options.delta_megabytes * 1e6))
         self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
+        self.writes_all = base.file is None and options.save_as != "delta"
         self.check_names()
 
     def check_names(self) -> None:

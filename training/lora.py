@@ -61,6 +61,7 @@ class LoraMethod:
             inject_adapter_in_model(text_config(options), encoder)
             cast_training_params(encoder, dtype=torch.float32)
         self.trains_text, self.groups = bool(self.text), groups_of(base, self.text, settings)
+        self.writes_all = False
 
     def spoken(self, text: str) -> str:
         """The trigger is an ordinary word."""

@@ -29,6 +29,8 @@ class Method(Protocol):
     """The optimiser's: `params`, `lr`, and `names` of the parameters."""
     trains_text: bool
     """Whether captions must be read anew in each step."""
+    writes_all: bool
+    """Whether `write` writes also the networks that do not train."""
 
     def spoken(self, text: str) -> str:
         """A caption as the tokenizer is to read it."""

@@ -1,10 +1,11 @@
 """From options to a file: what every fine-tuning method does alike."""
 
+import gc
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -137,8 +138,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         settings = fill_defaults(given, base.family)
     if settings.training.channels_last:
         base.pipeline.unet.to(memory_format=torch.channels_last)
-    for module in (base.pipeline.unet, *base.text_encoders, base.pipeline.vae):
-        module.to(accelerator.device)
+    base.pipeline.to(accelerator.device)
     if accelerator.is_main_process:
         save_settings(settings, settings.folder / "config.toml")
     mark, digest = base.fingerprint(), digest_of_file(base)
@@ -150,8 +150,9 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         set_aside(settings.folder / "checkpoints", begun)
     accelerator.wait_for_everyone()
     record = Record(settings.folder, begun, accelerator)
-    trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop)
-    material = material_of(trainer, mark)
+    vae = digest_of(base.pipeline.vae)
+    trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop, vae)
+    material = material_of(trainer.examples, mark, vae)
     if checkpoint is not None:
         if problems := changed_settings(settings, checkpoint, material):
             raise PersonalizeError("\n".join(problems))
@@ -197,9 +198,13 @@ def start(settings: Settings) -> Accelerator:
 
 
 def prepare(
-    method: str, settings: Settings, accelerator: Accelerator, base: BaseModel, record: Record, stop: Stop
+    method: str, settings: Settings, accelerator: Accelerator, base: BaseModel, record: Record, stop: Stop, vae: str
 ) -> Trainer:
-    """Find and encode pictures and captions, attach the method, free what is not needed any more."""
+    """Find and encode pictures and captions, attach the method, free what is not needed any more.
+
+    Args:
+        vae: the digest of its weights; the others as Trainer has them.
+    """
     data, watching = settings.data, settings.watching
     sizes = Sizes(settings.resolution, base.size_step, data.buckets)
     check_size(sizes.resolution, base.size_step, base.name)  # of a hub id, which the preflight could not tell
@@ -218,8 +223,7 @@ def prepare(
         plain = replace(data, repeats=1, random_flip=False)
         kept_out = find_examples(Path(data.validation_data_dir).expanduser(), plain, sizes, templates)
     cache = Cache(Path(data.cache_dir).expanduser() if data.cache_dir else settings.folder / "cache")
-    latents = _latents(accelerator, base, [*examples, *kept_out], cache)
-    base.pipeline.vae.to("cpu")
+    latents = _latents(accelerator, base, [*examples, *kept_out], cache, vae)
     prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in watching.validation_prompt]
     captions = list(dict.fromkeys(["", *prompts, *(c for e in (*examples, *kept_out) for c in e.captions)]))
     digests = "-".join(digest_of(encoder) for encoder in base.text_encoders)
@@ -235,17 +239,14 @@ def prepare(
         bar = tqdm(captions, desc="Captions", unit="", disable=not accelerator.is_local_main_process, leave=False)
         with resting(base):
             texts = encode_captions(base, bar, cache, digests, settings.base.clip_skip)
-        for encoder in base.text_encoders:
-            encoder.to("cpu")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    _put_away(base, made, samples=bool(prompts))
     if settings.training.gradient_checkpointing:
         base.pipeline.unet.enable_gradient_checkpointing()
         for encoder in base.text_encoders if made.trains_text else []:
             encoder.gradient_checkpointing_enable()
     base.pipeline.unet.train()
-    for encoder in base.text_encoders:
-        encoder.train(made.trains_text)
+    for encoder in base.text_encoders if made.trains_text else []:
+        encoder.train()
     order = Order(examples, settings.training.train_batch_size * accelerator.num_processes, settings.training.seed)
     trainer = Trainer(
         accelerator,
@@ -278,18 +279,31 @@ def too_long(base: BaseModel, method: Method, examples: list[Example]) -> list[s
     ]
 
 
-def material_of(trainer: Trainer, mark: str) -> dict[str, str]:
+def _put_away(base: BaseModel, method: Method, samples: bool) -> None:
+    """What the training does not need: out of memory, or to the CPU where it is needed later. diffusers does without."""
+    text = [] if method.trains_text else ["text_encoder", "text_encoder_2"]
+    for name in (*text, "vae"):
+        later = method.writes_all or (name == "vae" and samples)
+        if getattr(base.pipeline, name, None) is not None:
+            setattr(base.pipeline, name, getattr(base.pipeline, name).to("cpu") if later else None)
+    gc.collect()  # networks refer to themselves
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def material_of(examples: Sequence[Example], mark: str, vae: str) -> dict[str, str]:
     """Digests of what is trained, and on what: a run that goes on must have the same."""
-    vae = digest_of(trainer.base.pipeline.vae)
-    keys = {example: latent_key(example, vae) for example in dict.fromkeys(trainer.examples)}
-    listed = [(keys[example], example.captions, example.is_prior) for example in trainer.examples]
+    keys = {example: latent_key(example, vae) for example in dict.fromkeys(examples)}
+    listed = [(keys[example], example.captions, example.is_prior) for example in examples]
     pictures = hashlib.sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
     return {"base model": mark, "pictures or captions": pictures[:16]}
 
 
-def _latents(accelerator: Accelerator, base: BaseModel, examples: list[Example], cache: Cache) -> dict[Example, Latent]:
+def _latents(
+    accelerator: Accelerator, base: BaseModel, examples: list[Example], cache: Cache, digest: str
+) -> dict[Example, Latent]:
     """Each process encodes its part, then all read all."""
-    unique, digest = list(dict.fromkeys(examples)), digest_of(base.pipeline.vae)
+    unique = list(dict.fromkeys(examples))
     mine = unique[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(mine, desc="Encoding", unit=" pictures", disable=not accelerator.is_local_main_process, leave=False)
     encoded = encode_pictures(base.pipeline.vae, bar, cache, digest)

@@ -53,7 +53,7 @@ class TextualInversionMethod:
             self.words.append(word)
         names = [f"{name}.vectors" for name, _ in text_modules(base)]
         vectors = [word.vectors for word in self.words]
-        self.trains_text = True
+        self.trains_text, self.writes_all = True, False
         self.groups = [{"params": vectors, "lr": settings.rate, "names": names, "weight_decay": 0.0}]
 
     def _start(self, tokenizer, table, options: TextualInversion) -> torch.Tensor:

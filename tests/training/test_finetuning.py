@@ -1,6 +1,7 @@
 """What each option changes in a training, and what it leaves alone."""
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,6 +138,35 @@ def watched(monkeypatch):
     made, prepare = [], running.prepare
     monkeypatch.setattr(running, "prepare", lambda *arguments: made.append(prepare(*arguments)) or made[-1])
     return made
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "needed"),
+    [
+        ("lora", {}, set()),
+        ("lora", {"validation_prompt": ["a photo of ohwx dog"], "validation_steps": 9}, {"vae"}),
+        ("textual_inversion", {}, {"text"}),
+        ("dreambooth", {"train_text_encoder": True, "save_as": "delta"}, {"text"}),
+    ],
+)
+def test_networks_that_are_not_needed_leave_the_memory(method, options, needed, root, folder, tmp_path, monkeypatch):
+    watches, alive = {}, set()
+    load, step = running.load_base, loop.Trainer.step
+
+    def loading(*arguments):
+        base = load(*arguments)
+        watches["vae"] = weakref.ref(base.pipeline.vae)
+        watches["text"] = weakref.ref(base.pipeline.text_encoder)
+        return base
+
+    def stepping(trainer, number):
+        alive.update(name for name, watch in watches.items() if watch() is not None)
+        return step(trainer, number)
+
+    monkeypatch.setattr(running, "load_base", loading)
+    monkeypatch.setattr(loop.Trainer, "step", stepping)
+    train(method, root, folder, tmp_path / "out", max_train_steps=1, **options)
+    assert alive == needed
 
 
 def test_channels_last_is_the_same_training(root, folder, tmp_path, monkeypatch):
