@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -353,13 +354,23 @@ def changed_settings(settings: Settings, checkpoint: Path, material: Mapping[str
 def _bytes_needed(settings: Settings, pictures: int) -> int:
     """About how much is written: the result, the checkpoints with weights, moments and average in fp32, the caches."""
     path = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
-    files = [path] if path.is_file() else path.rglob("*.safetensors") if path.is_dir() else []
+    files = [path] if path.is_file() else list(path.rglob("*.safetensors")) if path.is_dir() else []
     size = sum(file.stat().st_size for file in files)
-    data, training = settings.data, settings.training
+    data, training, watching = settings.data, settings.training, settings.watching
     drawn = data.num_class_images if data.with_prior_preservation else 0
     latents = (pictures + drawn) * settings.resolution**2 * 2  # with a deviation and mirrored; of pictures a bit less
     if settings.method.name != "dreambooth":
         return 100_000_000 + latents + size // 20
     copies = 1 + {"adamw8bit": 1, "adafactor": 0}.get(training.optimizer, 2) + training.use_ema
-    weights = 2 * size  # a file in half precision as fp32
-    return 100_000_000 + latents + size + weights * copies * (settings.watching.checkpoints_total_limit + 1)
+    checkpoints = watching.checkpoints_total_limit + 1  # the oldest goes when the newest is there
+    if training.max_train_steps is not None:
+        checkpoints = min(checkpoints, math.ceil(training.max_train_steps / watching.checkpointing_steps))
+    return 100_000_000 + latents + size + sum(map(_bytes_in_fp32, files)) * copies * checkpoints
+
+
+def _bytes_in_fp32(file: Path) -> int:
+    """Of a file's weights; of one whose header says nothing, as if they were in half precision."""
+    try:
+        return 4 * sum(math.prod(entry["shape"]) for entry in read_header(file)[0].values())
+    except PersonalizeError:
+        return 2 * file.stat().st_size

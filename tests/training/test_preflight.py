@@ -135,8 +135,11 @@ def test_an_output_that_cannot_be_written(root, tmp_path):
 def test_a_full_disk(root, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage._replace(free=10_000_000))
-    said = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", method="dreambooth")
-    assert said == [f"The disk of {tmp_path}/out has 0.0 GB free, but checkpoints and the result need about 0.5 GB."]
+    folder = photos(tmp_path / "photos", 1)
+    for steps, gigabytes in ((1, 0.2), (1000, 0.5)):  # one checkpoint, or three at a time
+        said = problems(root, folder, tmp_path / "out", method="dreambooth", max_train_steps=steps)
+        needed = f"checkpoints and the result need about {gigabytes} GB."
+        assert said == [f"The disk of {tmp_path}/out has 0.0 GB free, but {needed}"]
 
 
 def test_options_that_do_not_fit_the_base(root, tmp_path):
