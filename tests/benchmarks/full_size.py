@@ -11,6 +11,7 @@ LoRA and word. Needs about 20 GB of memory and 30 GB of disk for SDXL.
 import argparse
 import gc
 import logging
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -56,12 +57,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         base = folder / "models" / "checkpoints" / f"random_{arguments.family}.safetensors"
-        if not base.exists():
-            write_single_file(random_pipeline(arguments.family, torch.float16), arguments.family, base)
-            gc.collect()
+        if not base.exists():  # in a process of its own, which gives all of its memory back
+            process = multiprocessing.get_context("spawn").Process(target=make_base, args=(arguments.family, base))
+            process.start()
+            process.join()
+            expect(process.exitcode == 0)
         for method in arguments.methods:
             train(arguments, method, base, folder)
         check_in_comfyui(arguments, base, folder)
+
+
+def make_base(family: str, path: Path) -> None:
+    """In half precision, as most are."""
+    write_single_file(random_pipeline(family, torch.float16), family, path)
 
 
 def train(arguments: argparse.Namespace, method: str, base: Path, folder: Path) -> None:
