@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pack.models.base_models import FINGERPRINTED, fingerprint, same_model
-from pack.models.checkpoints import overwrite_tensors, read_header
+from pack.models.checkpoints import check_tensors, overwrite_tensors, read_header
 from pack.models.delta import check_delta, delta_tensors, truncated_delta_tensors
 from pack.models.errors import PersonalizeError
 from pack.models.metadata import About, read_about
@@ -50,6 +50,20 @@ def test_everything_else_stays_byte_for_byte(source, tmp_path):
         begin, end = entry["data_offsets"]
         assert (data[begin:end] == old_data[begin:end]) == (name not in trained or begin == end)
     assert [path.name for path in target.parent.iterdir()] == ["trained.safetensors"]
+
+
+def test_what_was_written_is_checked(source):
+    tensors = load_file(source)
+    check_tensors(
+        source, {"a.weight": tensors["a.weight"].float(), "b.bias": tensors["b.bias"], "v_pred": tensors["v_pred"]}
+    )
+    for name, value in {
+        "b.bias": tensors["b.bias"] + 1e-6,
+        "c": tensors["c"].float() + 0.5,
+        "e": torch.ones(2),
+    }.items():
+        with pytest.raises(PersonalizeError, match=f"^{name} in .* is not what was trained"):
+            check_tensors(source, {"a.weight": tensors["a.weight"], name: value})
 
 
 def test_what_cannot_be_overwritten(source, tmp_path):
