@@ -107,12 +107,36 @@ class Complaints(logging.Handler):
 
 
 def check_in_comfyui(arguments: argparse.Namespace, base: Path, folder: Path) -> None:
-    """Every file, by the stock nodes and by ours."""
+    """Every file, by the stock nodes and by ours; one model at a time is in memory."""
     host, complaints = Host(COMFYUI, folder, ROOT), Complaints()
     logging.getLogger().addHandler(complaints)
     logging.getLogger().setLevel(logging.INFO)
+    known = check_with_the_base(arguments, host, base, folder, complaints)
+    free()
+    if "dreambooth" in arguments.methods:
+        made = host.node("PersonalizeLoadDreamBooth").execute("dreambooth.safetensors", 1.0).result
+        expect(made[3] == "ohwx")
+        del made
+        free()
+        host.nodes.CheckpointLoaderSimple().load_checkpoint("dreambooth.safetensors")
+        free()
+        compare_bytes(base, folder / "models" / "checkpoints" / "dreambooth.safetensors")
+    print(f"ComfyUI says of our files: {complaints.lines[known:] or 'nothing'}")
+    check_in_diffusers(arguments, folder)
+
+
+def free() -> None:
+    """What ComfyUI keeps and nobody uses any more."""
+    sys.modules["comfy.model_management"].unload_all_models()
+    gc.collect()
+
+
+def check_with_the_base(
+    arguments: argparse.Namespace, host: Host, base: Path, folder: Path, complaints: Complaints
+) -> int:
+    """LoRA and word; returns how many complaints there were of the base itself."""
     model, clip, _ = host.nodes.CheckpointLoaderSimple().load_checkpoint(base.name)[:3]
-    known = list(complaints.lines)  # of the base itself
+    known = list(complaints.lines)
     print(f"{title_of(arguments.family)} in ComfyUI; of the base it says: {known or 'nothing'}")
     if "lora" in arguments.methods:
         stock = host.nodes.LoraLoader().load_lora(model, clip, "lora.safetensors", 1.0, 1.0)
@@ -132,18 +156,7 @@ def check_in_comfyui(arguments: argparse.Namespace, base: Path, folder: Path) ->
         expect(change > 0)
         trigger = host.node("PersonalizeLoadTextualInversion").execute(model, "textual_inversion.safetensors", 1.0)
         expect(trigger.result[2] == "embedding:textual_inversion")
-    if "dreambooth" in arguments.methods:
-        del model, clip
-        gc.collect()
-        made = host.node("PersonalizeLoadDreamBooth").execute("dreambooth.safetensors", 1.0).result
-        expect(made[3] == "ohwx")
-        del made
-        gc.collect()
-        host.nodes.CheckpointLoaderSimple().load_checkpoint("dreambooth.safetensors")
-        compare_bytes(base, folder / "models" / "checkpoints" / "dreambooth.safetensors")
-    print(f"ComfyUI says of our files: {complaints.lines[len(known) :] or 'nothing'}")
-    gc.collect()
-    check_in_diffusers(arguments, folder)
+    return len(known)
 
 
 def compare_bytes(base: Path, trained: Path) -> None:
