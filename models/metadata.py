@@ -63,6 +63,9 @@ def read_about(metadata: Mapping[str, str], name: str) -> About | None:
         )
     own = {key.removeprefix("personalize."): value for key, value in metadata.items()}
     fields = ("method", "base_family", "base_name", "base_hash", "base_fingerprint", "trigger", "class_name")
-    settings = json.loads(own.get("settings") or "{}")
+    try:
+        settings = json.loads(own.get("settings") or "{}")
+    except ValueError:
+        raise PersonalizeError(f"{name} is damaged: its personalize.settings cannot be read.") from None
     extra = {key: value for key, value in metadata.items() if not key.startswith("personalize.")}
     return About(**{key: own.get(key, "") for key in fields}, settings=settings, extra=extra)

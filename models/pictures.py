@@ -42,9 +42,15 @@ def list_pictures(folder: Path) -> list[Path]:
         PersonalizeError: the folder does not exist or has no pictures.
     """
     if not folder.is_dir():
-        raise PersonalizeError(f"The folder {folder} does not exist.")
+        raise PersonalizeError(f"{folder} is no folder." if folder.exists() else f"The folder {folder} does not exist.")
     paths = picture_paths(folder)
     if not paths:
+        inside = [path.name for path in sorted(folder.iterdir()) if path.is_dir() and picture_paths(path)]
+        if inside:
+            raise PersonalizeError(
+                f"The folder {folder} has no pictures itself, but folders with pictures ({', '.join(inside[:3])}): name "
+                "one of these."
+            )
         raise PersonalizeError(f"The folder {folder} has no pictures ({', '.join(sorted(SUFFIXES))}).")
     return paths
 

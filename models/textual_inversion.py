@@ -71,7 +71,7 @@ def read_word(tensors: Mapping[str, Tensor], widths: Sequence[int], name: str, b
         [found[key] for key in TWO if key in found] if len(widths) == 2 else [found[k] for k in keys if k in found][:1]
     )
     if tuple(value.shape[1] for value in chosen) != tuple(widths):
-        has = " and ".join(str(value.shape[1]) for value in found.values())
+        has = " and ".join(map(str, sorted({value.shape[1] for value in found.values()})[:3]))
         raise PersonalizeError(
             f"{name} has vectors of width {has}, but {base} needs {' and '.join(map(str, widths))}: "
             "it was made for another base model."

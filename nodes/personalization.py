@@ -23,6 +23,8 @@ from .trained_files import (
     read_trained,
 )
 
+TEXT = ("lora_te", "text_encoder", "text_encoders.")
+"""How names of what changes text encoders begin, in the files of any trainer."""
 TRIGGER = "The words that call the subject, to wire into a prompt; empty where the file does not say."
 
 
@@ -84,7 +86,11 @@ class LoadLora(io.ComfyNode):
     def execute(cls, model, file: str, strength_model: float, strength_clip: float, clip=None) -> io.NodeOutput:
         path = find_model("loras", file)
         tensors, about = read_trained(path)
-        check_base(model, about, path.name, exactly=False)
+        check_base(model, about, path.name, exactly=about is not None and about.method == "dreambooth")
+        if clip is None and strength_clip != 0 and any(key.startswith(TEXT) for key in tensors):
+            raise PersonalizeError(
+                f"{path.name} changes the text encoders, too: connect the checkpoint's CLIP, or set strength_clip to 0."
+            )
         model, clip = apply_patches(model, clip, tensors, (strength_model, strength_clip), path.name)
         return io.NodeOutput(model, clip, about.trigger if about else "")
 
@@ -133,6 +139,8 @@ def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
             f'A prompt cannot call "{file}", as a name in it ends at a space or a bracket: rename it, to "{better}" say.'
         )
     tensors, about = read_trained(path)
+    if (about is not None and about.method != "textual_inversion") or any(".lora_" in key for key in tensors):
+        raise PersonalizeError(f"{path.name} is no learned word, but a {about.method if about else 'LoRA'}: move it.")
     check_base(model, about, path.name, exactly=False)
     family = family_of_model(model)
     if family in TEXT_WIDTHS:
@@ -248,6 +256,12 @@ class LoadPersonalization(io.ComfyNode):
         about = read_about_file(path)
         if about is None:
             raise PersonalizeError(f"{name} does not say how it was trained: use the loader of its method.")
+        if about.method not in ("dreambooth", "textual_inversion", "lora"):
+            raise PersonalizeError(f"{name} is no personalisation but a {about.method}, which has nodes of its own.")
+        if about.method == "textual_inversion" and kind != "embeddings":
+            raise PersonalizeError(
+                f"{name} is a learned word, which ComfyUI finds in models/embeddings only: move it there."
+            )
         if about.method == "dreambooth":
             return io.NodeOutput(*load_dreambooth(path, strength, model, clip, vae))
         if model is None:
@@ -256,10 +270,8 @@ class LoadPersonalization(io.ComfyNode):
             )
         if about.method == "textual_inversion":
             return io.NodeOutput(model, clip, vae, checked_word(model, path, name, strength))
-        if about.method == "lora":
-            model, clip, trigger = LoadLora.execute(model, name, strength, strength, clip).result
-            return io.NodeOutput(model, clip, vae, trigger)
-        raise PersonalizeError(f"{name} is a {about.method} file, which has nodes of its own.")
+        model, clip, trigger = LoadLora.execute(model, name, strength, strength, clip).result
+        return io.NodeOutput(model, clip, vae, trigger)
 
 
 KINDS = ("loras", "embeddings", "checkpoints")

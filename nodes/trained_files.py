@@ -143,12 +143,14 @@ def apply_patches(
     file = _Watched(comfy.lora_convert.convert_lora(dict(tensors)))
     ours: dict[str, Any] = {}
     theirs: dict[str, Any] = {}
-    if model is not None:
-        ours = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
-    if clip is not None:
-        theirs = comfy.lora.load_lora(
-            file, comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {}), log_missing=False
-        )
+    try:
+        if model is not None:
+            ours = comfy.lora.load_lora(file, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
+        if clip is not None:
+            keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+            theirs = comfy.lora.load_lora(file, keys, log_missing=False)
+    except KeyError as error:
+        raise PersonalizeError(f"{name} is not whole: it lacks {error.args[0]}.") from None
     if not ours and not theirs:
         raise PersonalizeError(
             f"None of the {len(file)} tensors in {name} is for this model: it was made for another base model."

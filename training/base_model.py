@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor
@@ -157,6 +158,17 @@ def size_step_of(family: str) -> int:
     return VAE_SCALE * 2 ** (len(widths) - 1)
 
 
+def text_layers_of(family: str) -> int:
+    """Of the text encoder of a family whose configuration comes with the pack."""
+    return json.loads((CONFIGS / family / "text_encoder" / "config.json").read_text())["num_hidden_layers"]
+
+
+def unet_blocks_of(family: str) -> list[str]:
+    """The UNet's, by diffusers' names."""
+    blocks = range(len(json.loads((CONFIGS / family / "unet" / "config.json").read_text())["block_out_channels"]))
+    return [*(f"down_blocks.{i}" for i in blocks), "mid_block", *(f"up_blocks.{i}" for i in blocks)]
+
+
 def _load_folder(where: str, path: Path, dtype: torch.dtype, revision: str | None, variant: str | None) -> Pipeline:
     local = path.is_dir()
     if not local and not is_hub_id(where):
@@ -206,7 +218,7 @@ def load_vae(path: Path, family: str) -> AutoencoderKL | AutoencoderTiny:
         return AutoencoderKL.from_single_file(
             str(path), config=config, torch_dtype=torch.float32, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, SingleFileComponentError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PersonalizeError(f"{path} cannot be loaded as a VAE: {reason}") from None
 

@@ -136,6 +136,8 @@ def load_checkpoint(
     for name, into in (("weights", weights), ("average", average)):
         if into is None:
             continue
+        if name == "average" and not (checkpoint / "average.safetensors").exists():
+            raise PersonalizeError(f"{checkpoint} has no average: go on without --use_ema, or in another output_dir.")
         try:
             stored, _ = read_safetensors(checkpoint / f"{name}.safetensors")
         except PersonalizeError:

@@ -1,10 +1,11 @@
 """What suits a base model and a method, where the user did not say."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from .settings import Settings
+from .shared import title_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
         ),
         output=replace(output, output_name=given(output.output_name, data.trigger)),
     )
+
+
+def hints(method: str) -> dict[str, str]:
+    """For --help: what is filled in."""
+    large, pocket = LARGE[method], POCKET[method]
+    texts = {
+        f.name: f"{_shown(getattr(large, f.name))}; pocket {_shown(getattr(pocket, f.name))}" for f in fields(Suits)
+    }
+    sizes = ", ".join(f"{size} for {title_of(family)}" for family, size in RESOLUTIONS.items())
+    return texts | {"resolution": sizes, "mixed_precision": "no on CPUs, else bf16, or fp16 on old GPUs"}
+
+
+def _shown(value: object) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value:g}"
 
 
 def best_precision() -> str:

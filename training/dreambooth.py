@@ -2,7 +2,7 @@
 
     python -m training.dreambooth --pretrained_model_name_or_path MODEL --instance_data_dir PICTURES --output_dir FOLDER
 
-The UNet trains, and if wanted the text encoders; with --with_prior_preservation also on pictures of others of the class,
+The UNet trains, and unless --no-train_text_encoder the text encoders; with --with_prior_preservation also on pictures of others of the class,
 so that the class stays what it was (Ruiz et al. 2023, eq. 2). The result is a checkpoint in which only what trained
 differs from yours, or its difference from the base.
 """
@@ -107,7 +107,7 @@ class DreamBoothMethod:
             dtype = PRECISIONS[self.settings.output.save_precision]
             tensors = read_checkpoint(source) if source is not None else whole_checkpoint(self.base)
             tensors |= trained
-            write_safetensors(path, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, about.as_metadata())
+            write_safetensors(path, {k: _saved(v, dtype) for k, v in tensors.items()}, about.as_metadata())
         check_tensors(path, trained)
         return path
 
@@ -129,6 +129,10 @@ class DreamBoothMethod:
         if megabytes is not None:
             print(f"{path.name} has {path.stat().st_size / 1e6:.1f} MB and {kept:.1%} of the change's squared length.")
         return path
+
+
+def _saved(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype)
 
 
 def _copy(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -81,8 +81,8 @@ class Trainer:
     """Of every caption, if the text encoders do not train."""
     order: Order
     record: Record
-    watch: Callable[[int], dict[str, float]]
-    """Called after validation_steps: draws samples, measures; returns figures for the log."""
+    watch: Callable[[int], None]
+    """Called after validation_steps by the main process: measures, logs, draws samples."""
     stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
@@ -90,7 +90,7 @@ class Trainer:
         config = self.base.pipeline.scheduler.config
         self.scheduler = DDPMScheduler.from_config(config)
         self.weighting = Weighting(
-            training.snr_gamma,
+            training.snr_gamma or None,
             training.noise_offset,
             self.settings.data.caption_dropout,
             self.settings.data.prior_loss_weight,
@@ -100,8 +100,9 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]
         plain = [{key: value for key, value in group.items() if key != "names"} for group in groups]
         self.optimizer = make_optimizer(plain, self.settings)
+        rises = training.lr_scheduler == "constant" and training.lr_warmup_steps > 0
         self.schedule = get_scheduler(
-            training.lr_scheduler,
+            "constant_with_warmup" if rises else training.lr_scheduler,
             self.optimizer,
             num_warmup_steps=training.lr_warmup_steps,
             num_training_steps=self.steps,
@@ -257,15 +258,13 @@ class Trainer:
 
     def look(self, done: int) -> None:
         """Samples and measures; where they fail, the training goes on without."""
-        try:
-            if self.accelerator.is_main_process:
-                self.record.draw(self.settings.folder / "loss.png")
-            figures = self.watch(done)
-        except (OSError, RuntimeError, PersonalizeError) as error:
-            tqdm.write(f"No samples after step {done}: {self.explained(error)}", file=sys.stderr)
+        if not self.accelerator.is_main_process:
             return
-        if figures and self.accelerator.is_main_process:
-            self.record.add(done, figures)
+        try:
+            self.watch(done)
+            self.record.draw(self.settings.folder / "loss.png")
+        except Exception as error:
+            tqdm.write(f"No samples after step {done}: {self.explained(error)}", file=sys.stderr)
 
     def check_weights(self, done: int, kept: int) -> None:
         """A finite loss can have a gradient that is not; such weights are not kept.

@@ -15,6 +15,7 @@ def option(
     choices: tuple[str, ...] = (),
     least: float | None = None,
     below: float | None = None,
+    above: float | None = None,
     also: tuple[str, ...] = (),
     switches: Mapping[str, str] | None = None,
 ) -> Any:
@@ -23,11 +24,11 @@ def option(
     Args:
         default: its value.
         help: for --help.
-        choices, least, below: bounds of its value.
+        choices, least, below, above: bounds of its value.
         also: other names.
         switches: names of options without a value, and which value each stands for.
     """
-    bounds = {"choices": choices, "least": least, "below": below}
+    bounds = {"choices": choices, "least": least, "below": below, "above": above}
     metadata = {"help": help, **bounds, "also": also, "switches": switches or {}}
     return (
         field(default_factory=list, metadata=metadata) if default == [] else field(default=default, metadata=metadata)
@@ -68,7 +69,9 @@ class Data:
         "caption of pictures that have no .txt beside them, {trigger} and {class} are put in; by default 'a photo of "
         "{trigger} {class}', and for Textual Inversion several",
     )
-    resolution: int | None = option(None, "longer pictures get as many pixels as a square of this side", least=16)
+    resolution: int | None = option(
+        None, "size of the pictures: they are brought to about as many pixels as a square of this side has", least=16
+    )
     buckets: bool = option(True, "keep each picture's aspect (groups of like aspect) instead of cutting squares")
     repeats: int = option(1, "how often each picture counts in an epoch", least=1)
     random_flip: bool = option(False, "show mirrored pictures too; not for faces, text and logos")
@@ -79,9 +82,7 @@ class Data:
     validation_data_dir: str | None = option(None, "folder with further pictures, on which only the loss is measured")
     with_prior_preservation: bool = option(False, "keep the class: learn from pictures of others of the class, too")
     class_data_dir: str | None = option(None, "folder with those; what is missing is drawn by the base into it")
-    class_prompt: str = option(
-        "a photo of {class}", "caption of those that have no .txt, and the prompt they are drawn by"
-    )
+    class_prompt: str = option("a {class}", "caption of those that have no .txt, and the prompt they are drawn by")
     num_class_images: int = option(100, "how many there shall be", least=1)
     prior_loss_weight: float = option(1.0, "λ, how much they count", least=0)
     cache_dir: str | None = option(None, "folder for encoded pictures and captions; by default in the output folder")
@@ -125,7 +126,7 @@ class Training:
     max_grad_norm: float = option(1.0, "longer gradients are shortened to this; 0 leaves them", least=0)
     mixed_precision: str | None = option(None, "what the network computes in", ("no", "fp16", "bf16"))
     gradient_checkpointing: bool = option(False, "less memory, a third slower")
-    snr_gamma: float | None = option(None, "min-SNR weighting of the loss; 5 learns faster", least=0)
+    snr_gamma: float | None = option(None, "min-SNR weighting of the loss; 5 learns faster, 0 is off", least=0)
     noise_offset: float = option(0.0, "0.05 to 0.1 lets very dark and bright pictures be learned", least=0)
     use_ema: bool = option(False, "keep a running average of the weights and save that")
     ema_decay: float = option(0.9999, "of the average", least=0, below=1)
@@ -159,7 +160,11 @@ class Output:
 
     output_dir: str | None = option(None, "folder for the result, checkpoints, samples, the log and the configuration")
     output_name: str | None = option(None, "name of the result without ending; the trigger by default")
-    save_precision: str = option("fp16", "of the result; a difference is always in fp16", ("fp16", "bf16", "fp32"))
+    save_precision: str = option(
+        "fp16",
+        "of the result; a difference is always in fp16, and a checkpoint made from a .safetensors file has that one's",
+        ("fp16", "bf16", "fp32"),
+    )
 
 
 @dataclass
@@ -169,7 +174,7 @@ class Lora:
     name: ClassVar[str] = "lora"
     rank: int = option(16, "width of the low-rank matrices: more holds more details, in a larger file", least=1)
     lora_alpha: float | None = option(
-        None, "scale alpha / rank of the change; as large as the rank by default", least=0
+        None, "scale alpha / rank of the change; as large as the rank by default", above=0
     )
     lora_dropout: float = option(0.0, "share of the input left out at random", least=0, below=1)
     text_encoder_rank: int | None = option(None, "of the text encoder; as the UNet's by default", least=1)
@@ -189,7 +194,9 @@ class TextualInversion:
     """Textual Inversion"""
 
     name: ClassVar[str] = "textual_inversion"
-    num_vectors: int = option(4, "vectors of the word: more hold more, and take more of the prompt's 77", least=1)
+    num_vectors: int = option(
+        4, "vectors of the word: more hold more, and take more of the prompt's 77", least=1, below=75
+    )
     initializer_token: str | None = option(None, "words whose vectors it starts from; the class by default")
     learnable_property: str = option("object", "what is learned, which chooses the captions", ("object", "style"))
 

@@ -1,58 +1,38 @@
 """Everything that can be wrong with a training is looked for before a model is loaded, and told at once."""
 
 import importlib.util
-import json
 import math
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from .base_model import OFFLINE, family_of, is_hub_id, read_checkpoint, size_step_of
-from .checkpoint import find_checkpoint, read_settings_of
+from .base_checks import check_family, check_layers, check_size, check_vae, family_at
+from .base_model import OFFLINE, size_step_of
+from .checkpoint import find_checkpoint
 from .dataset import captions_of
 from .defaults import fill_defaults
+from .going_on import changed_settings, processes
 from .lora import unet_config
 from .methods import templates_of
-from .options import Lora, TextualInversion
+from .options import DreamBooth, Lora, TextualInversion, Training
 from .settings import Settings
 from .shared import (
     PersonalizeError,
-    family_of_widths,
     list_pictures,
     picture_paths,
+    read_about,
     read_header,
     read_picture,
     title_of,
 )
 
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
-ANYWAY = {  # settings that may differ when a run goes on: what it trains stays the same
-    "resume_from_checkpoint",
-    "validation_prompt",
-    "num_validation_images",
-    "validation_steps",
-    "validation_data_dir",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "report_to",
-    "cache_dir",
-    "output_dir",
-    "output_name",
-    "save_precision",
-    "save_as",
-    "delta_megabytes",
-    "gradient_checkpointing",
-    "channels_last",
-    "allow_tf32",
-    "num_class_images",
-}
 
 
 @dataclass(frozen=True)
@@ -63,17 +43,6 @@ class Findings:
     """The base's, or None for a hub id, which only loading tells."""
     pictures: int
     warnings: list[str]
-
-
-def shared_settings(settings: Settings) -> dict:
-    """Those that a run which goes on must share with the one before."""
-    kept = {name: value for name, value in settings.flat().items() if name not in ANYWAY}
-    return kept | {"num_processes": processes()}
-
-
-def processes() -> int:
-    """How many train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def preflight(settings: Settings, quiet: bool = False) -> Findings:
@@ -101,8 +70,9 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         filled = fill_defaults(settings, family)
         if family in OFFLINE:
             told(check_size, filled.resolution, size_step_of(family), title_of(family))
-    told(_vae, settings.base.vae_path)
-    counts = [0]
+        told(check_layers, settings, family)
+    told(check_vae, settings.base.vae_path)
+    counts: dict[str, int] = {}
     for option, is_prior in (("instance_data_dir", False), ("class_data_dir", True), ("validation_data_dir", False)):
         folder = getattr(settings.data, option)
         if folder is None or (is_prior and not settings.data.with_prior_preservation):
@@ -113,11 +83,12 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         found, wrong, odd = look_at_pictures(path, settings, is_prior, quiet)
         problems += wrong
         warnings += odd
-        counts.append(found)
-    told(_output, filled, family is not None, counts[1])
+        counts[option] = found
+    pictures = counts.get("instance_data_dir", 0)
+    told(_output, filled, family is not None, pictures)
     if problems:
         raise PersonalizeError("\n".join(problems))
-    return Findings(family, counts[1], warnings)
+    return Findings(family, pictures, warnings + _without_effect(settings))
 
 
 def _options(settings: Settings) -> None:
@@ -148,7 +119,17 @@ def _options(settings: Settings) -> None:
             problems.append("--fused_backward does not work with prodigy, which looks at all gradients at once.")
         if processes() > 1:
             problems.append("--fused_backward works in one process only.")
+    if training.max_train_steps is not None and training.num_train_epochs is not None:
+        problems.append("--max_train_steps and --num_train_epochs say the same thing: give one of them.")
+    method = settings.method
+    if isinstance(method, DreamBooth) and method.delta_megabytes is not None and method.save_as == "full":
+        problems.append("--delta_megabytes cuts a difference: use it with --save_as delta or both.")
+    for option, value in settings.flat().items():
+        if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+            problems.append(f"--{option} {value!r} is not UTF-8: rename it.")
     name = settings.output.output_name or settings.data.trigger
+    if name.endswith(".safetensors"):
+        problems.append(f"--output_name {name} is without ending: write {name.removesuffix('.safetensors')}.")
     if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
         problems.append(f"{name!r} is no file name: set --output_name.")
     if isinstance(settings.method, TextualInversion) and re.search(r"[\s():,]", name):
@@ -164,26 +145,22 @@ def _options(settings: Settings) -> None:
         raise PersonalizeError("\n".join(problems))
 
 
-def check_family(settings: Settings, family: str) -> None:
-    """Raises PersonalizeError where the settings are for base models of another family."""
-    wanted = settings.base.base_family
-    if wanted is not None and wanted != family:
-        name = Path(settings.base.pretrained_model_name_or_path or "").name
-        raise PersonalizeError(
-            f"These settings are for {title_of(wanted)} (base_family), but {name} is {title_of(family)}: use a "
-            f"configuration for {title_of(family)}, or a {title_of(wanted)} model."
-        )
-
-
-def check_size(resolution: int, step: int, base: str) -> None:
-    """Raises PersonalizeError where a base, by its name, takes no pictures of this many pixels."""
-    if resolution % step:
-        raise PersonalizeError(f"--resolution {resolution} is no multiple of {step}, which {base} needs.")
-
-
-def _vae(where: str | None) -> None:
-    if where is not None and not Path(where).expanduser().exists():
-        raise PersonalizeError(f"The VAE {where} does not exist: --vae_path takes a file or a folder.")
+def _without_effect(settings: Settings) -> list[str]:
+    """What was asked for and does nothing."""
+    training, method = settings.training, settings.method
+    text = [name for name in ("text_encoder_lr", "text_encoder_rank") if settings.flat().get(name) is not None]
+    if isinstance(method, TextualInversion):
+        text += ["train_text_encoder"] * (training.train_text_encoder is not None)
+        why = "Textual Inversion trains the word's vectors only, at --learning_rate"
+    else:
+        off = training.train_text_encoder is False or (isinstance(method, Lora) and not training.train_text_encoder)
+        text, why = text * off, "the text encoder does not train without --train_text_encoder"
+    odd = [f"--{name} has no effect: {why}." for name in text]
+    if training.fused_backward and training.max_grad_norm not in (0.0, Training.max_grad_norm):
+        odd.append("--max_grad_norm has no effect with --fused_backward, which never sees all gradients.")
+    if training.optimizer == "prodigy" and training.learning_rate is not None:
+        odd.append("--learning_rate scales what prodigy finds by itself: 1, or leave it out.")
+    return odd
 
 
 def _class_folder(path: Path) -> bool:
@@ -212,54 +189,6 @@ def check_writable(folder: Path, option: str) -> None:
         ) from None
 
 
-def family_at(where: str | None, vae: str | None = None) -> str | None:
-    """The family of the base, from headers only; None for a hub id.
-
-    Args:
-        where: the base.
-        vae: another VAE, if any, so that the base needs none.
-
-    Raises:
-        PersonalizeError: there is no base, none of a family that is supported, or a part of it is missing.
-    """
-    if not where:
-        return None
-    path = Path(where).expanduser()
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            tensors = read_checkpoint(path)
-        else:
-            header, _, _ = read_header(path)
-            tensors = {name: torch.empty(entry["shape"], device="meta") for name, entry in header.items()}
-        family = family_of(tensors, path.name)
-        if vae is None and not any(name.startswith("first_stage_model.") for name in tensors):
-            raise PersonalizeError(f"{path.name} has no VAE: give one with --vae_path, or take a whole checkpoint.")
-        return family
-    if path.is_dir():
-        return _family_of_folder(path)
-    if not is_hub_id(where):
-        raise PersonalizeError(
-            f"The base model {where} does not exist: it is no file, no folder, and no hub id (owner/name)."
-        )
-    return None
-
-
-def _family_of_folder(path: Path) -> str:
-    try:
-        config = json.loads((path / "unet" / "config.json").read_text())
-        channels = config["in_channels"]
-        family = family_of_widths(config["block_out_channels"][0], config["cross_attention_dim"])
-    except (OSError, ValueError, KeyError):
-        raise PersonalizeError(
-            f"The folder {path} is no base model in diffusers' layout: unet/config.json is missing."
-        ) from None
-    if channels in (8, 9):
-        raise PersonalizeError(
-            f"{path} takes {channels} channels (an inpainting or editing model): use a plain text-to-image model."
-        )
-    return family
-
-
 def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bool) -> tuple[int, list[str], list[str]]:
     """Read every picture and caption of a folder: how many are good, what is wrong, and what is odd."""
     data, wrong, odd = settings.data, [], []
@@ -268,18 +197,26 @@ def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bo
         paths = list_pictures(folder)
     except PersonalizeError as error:
         return 0, [str(error)], []
-    good, without = 0, []
+    good, masked, without = 0, 0, []
+    called = re.compile(rf"(?<!\w){re.escape(data.trigger)}(?!\w)")
     for path in _bar(paths, f"Looking at {folder.name}", quiet):
         try:
             texts = captions_of(path, templates, data.trigger, data.class_name)
-            read_picture(path)
+            masked += read_picture(path).mask is not None
         except PersonalizeError as error:
             wrong.append(str(error))
             continue
         good += 1
-        if not is_prior and not any(data.trigger in text for text in texts):
+        if not is_prior and not any(called.search(text) for text in texts):
             without.append(path.name)
-    if without:
+    if data.masked_loss and good and not masked and not is_prior:
+        odd.append(
+            f"--masked_loss has no effect: no picture in {folder} has an alpha channel or a -masklabel.png that is "
+            "neither black nor white all over."
+        )
+    if without and len(without) == good and isinstance(settings.method, TextualInversion):
+        wrong.append(f"No caption in {folder} has the trigger {data.trigger!r}: the word would learn nothing.")
+    elif without:
         some = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
         odd.append(
             f"{len(without)} of {len(paths)} captions do not have the trigger {data.trigger!r} ({some}): it will not call "
@@ -302,14 +239,23 @@ def _output(settings: Settings, whole: bool, pictures: int) -> None:
         return
     folder, problems = settings.folder, []
     check_writable(folder, "--output_dir")
-    for option in ("instance_data_dir", "class_data_dir", "validation_data_dir"):
-        path = getattr(settings.data, option)
-        if path is not None and Path(path).expanduser().resolve() == folder.resolve():
-            problems.append(f"--output_dir and --{option} are the same folder: what is written would be trained on.")
+    data = settings.data
+    places = [("output_dir", str(folder)), ("instance_data_dir", data.instance_data_dir)]
+    places += [("class_data_dir", data.class_data_dir if data.with_prior_preservation else None)]
+    places += [("validation_data_dir", data.validation_data_dir)]
+    real = {option: Path(path).expanduser().resolve() for option, path in places if path}
+    drawn_into = "class_data_dir" in real and real["class_data_dir"] == real.get("instance_data_dir")
+    same = [("output_dir", option) for option in list(real)[1:] if real[option] == real["output_dir"]]
+    for one, two in [*same, *[("instance_data_dir", "class_data_dir")] * drawn_into]:
+        problems.append(f"--{one} and --{two} are the same folder: what is written would be trained on.")
+    if settings.data.cache_dir:
+        check_writable(Path(settings.data.cache_dir).expanduser(), "--cache_dir")
     base = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
-    result = folder / f"{settings.output.output_name or settings.data.trigger}.safetensors"
-    if base.is_file() and result.exists() and result.samefile(base):
-        problems.append(f"The result would overwrite the base model {base}: set --output_name.")
+    for result in _results(settings):
+        if base.is_file() and result.exists() and result.samefile(base):
+            problems.append(f"The result would overwrite the base model {base}: set --output_name.")
+        elif result.exists() and not _is_ours(result):
+            problems.append(f"{result} is there already, and this trainer did not write it: set --output_name.")
     needed, free = _bytes_needed(settings, pictures), shutil.disk_usage(folder).free
     if free < needed:
         problems.append(
@@ -323,32 +269,18 @@ def _output(settings: Settings, whole: bool, pictures: int) -> None:
         raise PersonalizeError("\n".join(problems))
 
 
-def changed_settings(settings: Settings, checkpoint: Path, material: Mapping[str, str] | None = None) -> list[str]:
-    """A sentence where a training would go on otherwise than it began.
+def _results(settings: Settings) -> list[Path]:
+    """The files that will be written."""
+    name, kind = settings.output.output_name or settings.data.trigger, getattr(settings.method, "save_as", "full")
+    endings = {"full": [""], "delta": [".delta"], "both": ["", ".delta"]}[kind]
+    return [settings.folder / f"{name}{ending}.safetensors" for ending in endings]
 
-    Whoever names the checkpoint wants that.
 
-    Args:
-        settings: with nothing open.
-        checkpoint: to go on from.
-        material: digests of what is trained, and on what; None if not known yet.
-    """
-    if settings.watching.resume_from_checkpoint != "latest":
-        return []
-    step, before = read_settings_of(checkpoint)
-    changed = [
-        f"{name} was {before[name]!r}, is {value!r}"
-        for name, value in shared_settings(settings).items()
-        if name in before and before[name] != value
-    ]
-    changed += [f"other {name}" for name, digest in (material or {}).items() if before.get(name) != digest]
-    if not changed:
-        return []
-    return [
-        f"{settings.folder} has a training of {step} steps that began otherwise ({'; '.join(changed)}): use the same, "
-        f"another --output_dir, --resume_from_checkpoint {checkpoint.name} to go on with the new ones from there, or "
-        "--resume_from_checkpoint none to start anew."
-    ]
+def _is_ours(path: Path) -> bool:
+    try:
+        return read_about(read_header(path)[1], path.name) is not None
+    except PersonalizeError:
+        return False
 
 
 def _bytes_needed(settings: Settings, pictures: int) -> int:

@@ -12,17 +12,19 @@ COLOURS = {"loss": (200, 200, 205), "smooth": (36, 88, 180), "validation_loss": 
 
 
 class Record:
-    """The log of one training, `log.jsonl`: what was logged after the step that it goes on from is forgotten."""
+    """The log of one training, `log.jsonl`; `begin` forgets what was logged after the step that it goes on from."""
 
     def __init__(self, folder: Path, start: int, accelerator: Accelerator | None = None):
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.lines = [line for line in map(_read, lines) if line is not None and line["step"] <= start]
-        if accelerator is None or accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".part")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            temporary.replace(self.path)
+
+    def begin(self) -> None:
+        """Write what stays of the log before."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        temporary.replace(self.path)
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures after `step` steps."""
@@ -78,8 +80,9 @@ class Record:
 
 
 def _read(text: str) -> dict | None:
-    """A line of the log; None for one that was cut off."""
+    """A line of the log; None for one that was cut off, or is none."""
     try:
-        return json.loads(text)
+        line = json.loads(text)
     except json.JSONDecodeError:
         return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None

@@ -18,18 +18,20 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .about import about, digest_of_file
+from .base_checks import check_family, check_size
 from .base_model import BaseModel, load_base
-from .checkpoint import find_checkpoint, read_settings_of, set_aside
+from .checkpoint import checkpoints_in, find_checkpoint, read_settings_of, set_aside
 from .class_images import draw_class_images
 from .dataset import Example, Order, Sizes, fill_in, find_examples, find_priors
-from .defaults import fill_defaults
+from .defaults import fill_defaults, hints
 from .dreambooth import DreamBoothMethod
 from .encoding import Cache, Latent, TextStates, digest_of, encode_captions, encode_pictures, latent_key
+from .going_on import changed_settings, processes, shared_settings
 from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method, templates_of
 from .options import DreamBooth, Lora, TextualInversion
-from .preflight import changed_settings, check_family, check_size, preflight, processes, shared_settings
+from .preflight import preflight
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
@@ -49,7 +51,8 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     0: the result is written. 1: something is wrong, and was said. 128 + n: stopped by signal n, with a checkpoint.
     """
     try:
-        settings = read_settings(METHODS[method][0], f"python -m training.{method}", doc or "", arguments)
+        options, prog = METHODS[method][0], f"python -m training.{method}"
+        settings = read_settings(options, prog, doc or "", arguments, hints(method))
         stop = Stop()
         with stopping_on_signals(stop), explained(settings.folder), alone(settings):
             paths = personalize(method, settings, stop)
@@ -97,9 +100,10 @@ def explained(folder: Path) -> Iterator[None]:
             "There is not enough memory for the base model: use --mixed_precision bf16, or a lower --resolution."
         ) from None
     except OSError as error:
+        goes_on = "it goes on from the last checkpoint" if checkpoints_in(folder / "checkpoints") else "it starts anew"
         raise PersonalizeError(
             f"{error.filename or folder} cannot be read or written ({error.strerror or error}): mend that and run the same "
-            "command again; it goes on from the last checkpoint."
+            f"command again; {goes_on}."
         ) from None
 
 
@@ -123,6 +127,11 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         print(warning, file=sys.stderr)
     given, settings = settings, fill_defaults(settings, findings.family or "sd15")
     accelerator = start(settings)
+    if accelerator.num_processes != processes():
+        raise PersonalizeError(
+            f"{processes()} processes were started, but they do not train together: start them with accelerate launch, or "
+            "on CPUs with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N -m training..."
+        )
     dtype = PRECISIONS[{"no": "fp32"}.get(precision := settings.training.mixed_precision or "no", precision)]
     options = settings.base
     base = load_base(
@@ -139,16 +148,11 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     if settings.training.channels_last:
         base.pipeline.unet.to(memory_format=torch.channels_last)
     base.pipeline.to(accelerator.device)
-    if accelerator.is_main_process:
-        save_settings(settings, settings.folder / "config.toml")
     mark, digest = base.fingerprint(), digest_of_file(base)
     checkpoint = find_checkpoint(settings.folder / "checkpoints", settings.watching.resume_from_checkpoint)
     if checkpoint is not None and findings.family is None and (problems := changed_settings(settings, checkpoint)):
         raise PersonalizeError("\n".join(problems))
     begun = 0 if checkpoint is None else read_settings_of(checkpoint)[0]
-    if accelerator.is_main_process:
-        set_aside(settings.folder / "checkpoints", begun)
-    accelerator.wait_for_everyone()
     record = Record(settings.folder, begun, accelerator)
     vae = digest_of(base.pipeline.vae)
     trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop, vae)
@@ -158,6 +162,11 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
             raise PersonalizeError("\n".join(problems))
         trainer.load(checkpoint)
         accelerator.print(f"Going on after step {begun}, from {checkpoint}.")
+    accelerator.wait_for_everyone()  # all have read what one now changes
+    if accelerator.is_main_process:
+        set_aside(settings.folder / "checkpoints", begun)
+        save_settings(settings, settings.folder / "config.toml")
+        record.begin()
     done = trainer.run(begun, shared_settings(settings) | material)
     if accelerator.is_main_process:
         trainer.record.draw(settings.folder / "loss.png")
@@ -258,7 +267,7 @@ def prepare(
         texts,
         order,
         record,
-        lambda _: {},
+        lambda _: None,
         stop,
     )
     trainer.watch = _watch(trainer, prompts, kept_out)
@@ -313,23 +322,19 @@ def _latents(
     return encode_pictures(base.pipeline.vae, unique, cache, digest)
 
 
-def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Callable[[int], dict[str, float]]:
-    """Samples and the validation loss, by the main process."""
+def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Callable[[int], None]:
+    """The validation loss and samples, by the main process."""
     accelerator, base, settings = trainer.accelerator, trainer.base, trainer.settings
 
     def rows(captions: list[str]) -> list[TextStates]:
         return read_rows(base, trainer.method, trainer.texts, captions, settings.base.clip_skip)
 
-    def watch(step: int) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        if not accelerator.is_main_process:
-            return figures
+    def watch(step: int) -> None:
         with resting(base), accelerator.autocast():
             if kept_out:
                 texts = rows([example.captions[0] for example in kept_out])
-                figures["validation_loss"] = validation_loss(
-                    base, trainer.scheduler, kept_out, trainer.latents, texts, accelerator.device
-                )
+                loss = validation_loss(base, trainer.scheduler, kept_out, trainer.latents, texts, accelerator.device)
+                trainer.record.add(step, {"validation_loss": loss})
             if prompts:
                 pictures = draw_samples(
                     accelerator,
@@ -342,7 +347,7 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Cal
                 )
                 sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, prompts, step)
                 for tracker in accelerator.trackers:
-                    tracker.log_images({"samples": [sheet]}, step=step)
-        return figures
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"samples": sheet[None]}, step=step, **layout)
 
     return watch

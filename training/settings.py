@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import sys
 import tomllib
 import types
@@ -61,18 +62,39 @@ class Settings:
         return {f.name: getattr(group, f.name) for group in self.groups for f in fields(group)}
 
 
-def read_settings(method: type, prog: str, description: str, arguments: list[str] | None = None) -> Settings:
+def read_settings(
+    method: type,
+    prog: str,
+    description: str,
+    arguments: list[str] | None = None,
+    hints: Mapping[str, str] | None = None,
+) -> Settings:
     """From the command line, over the TOML file that `--config` names, over the defaults.
+
+    Args:
+        method: its options.
+        prog, description: for --help.
+        arguments: of the command line.
+        hints: for --help: the defaults of options that are open.
 
     Raises:
         PersonalizeError: the file cannot be read, or any option is wrong; all that are wrong are named at once.
-        SystemExit: after --help, or for an option that does not exist.
+        SystemExit: after --help, or for an option without its value.
     """
     groups = (*SHARED, method)
     words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    given = vars(_parser(groups, prog, description).parse_args(words))
+    parsed, others = _parser(groups, prog, description, hints or {}).parse_known_args(words)
+    given = vars(parsed)
+    if others:
+        names = [other.partition("=")[0].removeprefix("--") for other in others if other.startswith("--")]
+        known = {f.name: f for group in groups for f in fields(group)}
+        problems = [_unknown(name, known) for name in names] or [f"{others[0]} is no option; see --help."]
+        raise PersonalizeError("\n".join(problems))
     config = given.pop("config", None)
     values = {} if config is None else _read_toml(Path(config).expanduser(), groups)
+    for name, other in (("max_train_steps", "num_train_epochs"), ("num_train_epochs", "max_train_steps")):
+        if name in given and other not in given:
+            values.pop(other, None)  # the command line says how long
     return make_settings(method, {**values, **given})
 
 
@@ -110,7 +132,10 @@ def save_settings(settings: Settings, path: Path) -> None:
 
 
 def _toml(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists are written alike
+    if value == math.inf:
+        return "inf"
+    text = json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists are written alike,
+    return text.replace("\x7f", "\\u007f")  # but for DEL
 
 
 def _own_name(name: str, value: Any, known: Mapping[str, Field]) -> tuple[str, Any]:
@@ -132,7 +157,7 @@ def _underscored(word: str) -> str:
     return f"--{negative}{name[len(negative) :].replace('-', '_')}{equals}{value}"
 
 
-def _parser(groups: tuple[type, ...], prog: str, description: str) -> argparse.ArgumentParser:
+def _parser(groups: tuple[type, ...], prog: str, description: str, hints: Mapping[str, str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [--config FILE] [options]",
@@ -152,7 +177,7 @@ def _parser(groups: tuple[type, ...], prog: str, description: str) -> argparse.A
         for f in fields(group):
             kind, text = _plain(kinds[f.name]), f.metadata["help"]
             hidden = f.default is None or f.default is MISSING or f.default is False
-            shown = "" if hidden else "on" if f.default is True else f.default
+            shown = hints.get(f.name, "") if hidden else "on" if f.default is True else f.default
             extra: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": f.name}
             if kind is bool:
                 extra |= {"action": argparse.BooleanOptionalAction}
@@ -238,6 +263,8 @@ def _check(name: str, value: Any, kind: Any, metadata: Any) -> tuple[str, Any]:
     choices, least, below = metadata["choices"], metadata["least"], metadata["below"]
     if choices and value not in choices:
         return f"{name} is {value!r}, but must be one of {', '.join(choices)}.", value
+    if metadata["above"] is not None and not value > metadata["above"]:
+        return f"{name} is {value}, but must be above {metadata['above']}.", value
     if least is not None and not value >= least:
         return f"{name} is {value}, but must be at least {least}.", value
     if below is not None and not value < below:

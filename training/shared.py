@@ -34,6 +34,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.losses import offset_noise as offset_noise
     from models.losses import prior_preservation_loss as prior_preservation_loss
     from models.metadata import About as About
+    from models.metadata import read_about as read_about
     from models.pictures import CLIP_MEAN as CLIP_MEAN
     from models.pictures import CLIP_STD as CLIP_STD
     from models.pictures import MASK_ENDING as MASK_ENDING
@@ -89,6 +90,7 @@ else:
     from ..models.losses import offset_noise as offset_noise
     from ..models.losses import prior_preservation_loss as prior_preservation_loss
     from ..models.metadata import About as About
+    from ..models.metadata import read_about as read_about
     from ..models.pictures import CLIP_MEAN as CLIP_MEAN
     from ..models.pictures import CLIP_STD as CLIP_STD
     from ..models.pictures import MASK_ENDING as MASK_ENDING

@@ -10,6 +10,7 @@ LoRA and word. Needs about 20 GB of memory and 30 GB of disk for SDXL.
 
 import argparse
 import gc
+import json
 import logging
 import multiprocessing
 import os
@@ -26,8 +27,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import COMFYUI, ROOT
+from diffusers import UNet2DConditionModel
 from inprocess import Host
 from pack.models.base_models import title_of
+from pack.training.base_model import CONFIGS
 from pack.training.shared import read_header
 from safetensors.torch import load_file
 from structural.full_models import random_pipeline, write_single_file
@@ -141,7 +144,9 @@ def check_with_the_base(
     if "lora" in arguments.methods:
         stock = host.nodes.LoraLoader().load_lora(model, clip, "lora.safetensors", 1.0, 1.0)
         ours = host.node("PersonalizeLoadLoRA").execute(model, "lora.safetensors", 1.0, 1.0, clip).result
-        layers = {key.split(".")[0] for key in load_file(folder / "models" / "loras" / "lora.safetensors")}
+        tensors = load_file(folder / "models" / "loras" / "lora.safetensors")
+        layers = {key.split(".")[0] for key in tensors if ".lora_up." in key and bool(tensors[key].any())}
+        expect(len(layers) == targeted(arguments.family))
         for name, made in (("stock", stock), ("ours", ours)):
             patched = len(made[0].patches) + len(made[1].patcher.patches)
             print(f"LoRA, {name}: {patched} of {len(layers)} layers changed")
@@ -159,6 +164,22 @@ def check_with_the_base(
     return len(known)
 
 
+def targeted(family: str) -> int:
+    """Layers that a LoRA of all kinds is for, counted in the networks: matrices and convolutions of attention, feed-
+    forward and residual blocks."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(str(CONFIGS / family), subfolder="unet")
+        )
+    own = ("conv_in", "conv_out", "time_embedding", "add_embedding")
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    count = sum(isinstance(x, kinds) and not name.startswith(own) for name, x in unet.named_modules())
+    for folder in ("text_encoder", "text_encoder_2"):
+        if (CONFIGS / family / folder).exists():
+            count += 4 * json.loads((CONFIGS / family / folder / "config.json").read_text())["num_hidden_layers"]
+    return count
+
+
 def compare_bytes(base: Path, trained: Path) -> None:
     """Only the trained tensors may differ."""
     (before, _, start), (after, _, begin) = read_header(base), read_header(trained)
@@ -172,7 +193,7 @@ def compare_bytes(base: Path, trained: Path) -> None:
             same = one.read(last - first) == two.read(last - first)
             changed[not same] += 1
             if not same:
-                expect(not name.startswith("first_stage_model."))
+                expect(name.startswith(("model.diffusion_model.", "cond_stage_model.", "conditioner.")))
     print(f"DreamBooth: {changed[True]} tensors differ from the base, {changed[False]} are the same byte for byte")
     expect(changed[True] > 0)
 

@@ -314,7 +314,9 @@ def test_another_base(host, files, loaded, other, caplog):
     with pytest.raises(ValueError, match=r"is the difference of a trained model from pocket_portraits.*another of its"):
         node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0, *other[:3])
     with caplog.at_level(logging.INFO):
-        lora(other[0], "my_lora.safetensors", 1.0, 1.0)
+        lora(other[0], "my_lora.safetensors", 1.0, 1.0, other[1])
+    with pytest.raises(ValueError, match=r"is the difference of a trained model from pocket_portraits.*another of its"):
+        lora(other[0], "my_full.delta.safetensors", 1.0, 1.0, other[1])
     assert "was trained on pocket_portraits.safetensors; on another checkpoint it may act differently" in caplog.text
 
 
@@ -347,6 +349,24 @@ def test_files_of_others_and_wrong_ones(host, files, loaded):
     save_file({"emb_params": torch.zeros(1, 768)}, host.base / "models" / "embeddings" / "wide.safetensors")
     with pytest.raises(ValueError, match=r"^wide\.safetensors has vectors of width 768, but the pocket model needs 64"):
         node(host, "LoadTextualInversion")(loaded[0], "wide.safetensors", 1.0)
+    with pytest.raises(ValueError, match=r"^my_lora\.safetensors changes the text encoders, too: connect the checkp"):
+        node(host, "LoadLoRA")(loaded[0], "my_lora.safetensors", 1.0, 1.0)
+    node(host, "LoadLoRA")(loaded[0], "my_lora.safetensors", 1.0, 0.0)  # who wants the rest of it says so
+    whole = load_file(loras / "my_lora.safetensors")
+    lost = next(key for key in whole if key.startswith("lora_unet") and key.endswith("lora_down.weight"))
+    save_file({key: value for key, value in whole.items() if key != lost}, loras / "half.safetensors")
+    with pytest.raises(ValueError, match=r"^half\.safetensors is not whole: it lacks lora_unet_.*lora_down\.weight\.$"):
+        node(host, "LoadLoRA")(*loaded[:1], "half.safetensors", 1.0, 1.0, loaded[1])
+    shutil.copy(host.base / "models" / "embeddings" / "my_word.safetensors", loras / "a_word.safetensors")
+    with pytest.raises(
+        ValueError, match=r"^a_word\.safetensors is a learned word, which ComfyUI finds in models/embedd"
+    ):
+        node(host, "LoadPersonalization")("loras/a_word.safetensors", 1.0, *loaded[:2])
+    shutil.copy(loras / "my_lora.safetensors", host.base / "models" / "embeddings" / "a_lora.safetensors")
+    with pytest.raises(ValueError, match=r"^a_lora\.safetensors is no learned word, but a lora: move it\.$"):
+        node(host, "LoadTextualInversion")(loaded[0], "a_lora.safetensors", 1.0)
+    with pytest.raises(ValueError, match=r"is no personalisation but a .*, which has nodes of its own\.$"):
+        node(host, "LoadPersonalization")(f"checkpoints/{BASE}", 1.0)
     (loras / "cut.safetensors").write_bytes((loras / "my_lora.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"^cut\.safetensors in .*"):
         node(host, "LoadLoRA")(loaded[0], "cut.safetensors", 1.0, 1.0)

@@ -1,5 +1,6 @@
 """What each option changes in a training, and what it leaves alone."""
 
+import io
 import shutil
 import weakref
 from dataclasses import replace
@@ -19,6 +20,7 @@ from pack.training.export import whole_checkpoint
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def same_file(first, second):
@@ -36,7 +38,7 @@ def test_a_difference_cut_to_a_size(root, folder, tmp_path, capsys):
         PersonalizeError, match=r"^The difference cannot be cut to 0\.01 MB: .* need at least 0\.\d+ MB\.$"
     ):
         train("dreambooth", root, folder, tmp_path / "small", delta_megabytes=0.01, **options)
-    assert losses_of(tmp_path / "small") == []  # before the first step
+    assert not (tmp_path / "small" / "log.jsonl").exists()  # before the first step
 
 
 def test_captions_that_are_too_long_are_told(root, tmp_path, capsys):
@@ -310,11 +312,30 @@ def test_a_cache_is_used_again_and_not_for_anything_else(root, folder, tmp_path,
     assert len(encoded) == 1
 
 
+def test_a_gamma_of_zero_is_off(root, folder, tmp_path):
+    plain = train("lora", root, folder, tmp_path / "plain")[0]
+    assert same_file(plain, train("lora", root, folder, tmp_path / "off", snr_gamma=0.0)[0])
+
+
+def test_tensorboard_has_everything(root, folder, tmp_path):
+    options = {"validation_prompt": ["a {trigger}", "a {class}"], "validation_steps": 2, "num_validation_images": 1}
+    others = photos(tmp_path / "others", 1)
+    train("lora", root, folder, tmp_path / "out", report_to="tensorboard", validation_data_dir=str(others), **options)
+    (file,) = (tmp_path / "out").rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file)).Reload()
+    assert {"loss", "lr", "validation_loss"} <= set(events.Tags()["scalars"])
+    (first, _) = events.Images("samples")
+    with Image.open(tmp_path / "out" / "samples" / "step-0000002.png") as sheet:
+        assert (first.step, first.width, first.height) == (2, *sheet.size)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(first.encoded_image_string))), np.asarray(sheet))
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"snr_gamma": 5.0},
         {"noise_offset": 0.1},
+        {"lr_warmup_steps": 3},
         {"random_flip": True},
         {"repeats": 2, "num_train_epochs": 1, "max_train_steps": None},
         {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},

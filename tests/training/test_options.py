@@ -11,7 +11,7 @@ from pack.training import run as running
 from pack.training.base_model import load_base
 from pack.training.options import TextualInversion
 from pack.training.run import METHODS
-from pack.training.settings import make_settings, read_settings
+from pack.training.settings import make_settings, read_settings, save_settings
 from PIL import Image
 from safetensors import safe_open
 
@@ -129,3 +129,37 @@ def test_shipped_configurations(root):
         assert "# Memory: " in text
         settings = read_settings(METHODS[method[1]][0], "", "", ["--config", str(path)])
         assert path.name.startswith(f"{settings.base.base_family}_")
+
+
+def test_the_command_line_says_how_long(tmp_path):
+    for inside, outside, left in (
+        ("max_train_steps", "num_train_epochs", 2),
+        ("num_train_epochs", "max_train_steps", 2),
+    ):
+        config = tmp_path / "long.toml"
+        config.write_text(f"{inside} = 9\n")
+        flat = read_settings(METHODS["lora"][0], "", "", ["--config", str(config), f"--{outside}", str(left)]).flat()
+        assert (flat[inside], flat[outside]) == (None, left)
+
+
+def test_odd_values_come_back_from_the_file(root, tmp_path):
+    settings = settings_of("lora", root, tmp_path, tmp_path, max_grad_norm=float("inf"), class_name='a\x7f"\\\nä')
+    save_settings(settings, tmp_path / "config.toml")
+    again = read_settings(METHODS["lora"][0], "", "", ["--config", str(tmp_path / "config.toml")])
+    assert again.flat() == settings.flat()
+
+
+def test_unknown_options_are_told_at_once():
+    with pytest.raises(PersonalizeError) as caught:
+        read_settings(METHODS["lora"][0], "", "", ["--learning_rte", "1", "--rank", "2", "--zzz"])
+    first, second = str(caught.value).splitlines()
+    assert first == "There is no option learning_rte: do you mean learning_rate?"
+    assert second == "There is no option zzz; see --help."
+
+
+def test_help_says_what_is_filled_in(capsys):
+    with pytest.raises(SystemExit):
+        running.main("textual_inversion", "", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "of the UNet; of the words in Textual Inversion [0.005; pocket 0.01]" in text
+    assert "[512 for SD1.5, 768 for SD2.x, 1024 for SDXL, 64 for the pocket model]" in text

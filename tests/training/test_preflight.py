@@ -10,7 +10,8 @@ import pytest
 import torch
 from finetuning import CHECKPOINT, photos, settings_of, train
 from pack.models.errors import PersonalizeError
-from pack.training import preflight, run
+from pack.training import base_checks, preflight, run
+from pack.training.base_model import unet_blocks_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -102,6 +103,83 @@ def test_a_learned_word_is_one_word(root, tmp_path, option, name):
     preflight.preflight(settings_of("lora", root, folder, output, **{option: name}))  # any file name will do
 
 
+def test_nothing_said_at_all(capsys):
+    assert run.main("lora", "", []) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "--pretrained_model_name_or_path is missing: the base model.",
+        "--instance_data_dir is missing: the folder with your pictures.",
+        "--output_dir is missing: the folder for the result.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "said"),
+    [
+        ("lora", {"clip_skip": 50}, "--clip_skip 50: the pocket model's text encoder has 4 layers."),
+        ("lora", {"block_ranks": ["up_blocks.9=4"]}, "--block_ranks: the pocket model has no up_blocks.9, but down_bl"),
+        (
+            "lora",
+            {"block_ranks": [f"{block}=0" for block in unet_blocks_of("pocket")]},
+            "--block_ranks leaves every block out: nothing would train.",
+        ),
+        ("lora", {"num_train_epochs": 2}, "--max_train_steps and --num_train_epochs say the same thing: give one"),
+        ("dreambooth", {"delta_megabytes": 1.0}, "--delta_megabytes cuts a difference: use it with --save_as delta"),
+        ("lora", {"output_name": "a.safetensors"}, "--output_name a.safetensors is without ending: write a."),
+        ("lora", {"output_name": "a\udcff"}, "--output_name 'a\\udcff' is not UTF-8: rename it."),
+        ("lora", {"vae_path": "TEXT"}, "text.txt is no VAE: --vae_path takes a folder or a file in .safetensors"),
+        ("lora", {"vae_path": "PHOTOS"}, "photos is no VAE in diffusers' layout: it has no config.json."),
+        ("lora", {"vae_path": CHECKPOINT}, "pocket_portraits.safetensors is no VAE that is supported: it has no dec"),
+        ("lora", {"cache_dir": "TEXT/x"}, "text.txt/x (--cache_dir) cannot be written to (Not a directory)."),
+        (
+            "dreambooth",
+            {"with_prior_preservation": True, "class_data_dir": "PHOTOS"},
+            "--instance_data_dir and --class_data_dir are the same folder: what is written would be trained on.",
+        ),
+    ],
+)
+def test_options_that_cannot_be(root, tmp_path, method, values, said):
+    places = {
+        "TEXT": str(tmp_path / "text.txt"),
+        "PHOTOS": str(tmp_path / "photos"),
+        CHECKPOINT: str(root / CHECKPOINT),
+    }
+    (tmp_path / "text.txt").write_text("no weights")
+    for name, value in values.items():
+        for short, place in places.items():
+            if isinstance(value, str) and value.startswith(short):
+                values = values | {name: value.replace(short, place)}
+    sentences = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", method, **values)
+    assert len(sentences) == 1
+    assert said in sentences[0]
+
+
+def test_what_has_no_effect_is_a_warning(root, tmp_path):
+    folder = photos(tmp_path / "photos", 1)
+
+    def warned(method, **values):
+        return preflight.preflight(settings_of(method, root, folder, tmp_path / "out", **values)).warnings
+
+    assert warned("lora") == []
+    assert warned("lora", train_text_encoder=True, text_encoder_rank=2, text_encoder_lr=1e-3) == []
+    for method, values, said in (
+        ("lora", {"text_encoder_rank": 2}, "--text_encoder_rank has no effect: the text encoder does not train"),
+        ("textual_inversion", {"train_text_encoder": True}, "--train_text_encoder has no effect: Textual Inversion"),
+        ("lora", {"fused_backward": True, "max_grad_norm": 0.5}, "--max_grad_norm has no effect with --fused_backward"),
+        ("lora", {"optimizer": "prodigy", "learning_rate": 0.1}, "--learning_rate scales what prodigy finds by itself"),
+        ("lora", {"masked_loss": True}, "--masked_loss has no effect: no picture in"),
+    ):
+        (warning,) = warned(method, **values)
+        assert warning.startswith(said)
+
+
+def test_captions_from_which_a_word_learns_nothing(root, tmp_path):
+    folder = photos(tmp_path / "photos", 1)
+    (picture,) = folder.glob("*.png")
+    picture.with_suffix(".txt").write_text("ohwxen in a forest")
+    (said,) = problems(root, folder, tmp_path / "out", "textual_inversion")
+    assert said == f"No caption in {folder} has the trigger 'ohwx': the word would learn nothing."
+
+
 def test_the_base_of_another_configuration(root, tmp_path):
     said = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", base_family="sdxl")
     assert said == [
@@ -115,10 +193,32 @@ def test_files_that_are_no_base(root, tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "odd.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"<html>404</html>")
     (tmp_path / "empty").mkdir()
+    whole = load_file(root / CHECKPOINT)
+    save_file({k: v for k, v in whole.items() if "cond_stage" not in k}, tmp_path / "mute.safetensors")
+    data = (root / CHECKPOINT).read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(data[: len(data) // 2])
+    shutil.copy(root / CHECKPOINT, tmp_path / "loud.SAFETENSORS")
+    for name, config, index in (
+        ("indexless", {"in_channels": 4, "block_out_channels": [320], "cross_attention_dim": 768}, False),
+        ("refiner", {"in_channels": 4, "block_out_channels": [384], "cross_attention_dim": 1280}, True),
+        ("listed", {"in_channels": 4, "block_out_channels": 320, "cross_attention_dim": [768]}, True),
+        ("array", [], True),
+    ):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet" / "config.json").write_text(json.dumps(config))
+        if index:
+            (tmp_path / name / "model_index.json").write_text("{}")
     for name, part in (
+        ("mute.safetensors", "has no text encoder: take a whole checkpoint."),
+        ("cut.safetensors", "is damaged or cut short: download it again."),
+        ("loud.SAFETENSORS", "must end in .safetensors, in small letters: rename it."),
+        ("indexless", "is no base model in diffusers' layout: it has no model_index.json."),
+        ("refiner", "is of a family that is not supported (UNet width 384, text features of width 1280)"),
+        ("listed", "unet/config.json is missing or another model's."),
+        ("array", "unet/config.json is missing or another model's."),
         ("odd.safetensors", "odd.safetensors"),
         ("broken.safetensors", "is not a whole .safetensors file"),
-        ("empty", "is no base model in diffusers' layout: unet/config.json is missing."),
+        ("empty", "is no base model in diffusers' layout: unet/config.json is missing or another model's."),
         ("missing.safetensors", "does not exist: it is no file, no folder, and no hub id (owner/name)."),
     ):
         (said,) = problems(root, folder, tmp_path / "out", pretrained_model_name_or_path=str(tmp_path / name))
@@ -161,6 +261,20 @@ def test_nothing_of_the_users_is_written_over_or_trained_on_by_mistake(root, tmp
     ]
 
 
+def test_results_of_others_are_not_written_over(root, tmp_path):
+    folder, output = photos(tmp_path / "photos", 1), tmp_path / "out"
+    output.mkdir()
+    (output / "ohwx.safetensors").write_text("precious")
+    (said,) = problems(root, folder, output)
+    assert said == f"{output}/ohwx.safetensors is there already, and this trainer did not write it: set --output_name."
+    assert (output / "ohwx.safetensors").read_text() == "precious"
+    shutil.copy(root / CHECKPOINT, base := output / "mine.delta.safetensors")
+    (said,) = problems(
+        root, folder, output, "dreambooth", pretrained_model_name_or_path=str(base), save_as="delta", output_name="mine"
+    )
+    assert said == f"The result would overwrite the base model {base}: set --output_name."
+
+
 def test_bases_that_are_not_whole(root, tmp_path):
     folder = photos(tmp_path / "photos", 1)
     bare = {name: value for name, value in load_file(root / CHECKPOINT).items() if "first_stage" not in name}
@@ -179,7 +293,7 @@ def test_a_mistyped_path_is_no_hub_id(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for where in ("models/bsae", "../base", "base.ckpt"):
         with pytest.raises(PersonalizeError, match="does not exist: it is no file, no folder, and no hub id"):
-            preflight.family_at(where)
+            base_checks.family_at(where)
 
 
 def test_a_class_folder_with_hidden_files_only_is_filled(root, tmp_path):
@@ -191,6 +305,11 @@ def test_a_class_folder_with_hidden_files_only_is_filled(root, tmp_path):
 
 
 def test_pictures_that_are_not_there(root, tmp_path):
+    photos(tmp_path / "sets" / "10_ohwx dog", 1)
+    (said,) = problems(root, tmp_path / "sets", tmp_path / "out")
+    assert said.endswith("sets has no pictures itself, but folders with pictures (10_ohwx dog): name one of these.")
+    (said,) = problems(root, next((tmp_path / "sets" / "10_ohwx dog").iterdir()), tmp_path / "out")
+    assert said.endswith(".png is no folder.")
     (said,) = problems(root, tmp_path / "nowhere", tmp_path / "out")
     assert said == f"The folder {tmp_path}/nowhere does not exist."
     (tmp_path / "nothing").mkdir()
@@ -219,5 +338,5 @@ def test_packages_that_are_missing(root, tmp_path, monkeypatch, package):
 
 
 def test_the_base_is_found(root):
-    assert preflight.family_at(str(root / CHECKPOINT)) == "pocket"
-    assert preflight.family_at("owner/name") is None
+    assert base_checks.family_at(str(root / CHECKPOINT)) == "pocket"
+    assert base_checks.family_at("owner/name") is None

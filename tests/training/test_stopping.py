@@ -142,6 +142,32 @@ def test_stopped_and_gone_on_the_file_is_the_same(root, tmp_path, method, option
     assert stopped == train(method, root, folder, tmp_path / "uninterrupted", **common)[0].read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rank": 2}, "holds other weights than are trained now"),
+        ({"use_ema": True}, "has no average: go on without --use_ema"),
+    ],
+)
+def test_a_run_that_cannot_go_on_changes_nothing(root, tmp_path, values, said):
+    folder, output = photos(tmp_path / "photos", 2), tmp_path / "out"
+    train("lora", root, folder, output, checkpointing_steps=1, rank=4)
+
+    def everything():
+        return {path: path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+
+    before = everything()
+    with pytest.raises(
+        PersonalizeError, match=r"began otherwise.*use the same, another --output_dir, or --resume_from"
+    ):
+        train("lora", root, folder, output, **{"rank": 4, **values})
+    with pytest.raises(PersonalizeError, match=said):
+        train("lora", root, folder, output, resume_from_checkpoint="step-0000002", **{"rank": 4, **values})
+    with pytest.raises(PersonalizeError, match=r"method was 'lora', is 'dreambooth'"):
+        train("dreambooth", root, folder, output)
+    assert everything() == before
+
+
 def test_it_does_not_go_on_with_other_pictures(root, tmp_path):
     folder, output = photos(tmp_path / "photos"), tmp_path / "out"
     train("lora", root, folder, output, max_train_steps=2)
@@ -235,14 +261,21 @@ def test_starting_anew_keeps_its_own_checkpoints(root, tmp_path):
     assert (output / "checkpoints" / "before-step-0000008").exists()
 
 
-def test_samples_that_fail_do_not_end_the_training(root, tmp_path, monkeypatch, capsys):
-    def exhausted(*_arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), "There is not enough memory"), (ValueError("odd"), "odd")],
+)
+def test_samples_that_fail_do_not_end_the_training(root, tmp_path, monkeypatch, capsys, error, said):
+    def failing(*_arguments):
+        raise error
 
-    monkeypatch.setattr(running, "draw_samples", exhausted)
-    folder = photos(tmp_path / "photos")
-    assert train("lora", root, folder, tmp_path / "out", validation_prompt=["{trigger}"], validation_steps=2)
-    assert "No samples after step 2: There is not enough memory" in capsys.readouterr().err
+    monkeypatch.setattr(running, "draw_samples", failing)
+    folder, others = photos(tmp_path / "photos"), photos(tmp_path / "others", 1)
+    options = {"validation_prompt": ["{trigger}"], "validation_steps": 2, "validation_data_dir": str(others)}
+    assert train("lora", root, folder, tmp_path / "out", **options)
+    assert f"No samples after step 2: {said}" in capsys.readouterr().err
+    logged = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
+    assert [line["step"] for line in logged if "validation_loss" in line] == [2, 3]
 
 
 def test_too_little_memory_says_what_to_turn_on(root, tmp_path, monkeypatch):

@@ -8,8 +8,16 @@ import sys
 
 import pytest
 import torch
-from finetuning import command, photos, run
+from finetuning import command, photos, run, train
+from pack.models.errors import PersonalizeError
 from safetensors.torch import load_file
+
+
+def test_processes_that_do_not_train_together(root, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PersonalizeError, match=r"^2 processes were started, but they do not train together: start"):
+        train("lora", root, photos(tmp_path / "photos", 1), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == []
 
 
 @pytest.mark.parametrize("method", ["dreambooth", "lora"])
