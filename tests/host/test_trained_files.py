@@ -120,7 +120,7 @@ def test_a_lora_by_the_stock_loader_and_ours(host, root, files, loaded, name, ca
     for made, one in ((stock[0], stock[1]), (model, clip)):
         assert len(made.patches) + len(one.patcher.patches) == len(layers)
         assert close_to_trained(files, name, root, made, one) == len(layers)
-    half, _, _ = node(host, "LoadLoRA")(loaded[0], file, 0.5, 0.5)
+    half, _, _ = node(host, "LoadLoRA")(loaded[0], file, 0.5, 0.0)
     assert {key: value[0][0] for key, value in half.patches.items()} == dict.fromkeys(half.patches, 0.5)
 
 
