@@ -6,7 +6,7 @@ as if it had not been, and two processes see together what one with twice the ba
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .options import Data
-from .shared import PersonalizeError, cover_picture, list_pictures, read_picture
+from .shared import MASK_ENDING, PersonalizeError, cover_picture, list_pictures, read_picture
 
 CAPTION = ".txt"
 
@@ -123,13 +123,24 @@ def find_priors(folder: Path, data: Data, sizes: Sequence[tuple[int, int]]) -> l
 
 
 def load_pixels(example: Example) -> tuple[Tensor, Tensor | None]:
-    """What the VAE encodes, [3, H, W] in -1..1, and the mask [1, H, W] in 0..1, if any."""
+    """What the VAE encodes, [3, H, W] in -1..1, and the mask [1, H, W] in 0..1, if any.
+
+    What an alpha channel makes invisible is white, whatever colours the file has there.
+    """
     picture = read_picture(example.path)
+    if picture.mask is not None and not mask_file(example.path).is_file():
+        alpha = picture.mask[..., None]
+        picture = replace(picture, pixels=picture.pixels * alpha + (1 - alpha))
     planes = picture.pixels if picture.mask is None else torch.cat([picture.pixels, picture.mask[..., None]], -1)
     framed = cover_picture(planes, *example.size).permute(2, 0, 1)
     if example.mirrored:
         framed = framed.flip(-1)
     return framed[:3] * 2 - 1, framed[3:] if picture.mask is not None else None
+
+
+def mask_file(path: Path) -> Path:
+    """Where a picture's mask lies, if it has one beside it."""
+    return path.with_name(f"{path.stem}{MASK_ENDING}.png")
 
 
 class Order:

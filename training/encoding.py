@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from .base_model import BaseModel
-from .dataset import Example, load_pixels
-from .shared import MASK_ENDING, PersonalizeError, read_safetensors, write_safetensors
+from .dataset import Example, load_pixels, mask_file
+from .shared import PersonalizeError, read_safetensors, write_safetensors
 
-VERSION = 1  # of how things are encoded: a change here makes old caches useless
+VERSION = 2  # of how things are encoded: a change here makes old caches useless
 
 
 class Cache:
@@ -62,7 +62,7 @@ class Latent:
 
 def latent_key(example: Example, vae: str) -> dict:
     """Everything that a picture's latent depends on: its bytes and its mask's, size, mirroring, the VAE."""
-    mask = example.path.with_name(f"{example.path.stem}{MASK_ENDING}.png")
+    mask = mask_file(example.path)
     return {
         "picture": _digest_of_file(example.path),
         "mask": _digest_of_file(mask) if mask.is_file() else "",

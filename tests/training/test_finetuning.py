@@ -312,6 +312,24 @@ def test_a_cache_is_used_again_and_not_for_anything_else(root, folder, tmp_path,
     assert len(encoded) == 1
 
 
+def test_what_is_transparent_is_white(tmp_path):
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    alpha = Image.new("L", (64, 64))
+    alpha.paste(255, (16, 16, 48, 48))
+    for name in ("alpha", "beside"):
+        image.save(tmp_path / f"{name}.png")
+    alpha.save(tmp_path / "beside-masklabel.png")
+    image.putalpha(alpha)
+    image.save(tmp_path / "alpha.png")
+    (pixels, mask), (whole, other) = (
+        dataset.load_pixels(dataset.Example(tmp_path / f"{name}.png", ("a",), (64, 64))) for name in ("alpha", "beside")
+    )
+    assert torch.equal(mask, other)
+    assert (pixels[mask.expand(3, -1, -1) == 0] == 1).all()
+    assert torch.equal(pixels * mask, whole * mask)
+    assert (whole[:, 0] < 0.9).any()  # a mask beside it hides nothing
+
+
 def test_a_gamma_of_zero_is_off(root, folder, tmp_path):
     plain = train("lora", root, folder, tmp_path / "plain")[0]
     assert same_file(plain, train("lora", root, folder, tmp_path / "off", snr_gamma=0.0)[0])
