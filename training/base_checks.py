@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .base_model import OFFLINE, family_of, is_hub_id, read_checkpoint, text_layers_of, unet_blocks_of
+from .base_model import OFFLINE, PIPELINES, family_of, is_hub_id, read_checkpoint, text_layers_of, unet_blocks_of
 from .options import Lora
 from .settings import Settings
 from .shared import PersonalizeError, family_of_widths, read_header, title_of
@@ -53,8 +53,7 @@ def _family_of_folder(path: Path) -> str:
     try:
         config = json.loads((path / "unet" / "config.json").read_text())
         channels = config["in_channels"]
-        width, context = config["block_out_channels"][0], config["cross_attention_dim"]
-        family = family_of_widths(width, context)
+        family = family_of_widths(config["block_out_channels"][0], config["cross_attention_dim"])
     except (OSError, ValueError, LookupError, TypeError):
         raise PersonalizeError(
             f"The folder {path} is no base model in diffusers' layout: unet/config.json is missing or another model's."
@@ -63,13 +62,14 @@ def _family_of_folder(path: Path) -> str:
         raise PersonalizeError(
             f"{path} takes {channels} channels (an inpainting or editing model): use a plain text-to-image model."
         )
-    if not (path / "model_index.json").is_file():
-        raise PersonalizeError(f"The folder {path} is no base model in diffusers' layout: it has no model_index.json.")
-    if family not in OFFLINE:
+    try:
+        kind = json.loads((path / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, LookupError, TypeError):
         raise PersonalizeError(
-            f"{path} is of a family that is not supported (UNet width {width}, text features of width {context}): SD1.5, "
-            "SD2.x and SDXL models, and the pocket model, are."
-        )
+            f"The folder {path} is no base model in diffusers' layout: model_index.json is missing or says nothing."
+        ) from None
+    if kind not in [pipeline.__name__ for pipeline in PIPELINES]:
+        raise PersonalizeError(f"{path} is a {kind}; SD1.5, SD2.x and SDXL models are supported.")
     return family
 
 

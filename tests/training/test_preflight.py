@@ -207,13 +207,13 @@ def test_files_that_are_no_base(root, tmp_path):
         (tmp_path / name / "unet").mkdir(parents=True)
         (tmp_path / name / "unet" / "config.json").write_text(json.dumps(config))
         if index:
-            (tmp_path / name / "model_index.json").write_text("{}")
+            (tmp_path / name / "model_index.json").write_text('{"_class_name": "StableDiffusionXLImg2ImgPipeline"}')
     for name, part in (
         ("mute.safetensors", "has no text encoder: take a whole checkpoint."),
         ("cut.safetensors", "is damaged or cut short: download it again."),
         ("loud.SAFETENSORS", "must end in .safetensors, in small letters: rename it."),
-        ("indexless", "is no base model in diffusers' layout: it has no model_index.json."),
-        ("refiner", "is of a family that is not supported (UNet width 384, text features of width 1280)"),
+        ("indexless", "is no base model in diffusers' layout: model_index.json is missing or says nothing."),
+        ("refiner", "is a StableDiffusionXLImg2ImgPipeline; SD1.5, SD2.x and SDXL models are supported."),
         ("listed", "unet/config.json is missing or another model's."),
         ("array", "unet/config.json is missing or another model's."),
         ("odd.safetensors", "odd.safetensors"),
