@@ -23,7 +23,7 @@ from .trained_files import (
     read_trained,
 )
 
-TEXT = ("lora_te", "text_encoder", "text_encoders.")
+TEXT = ("lora_te", "text_encoder")
 """How names of what changes text encoders begin, in the files of any trainer."""
 TRIGGER = "The words that call the subject, to wire into a prompt; empty where the file does not say."
 

@@ -4,6 +4,7 @@ Which examples a step sees is a function of the seed and the step's number alone
 as if it had not been, and two processes see together what one with twice the batch sees.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -78,6 +79,11 @@ def captions_of(path: Path, templates: Sequence[str], trigger: str, class_name: 
 def fill_in(text: str, trigger: str, class_name: str) -> str:
     """`{trigger}` and `{class}` replaced."""
     return text.replace("{trigger}", trigger).replace("{class}", class_name)
+
+
+def call_of(trigger: str) -> re.Pattern[str]:
+    """Where a caption calls the subject: the trigger as a word of its own."""
+    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
 def upright_size(path: Path) -> tuple[int, int]:

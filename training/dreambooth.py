@@ -2,9 +2,9 @@
 
     python -m training.dreambooth --pretrained_model_name_or_path MODEL --instance_data_dir PICTURES --output_dir FOLDER
 
-The UNet trains, and unless --no-train_text_encoder the text encoders; with --with_prior_preservation also on pictures of others of the class,
-so that the class stays what it was (Ruiz et al. 2023, eq. 2). The result is a checkpoint in which only what trained
-differs from yours, or its difference from the base.
+The UNet trains, and unless --no-train_text_encoder the text encoders; with --with_prior_preservation also on pictures of
+others of the class, so that the class stays what it was (Ruiz et al. 2023, eq. 2). The result is a checkpoint in which
+only what trained differs from yours, or its difference from the base.
 """
 
 import sys

@@ -82,7 +82,7 @@ class Trainer:
     order: Order
     record: Record
     watch: Callable[[int], None]
-    """Called after validation_steps by the main process: measures, logs, draws samples."""
+    """Called after validation_steps by the main process: measures, draws the curve and samples."""
     stop: Stop = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
@@ -262,7 +262,6 @@ class Trainer:
             return
         try:
             self.watch(done)
-            self.record.draw(self.settings.folder / "loss.png")
         except Exception as error:
             tqdm.write(f"No samples after step {done}: {self.explained(error)}", file=sys.stderr)
 

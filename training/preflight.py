@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .base_checks import check_family, check_layers, check_size, check_vae, family_at
 from .base_model import OFFLINE, size_step_of
 from .checkpoint import find_checkpoint
-from .dataset import captions_of
+from .dataset import call_of, captions_of
 from .defaults import fill_defaults
 from .going_on import changed_settings, processes
 from .lora import unet_config
@@ -32,6 +32,12 @@ from .shared import (
     title_of,
 )
 
+WRITTEN_AND_READ = (  # folders that must be two; class pictures are drawn into theirs
+    ("output_dir", "instance_data_dir"),
+    ("output_dir", "class_data_dir"),
+    ("output_dir", "validation_data_dir"),
+    ("instance_data_dir", "class_data_dir"),
+)
 PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "tensorboard": "tensorboard", "wandb": "wandb"}
 
 
@@ -198,7 +204,7 @@ def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bo
     except PersonalizeError as error:
         return 0, [str(error)], []
     good, masked, without = 0, 0, []
-    called = re.compile(rf"(?<!\w){re.escape(data.trigger)}(?!\w)")
+    called = call_of(data.trigger)
     for path in _bar(paths, f"Looking at {folder.name}", quiet):
         try:
             texts = captions_of(path, templates, data.trigger, data.class_name)
@@ -239,15 +245,10 @@ def _output(settings: Settings, whole: bool, pictures: int) -> None:
         return
     folder, problems = settings.folder, []
     check_writable(folder, "--output_dir")
-    data = settings.data
-    places = [("output_dir", str(folder)), ("instance_data_dir", data.instance_data_dir)]
-    places += [("class_data_dir", data.class_data_dir if data.with_prior_preservation else None)]
-    places += [("validation_data_dir", data.validation_data_dir)]
-    real = {option: Path(path).expanduser().resolve() for option, path in places if path}
-    drawn_into = "class_data_dir" in real and real["class_data_dir"] == real.get("instance_data_dir")
-    same = [("output_dir", option) for option in list(real)[1:] if real[option] == real["output_dir"]]
-    for one, two in [*same, *[("instance_data_dir", "class_data_dir")] * drawn_into]:
-        problems.append(f"--{one} and --{two} are the same folder: what is written would be trained on.")
+    places = settings.flat() | ({} if settings.data.with_prior_preservation else {"class_data_dir": None})
+    for one, two in WRITTEN_AND_READ:
+        if places[one] and places[two] and _real(places[one]) == _real(places[two]):
+            problems.append(f"--{one} and --{two} are the same folder: what is written would be trained on.")
     if settings.data.cache_dir:
         check_writable(Path(settings.data.cache_dir).expanduser(), "--cache_dir")
     base = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
@@ -267,6 +268,10 @@ def _output(settings: Settings, whole: bool, pictures: int) -> None:
         problems += changed_settings(settings, checkpoint)
     if problems:
         raise PersonalizeError("\n".join(problems))
+
+
+def _real(path: str) -> Path:
+    return Path(path).expanduser().resolve()
 
 
 def _results(settings: Settings) -> list[Path]:

@@ -323,7 +323,7 @@ def _latents(
 
 
 def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Callable[[int], None]:
-    """The validation loss and samples, by the main process."""
+    """The validation loss, the curve and samples, by the main process."""
     accelerator, base, settings = trainer.accelerator, trainer.base, trainer.settings
 
     def rows(captions: list[str]) -> list[TextStates]:
@@ -335,6 +335,7 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Cal
                 texts = rows([example.captions[0] for example in kept_out])
                 loss = validation_loss(base, trainer.scheduler, kept_out, trainer.latents, texts, accelerator.device)
                 trainer.record.add(step, {"validation_loss": loss})
+            trainer.record.draw(settings.folder / "loss.png")
             if prompts:
                 pictures = draw_samples(
                     accelerator,

@@ -6,13 +6,13 @@
 Only the vectors of the new word train (Gal et al. 2022); in ComfyUI's prompts it is called as embedding:NAME.
 """
 
-import re
 import sys
 from pathlib import Path
 
 import torch
 
 from .base_model import BaseModel
+from .dataset import call_of
 from .methods import PRECISIONS, text_modules
 from .options import TextualInversion
 from .settings import Settings
@@ -69,7 +69,7 @@ class TextualInversionMethod:
 
     def spoken(self, text: str) -> str:
         """The trigger becomes the word's tokens."""
-        return re.sub(rf"(?<!\w){re.escape(self.settings.data.trigger)}(?!\w)", "".join(self.tokens), text)
+        return call_of(self.settings.data.trigger).sub("".join(self.tokens), text)
 
     def write(self, folder: Path, name: str, about: About) -> list[Path]:
         """NAME.safetensors."""
