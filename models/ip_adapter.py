@@ -1,7 +1,9 @@
 """IP-Adapter files: recognising them from their tensors, and the K' and V' they give for a set of references.
 
 Layout of a file: `image_proj.*`, the image projection, and `ip_adapter.N.to_k_ip.weight` / `to_v_ip.weight`, W'_k
-and W'_v of every cross-attention layer (N: see `blocks`). A .safetensors file is flat, a .bin is nested.
+and W'_v of every cross-attention layer (N: see `blocks`); where a self-attention over the references was trained,
+`aggregator.features.*` (it stands before the projection) or `aggregator.tokens.*` (after it), which other loaders pass
+over. A .safetensors file is flat, a .bin is nested.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,14 @@ import torch
 from einops import repeat
 from torch import Tensor, nn
 
-from .aggregation import AGGREGATIONS, Aggregation, log_weights, select_references
+from .aggregation import (
+    AGGREGATIONS,
+    SELF_ATTENTION,
+    Aggregation,
+    SelfAttentionAggregator,
+    log_weights,
+    select_references,
+)
 from .errors import PersonalizeError
 from .projection import FullFaceProjection, LinearProjection, Resampler
 from .references import ENCODER_NAMES, References
@@ -23,6 +32,8 @@ BASE_MODELS = {64: "pocket portraits", 768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
 """Base model by the width of its text features."""
 
 POOLING_STAGES = ("before projection", "after projection")
+AGGREGATOR_STAGES = {"features": POOLING_STAGES[0], "tokens": POOLING_STAGES[1]}
+"""Where a trained aggregator stands, by its name in files."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Variant:
 
 
 class AdapterTensors(dict[str, dict[str, Tensor]]):
-    """{"image_proj": {...}, "ip_adapter": {...}}, with the name of the file for messages."""
+    """{"image_proj": {...}, "ip_adapter": {...}, "aggregator": {...} if any}, with the name of the file for messages."""
 
     name = "the IP-Adapter"
 
@@ -177,11 +188,22 @@ class ImagePrompt:
 class IPAdapter:
     """An adapter ready to turn references into image prompts."""
 
-    def __init__(self, variant: Variant, image_proj: nn.Module, layers: Sequence[tuple[Tensor, Tensor]], name: str):
+    def __init__(
+        self,
+        variant: Variant,
+        image_proj: nn.Module,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        name: str,
+        trained: tuple[str, SelfAttentionAggregator] | None = None,
+    ):
+        """Args:
+        trained: the stage, of POOLING_STAGES, and the self-attention that was trained for it, if one was.
+        """
         self.variant = variant
         self.image_proj = image_proj
         self.layers = tuple(layers)
         self.name = name
+        self.trained = trained
 
     @classmethod
     def from_state(cls, state: Mapping[str, Mapping[str, Tensor]]) -> "IPAdapter":
@@ -210,7 +232,8 @@ class IPAdapter:
                 f"{name} does not fit together (tokens of width {width}, to_k_ip of width {variant.cross_width}): "
                 "download it again."
             )
-        return cls(variant, image_proj.requires_grad_(False), layers, name)
+        trained = read_aggregator(state.get("aggregator", {}), variant, name)
+        return cls(variant, image_proj.requires_grad_(False), layers, name, trained)
 
     def features(self, references: References) -> Tensor:
         """The features this adapter takes: [n, 1, D] pooled or [n, T, D] patch tokens.
@@ -247,21 +270,54 @@ class IPAdapter:
 
         Args:
             references: n references of this adapter's encoder.
-            aggregation: G, by its name in AGGREGATIONS or itself.
-            pooling: whether to aggregate the encoder's features or the projected tokens.
+            aggregation: G, by its name in AGGREGATIONS, or "self-attention", or itself.
+            pooling: whether to aggregate the encoder's features or the projected tokens; self-attention stands where it
+                was trained, whatever this says.
             device: where to compute; the result is on the CPU, in float32.
 
         Raises:
-            PersonalizeError: wrong encoder, no references, bad weights.
+            PersonalizeError: wrong encoder, no references, bad weights, or no self-attention in this adapter's file.
         """
-        aggregate = AGGREGATIONS[aggregation] if isinstance(aggregation, str) else aggregation
+        if aggregation == SELF_ATTENTION:
+            pooling, aggregator = self.self_attention()
+            aggregator.to(device)
+            aggregate: Aggregation = aggregator.aggregate
+        else:
+            aggregate = AGGREGATIONS[aggregation] if isinstance(aggregation, str) else aggregation
         features, weights = select_references(self.features(references), references.weights)
         if pooling == "before projection":
-            features, weights = aggregate(features, weights)
+            features, weights = aggregate(features.to(device).float(), weights.to(device))
             tokens = self.tokens(features, device)
         else:
             tokens, weights = aggregate(self.tokens(features, device), weights.to(device))
         return self._project(tokens.flatten(0, 1), log_weights(weights, tokens.shape[1]))
+
+    def self_attention(self) -> tuple[str, SelfAttentionAggregator]:
+        """The stage, of POOLING_STAGES, and the trained aggregator.
+
+        Raises:
+            PersonalizeError: the file has none.
+        """
+        if self.trained is None:
+            raise PersonalizeError(
+                f"{self.name} has no self-attention over the references: choose concatenate, average or max, or train one "
+                "for it with python -m training.ip_adapter."
+            )
+        return self.trained
+
+    @torch.no_grad()
+    def attended(self, references: References) -> Tensor:
+        """How much each head of the self-attention looks at each reference, [heads, n]; 0 for those of weight 0.
+
+        Raises:
+            PersonalizeError: as `image_prompt`.
+        """
+        pooling, aggregator = self.self_attention()
+        features, weights = select_references(self.features(references), references.weights)
+        elements = features.float() if pooling == "before projection" else self.tokens(features)
+        shares = torch.zeros(aggregator.head_count, len(references))
+        shares[:, references.weights > 0] = aggregator.cpu().attended(elements, weights).float()
+        return shares
 
     def empty_prompt(self, references: References, device: torch.device | str = "cpu") -> ImagePrompt:
         """The image prompt of "no picture", for the negative side of guidance, as the adapters were trained:
@@ -280,6 +336,37 @@ class IPAdapter:
 
         keys, values = zip(*((project(k), project(v)) for k, v in self.layers), strict=True)
         return ImagePrompt(keys, values, None if bias is None else bias.float().cpu())
+
+
+def read_aggregator(
+    state: Mapping[str, Tensor], variant: Variant, name: str
+) -> tuple[str, SelfAttentionAggregator] | None:
+    """The stage, of POOLING_STAGES, and the self-attention of a file's `aggregator.*` tensors; None if there are none.
+
+    Raises:
+        PersonalizeError: they are of an unknown kind, not whole, or do not fit the adapter.
+    """
+    if not state:
+        return None
+    stage = next(iter(state)).split(".")[0]
+    if stage not in AGGREGATOR_STAGES:
+        raise PersonalizeError(f"{name} has an aggregator of an unknown kind ({stage}): update Personalize.")
+    try:
+        own = {
+            key.removeprefix(f"{stage}."): value.float() if value.is_floating_point() else value
+            for key, value in state.items()
+        }
+        made = SelfAttentionAggregator.from_tensors(own)
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise PersonalizeError(f"{name} has an incomplete aggregator ({detail}): get the file again.") from None
+    width = variant.encoder_width if stage == "features" else variant.cross_width
+    if made.gate.shape[0] != width:
+        raise PersonalizeError(
+            f"{name} does not fit together (an aggregator of width {made.gate.shape[0]}, {stage} of width {width}): get "
+            "the file again."
+        )
+    return AGGREGATOR_STAGES[stage], made
 
 
 def stack_prompts(prompts: Sequence[ImagePrompt], layer: int) -> tuple[Tensor, Tensor, Tensor | None]:

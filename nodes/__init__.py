@@ -7,6 +7,7 @@ from .image_encoder import LoadImageEncoder
 from .ip_adapter import ApplyIPAdapter, LoadIPAdapter
 from .personalization import LoadDreamBooth, LoadLora, LoadPersonalization, LoadTextualInversion
 from .pocket import register_pocket
+from .reference_attention import ShowReferenceAttention
 from .references import EncodeReferences, LoadReferences, SaveReferences
 
 NODES: list[type[io.ComfyNode]] = [
@@ -16,6 +17,7 @@ NODES: list[type[io.ComfyNode]] = [
     SaveReferences,
     LoadReferences,
     ApplyIPAdapter,
+    ShowReferenceAttention,
     LoadLora,
     LoadTextualInversion,
     LoadDreamBooth,

@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.aggregation import AGGREGATIONS
+from ..models.aggregation import AGGREGATIONS, SELF_ATTENTION
 from ..models.blocks import LAYER_CHOICES, layer_weights
 from ..models.errors import PersonalizeError
 from ..models.ip_adapter import BASE_MODELS, POOLING_STAGES, AdapterTensors, IPAdapter, nest, read_ip_adapter
@@ -70,9 +70,10 @@ class ApplyIPAdapter(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "aggregation",
-                    options=list(AGGREGATIONS),
+                    options=[*AGGREGATIONS, SELF_ATTENTION],
                     default="concatenate",
-                    tooltip="How several references become one: concatenate (all tokens side by side), average or max.",
+                    tooltip="How several references become one: concatenate (all tokens side by side), average, max, or "
+                    "self-attention, which needs a file that it was trained for (python -m training.ip_adapter).",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -95,7 +96,7 @@ class ApplyIPAdapter(io.ComfyNode):
                     options=list(POOLING_STAGES),
                     default=POOLING_STAGES[0],
                     tooltip="Average and max: over the image encoder's features, or over the tokens after the adapter's "
-                    "projection.",
+                    "projection. Self-attention stands where it was trained.",
                     extra_dict=ADVANCED,
                 ),
                 io.Combo.Input(
@@ -146,23 +147,23 @@ class ApplyIPAdapter(io.ComfyNode):
         mask=None,
         negative: References | Tensor | None = None,
     ) -> io.NodeOutput:
-        adapter = IPAdapter.from_state(_tensors_of(ip_adapter))
+        adapter = IPAdapter.from_state(tensors_of(ip_adapter))
         layout, widths = unet_layout(model)
         _check_base_model(adapter, widths)
         factors = layer_weights(layout, layers, layer_list)
         device = comfy.model_management.get_torch_device()
         # Made outside inference mode, so that methods that need gradients through the UNet work on top of it.
         with torch.inference_mode(False):
-            prompt = adapter.image_prompt(_references_of(references, adapter), aggregation, pooling, device)
+            prompt = adapter.image_prompt(references_of(references, adapter), aggregation, pooling, device)
             if negative is not None:
-                negative_prompt = adapter.image_prompt(_references_of(negative, adapter), aggregation, pooling, device)
+                negative_prompt = adapter.image_prompt(references_of(negative, adapter), aggregation, pooling, device)
             elif isinstance(references, Tensor) and not adapter.variant.pooled:
                 raise PersonalizeError(
                     "EMBEDS from another pack do not say what an empty picture looks like to the encoder, which "
                     f"{adapter.name} needs: connect its neg_embed to negative references, or use Encode References."
                 )
             else:
-                negative_prompt = adapter.empty_prompt(_references_of(references, adapter), device)
+                negative_prompt = adapter.empty_prompt(references_of(references, adapter), device)
         if weight == 0 or start_percent >= end_percent:
             return io.NodeOutput(model)
         sampling = model.get_model_object("model_sampling")
@@ -178,7 +179,7 @@ class ApplyIPAdapter(io.ComfyNode):
         return io.NodeOutput(patch.apply_to(model))
 
 
-def _tensors_of(ip_adapter: Mapping[str, Any]) -> AdapterTensors:
+def tensors_of(ip_adapter: Mapping[str, Any]) -> AdapterTensors:
     """The tensors on the wire: ours, or those of ComfyUI_IPAdapter_plus (raw, or its unified loader's pipeline)."""
     if isinstance(ip_adapter, AdapterTensors):
         return ip_adapter
@@ -196,7 +197,7 @@ def _checked_mask(mask: Tensor | None) -> Tensor | None:
     return mask.reshape(-1, *mask.shape[-2:]).float().clamp(0, 1).cpu()
 
 
-def _references_of(wire: References | Tensor, adapter: IPAdapter) -> References:
+def references_of(wire: References | Tensor, adapter: IPAdapter) -> References:
     """Ours, or EMBEDS of ComfyUI_IPAdapter_plus, each of weight 1.
 
     Raises:
