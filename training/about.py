@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from .base_model import BaseModel
 from .dataset import Example
@@ -11,6 +12,8 @@ from .settings import Settings
 from .shared import About
 
 PLACES = ("instance_data_dir", "class_data_dir", "validation_data_dir", "cache_dir", "output_dir", "vae_path")
+OTHER_FILES = ("ip_adapter", "image_encoder")
+"""Options that name a file which others may have too: its name is kept, without the folder."""
 """Options that say where things lie on the user's disk, which is nobody else's business."""
 ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
@@ -18,7 +21,7 @@ ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "pocket": "pocket-portraits",
 }
-KINDS = {"lora": "/lora", "textual_inversion": "/textual-inversion", "dreambooth": ""}
+KINDS = {"lora": "/lora", "textual_inversion": "/textual-inversion", "dreambooth": "", "ip_adapter": "/ip-adapter"}
 VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
@@ -38,7 +41,8 @@ def about(
     flat = settings.flat()
     kept = {k: v for k, v in flat.items() if k not in PLACES and v is not None and v != []}
     kept["pretrained_model_name_or_path"] = base.name
-    trigger = settings.data.trigger
+    kept |= {name: Path(kept[name]).name for name in OTHER_FILES if name in kept}
+    trigger = "" if method == "ip_adapter" else settings.data.trigger
     if method == "textual_inversion":
         trigger = f"embedding:{settings.output.output_name}"
     return About(

@@ -25,11 +25,9 @@ from diffusers.loaders.single_file_utils import SingleFileComponentError
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from .clip_tokenizer import clip_tokenizer
 from .shared import (
-    VISION_CONFIG,
     PersonalizeError,
     family_of_widths,
     fingerprint,
@@ -315,17 +313,3 @@ def _tiny_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             side, number, rest = key.removeprefix(_TINY_VAE).split(".", 2)
             renamed[f"{side}.layers.{int(number) - (side == 'decoder')}.{rest}"] = value
     return renamed
-
-
-def load_image_encoder(path: Path) -> CLIPVisionModelWithProjection:
-    """A CLIP vision encoder whose file brings its configuration.
-
-    Raises:
-        PersonalizeError: the file is missing, damaged, or has no configuration.
-    """
-    state, metadata = read_safetensors(path)
-    if VISION_CONFIG not in metadata:
-        raise PersonalizeError(f"{path.name} has no {VISION_CONFIG} in its metadata: its architecture is not known.")
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**json.loads(metadata[VISION_CONFIG])))
-    encoder.load_state_dict({name: value.float() for name, value in state.items()})
-    return encoder.eval()

@@ -77,7 +77,9 @@ def captions_of(path: Path, templates: Sequence[str], trigger: str, class_name: 
 
 
 def fill_in(text: str, trigger: str, class_name: str) -> str:
-    """`{trigger}` and `{class}` replaced."""
+    """`{trigger}` and `{class}` replaced; without a trigger, its place is closed."""
+    if not trigger:
+        text = text.replace("{trigger} ", "")
     return text.replace("{trigger}", trigger).replace("{class}", class_name)
 
 

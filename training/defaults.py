@@ -23,11 +23,13 @@ LARGE = {
     "lora": Suits(1e-4, 5e-5, 1000, False),
     "textual_inversion": Suits(5e-3, 0.0, 2000, False),
     "dreambooth": Suits(2e-6, 1e-6, 800, True),
+    "ip_adapter": Suits(1e-4, 0.0, 20_000, False),
 }
 POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
     "textual_inversion": Suits(1e-2, 0.0, 600, False),
     "dreambooth": Suits(2e-4, 3e-4, 400, True),
+    "ip_adapter": Suits(1e-3, 0.0, 3000, False),
 }
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 
@@ -50,7 +52,11 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
 
     return replace(
         settings,
-        data=replace(data, resolution=given(data.resolution, RESOLUTIONS.get(family, 512))),
+        data=replace(
+            data,
+            resolution=given(data.resolution, RESOLUTIONS.get(family, 512)),
+            trigger="" if settings.method.name == "ip_adapter" else data.trigger,  # references call, not words
+        ),
         training=replace(
             training,
             max_train_steps=steps,
@@ -60,8 +66,13 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
             mixed_precision=given(training.mixed_precision, best_precision()),
             max_grad_norm=0.0 if training.fused_backward else training.max_grad_norm,
         ),
-        output=replace(output, output_name=given(output.output_name, data.trigger)),
+        output=replace(output, output_name=given(output.output_name, default_name(settings))),
     )
+
+
+def default_name(settings: Settings) -> str:
+    """Of the result: what calls it; an IP-Adapter has no word for that."""
+    return settings.method.name if settings.method.name == "ip_adapter" else settings.data.trigger
 
 
 def hints(method: str) -> dict[str, str]:

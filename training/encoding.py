@@ -64,15 +64,15 @@ def latent_key(example: Example, vae: str) -> dict:
     """Everything that a picture's latent depends on: its bytes and its mask's, size, mirroring, the VAE."""
     mask = mask_file(example.path)
     return {
-        "picture": _digest_of_file(example.path),
-        "mask": _digest_of_file(mask) if mask.is_file() else "",
+        "picture": digest_of_path(example.path),
+        "mask": digest_of_path(mask) if mask.is_file() else "",
         "size": example.size,
         "mirrored": example.mirrored,
         "vae": vae,
     }
 
 
-def _digest_of_file(path: Path) -> str:
+def digest_of_path(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -30,6 +30,8 @@ ANYWAY = {  # settings that may differ when a run goes on: what it trains stays 
     "instance_data_dir",
     "class_data_dir",
     "vae_path",
+    "ip_adapter",
+    "image_encoder",
 }
 SHAPING = {  # settings that other weights come from, which a checkpoint has not
     "method",
@@ -41,6 +43,13 @@ SHAPING = {  # settings that other weights come from, which a checkpoint has not
     "num_vectors",
     "train_text_encoder",
     "use_ema",
+    "adapter_kind",
+    "aggregation",
+    "aggregation_stage",
+    "train_adapter",
+    "aggregator_width",
+    "aggregator_heads",
+    "aggregator_depth",
 }
 
 

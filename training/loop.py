@@ -138,6 +138,12 @@ class Trainer:
         both = range(0, len(batch), self.order.batch)  # the subject's pictures, then the class's
         places = [start + rank * size + i for start in both for i in range(size)]
         examples = [self.examples[batch[place]] for place in places]
+        conditioning = self.method.conditioning
+        if conditioning is not None:
+            with self.accelerator.autocast():
+                early = conditioning.warm_up(examples, number, places)
+            if early is not None:
+                return early
         latents = [self.latents[example] for example in examples]
         timesteps = self.scheduler.config.num_train_timesteps
         drawn = draw(latents, places, training.seed, number, timesteps, self.weighting)
@@ -145,6 +151,10 @@ class Trainer:
             "" if which < 0 else example.captions[int(which * len(example.captions))]
             for example, which in zip(examples, drawn.captions, strict=True)
         ]
+        if conditioning is not None:
+            with self.accelerator.autocast():
+                spoken = conditioning.tell(examples, number, places)
+            captions = [caption if said else "" for caption, said in zip(captions, spoken, strict=True)]
         mask = stack_masks(latents) if self.settings.data.masked_loss else None
         with self.accelerator.autocast():
             text = self.text(captions)

@@ -17,6 +17,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .base_model import BaseModel
+from .leave_one_out import LeaveOneOut
 from .methods import PRECISIONS, groups_of, text_modules
 from .options import Lora
 from .settings import Settings
@@ -44,6 +45,7 @@ class LoraMethod:
     """LoRA, or DoRA, by peft."""
 
     name = "lora"
+    conditioning: LeaveOneOut | None = None
 
     def __init__(self, base: BaseModel, settings: Settings):
         self.base, self.settings = base, settings

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .base_model import BaseModel
-from .options import TextualInversion
+from .leave_one_out import LeaveOneOut
+from .options import IPAdapter, TextualInversion
 from .settings import Settings
 from .shared import About
 
@@ -31,6 +32,8 @@ class Method(Protocol):
     """Whether captions must be read anew in each step."""
     writes_all: bool
     """Whether `write` writes also the networks that do not train."""
+    conditioning: LeaveOneOut | None
+    """What the network is told in each step beside the caption, if anything."""
 
     def spoken(self, text: str) -> str:
         """A caption as the tokenizer is to read it."""
@@ -40,6 +43,7 @@ class Method(Protocol):
 
 
 TEMPLATES = ("a photo of {trigger} {class}",)
+CLASS_TEMPLATES = ("a photo of a {class}",)
 WORD_TEMPLATES = {
     "object": (
         "a photo of {trigger}",
@@ -70,6 +74,8 @@ def templates_of(settings: Settings) -> tuple[str, ...]:
         return (settings.data.instance_prompt,)
     if isinstance(settings.method, TextualInversion):
         return WORD_TEMPLATES[settings.method.learnable_property]
+    if isinstance(settings.method, IPAdapter):
+        return CLASS_TEMPLATES
     return TEMPLATES
 
 

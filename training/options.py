@@ -212,3 +212,46 @@ class DreamBooth:
     delta_megabytes: float | None = option(
         None, "cut the difference to this size (singular values; names take 0.1 MB more); whole by default", least=0
     )
+
+
+@dataclass
+class IPAdapter:
+    """IP-Adapter"""
+
+    name: ClassVar[str] = "ip_adapter"
+    image_encoder: str | None = option(
+        None, "the CLIP image encoder: a file as in ComfyUI's models/clip_vision, a folder, or a hub id"
+    )
+    ip_adapter: str | None = option(
+        None, "the adapter to start from, as in ComfyUI's models/ipadapter; none: from scratch"
+    )
+    adapter_kind: str = option("base", "from scratch: 4 tokens of a picture, or 16 of its patches", ("base", "plus"))
+    aggregation: str = option(
+        "self-attention",
+        "how several references become one",
+        ("self-attention", "average", "max", "concatenate"),
+    )
+    aggregation_stage: str = option(
+        "features", "over the image encoder's features, or over the projected tokens", ("features", "tokens")
+    )
+    train_adapter: bool | None = option(
+        None,
+        "train the projection and W'_k, W'_v; by default unless self-attention is added to a published adapter",
+    )
+    aggregator_width: int | None = option(None, "of the self-attention; the features' by default, 512 at most", least=1)
+    aggregator_heads: int = option(8, "of the self-attention", least=1)
+    aggregator_depth: int = option(2, "self-attention blocks before the pooling", least=0)
+    max_references: int | None = option(
+        None, "references at most; 1 trains an ordinary adapter, by default all others of the identity", least=1
+    )
+    text_dropout: float = option(0.05, "share of steps without the caption", least=0, below=1)
+    reference_dropout: float = option(
+        0.05, "share of steps without the references, where the adapter trains", least=0, below=1
+    )
+    both_dropout: float = option(0.05, "share of steps without both, where the adapter trains", least=0, below=1)
+    warmup_steps: int = option(
+        0, "of the steps, so many first ones predict the held-out picture's features, which is fast", least=0
+    )
+    validation_identities: int | None = option(
+        None, "identities to hold out for the validation loss and samples; one in ten, four at most", least=0
+    )

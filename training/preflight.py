@@ -12,17 +12,20 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .adapter_checks import bytes_of_adapter, check_adapter
 from .base_checks import check_family, check_layers, check_size, check_vae, family_at
 from .base_model import OFFLINE, size_step_of
 from .checkpoint import find_checkpoint
 from .dataset import call_of, captions_of
-from .defaults import fill_defaults
+from .defaults import default_name, fill_defaults
 from .going_on import changed_settings, processes
+from .identities import find_identities, hold_out
 from .lora import unet_config
 from .methods import templates_of
-from .options import DreamBooth, Lora, TextualInversion, Training
+from .options import DreamBooth, IPAdapter, Lora, TextualInversion, Training
 from .settings import Settings
 from .shared import (
+    SELF_ATTENTION,
     PersonalizeError,
     list_pictures,
     picture_paths,
@@ -78,12 +81,20 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
             told(check_size, filled.resolution, size_step_of(family), title_of(family))
         told(check_layers, settings, family)
     told(check_vae, settings.base.vae_path)
+    if isinstance(settings.method, IPAdapter):
+        told(check_adapter, settings.method, family)
     counts: dict[str, int] = {}
     for option, is_prior in (("instance_data_dir", False), ("class_data_dir", True), ("validation_data_dir", False)):
         folder = getattr(settings.data, option)
         if folder is None or (is_prior and not settings.data.with_prior_preservation):
             continue
         path = Path(folder).expanduser()
+        if isinstance(settings.method, IPAdapter):
+            found, wrong, odd = look_at_identities(path, settings, quiet)
+            problems += wrong
+            warnings += odd
+            counts[option] = found
+            continue
         if is_prior and not told(_class_folder, path):
             continue  # the base fills it
         found, wrong, odd = look_at_pictures(path, settings, is_prior, quiet)
@@ -133,7 +144,7 @@ def _options(settings: Settings) -> None:
     for option, value in settings.flat().items():
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
             problems.append(f"--{option} {value!r} is not UTF-8: rename it.")
-    name = settings.output.output_name or settings.data.trigger
+    name = settings.output.output_name or default_name(settings)
     if name.endswith(".safetensors"):
         problems.append(f"--output_name {name} is without ending: write {name.removesuffix('.safetensors')}.")
     if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
@@ -145,7 +156,7 @@ def _options(settings: Settings) -> None:
             unet_config(settings.method)
         except PersonalizeError as error:
             problems.append(str(error))
-    if not settings.data.trigger.strip():
+    if not settings.data.trigger.strip() and not isinstance(method, IPAdapter):
         problems.append("--trigger is empty: use a word that the model does not know, such as ohwx.")
     if problems:
         raise PersonalizeError("\n".join(problems))
@@ -158,6 +169,13 @@ def _without_effect(settings: Settings) -> list[str]:
     if isinstance(method, TextualInversion):
         text += ["train_text_encoder"] * (training.train_text_encoder is not None)
         why = "Textual Inversion trains the word's vectors only, at --learning_rate"
+    elif isinstance(method, IPAdapter):
+        text += ["train_text_encoder"] * bool(training.train_text_encoder)
+        text += ["with_prior_preservation"] * settings.data.with_prior_preservation
+        text += ["caption_dropout"] * (settings.data.caption_dropout > 0)
+        if method.aggregation != SELF_ATTENTION:
+            text += ["warmup_steps"] * (method.warmup_steps > 0)
+        why = "an IP-Adapter trains beside a base that does not change, and has dropouts of its own"
     else:
         off = training.train_text_encoder is False or (isinstance(method, Lora) and not training.train_text_encoder)
         text, why = text * off, "the text encoder does not train without --train_text_encoder"
@@ -220,6 +238,8 @@ def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bo
             f"--masked_loss has no effect: no picture in {folder} has an alpha channel or a -masklabel.png that is "
             "neither black nor white all over."
         )
+    if isinstance(settings.method, IPAdapter):
+        without = []  # references call, not words
     if without and len(without) == good and isinstance(settings.method, TextualInversion):
         wrong.append(f"No caption in {folder} has the trigger {data.trigger!r}: the word would learn nothing.")
     elif without:
@@ -231,8 +251,24 @@ def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bo
     return good, wrong, odd
 
 
+def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
+    """Read every picture and caption of every identity: how many are good, what is wrong, and what is odd."""
+    good, wrong = 0, list[str]()
+    try:
+        found = find_identities(folder)
+        odd = found.warnings(folder)
+        if not settings.data.validation_data_dir:
+            hold_out(found.sets, settings.method.validation_identities, settings.training.seed)
+    except PersonalizeError as error:
+        return 0, [str(error)], []
+    for one in _bar(found.sets, f"Looking at {folder.name}", quiet):
+        seen, bad, strange = look_at_pictures(one, settings, False, True)
+        good, wrong, odd = good + seen, wrong + bad, odd + strange
+    return good, wrong, odd
+
+
 def _bar(paths: Iterable[Path], text: str, quiet: bool) -> Iterable[Path]:
-    return tqdm(paths, desc=text, unit=" pictures", disable=quiet, leave=False)
+    return tqdm(paths, desc=text, unit="", disable=quiet, leave=False)
 
 
 def _output(settings: Settings, whole: bool, pictures: int) -> None:
@@ -276,7 +312,7 @@ def _real(path: str) -> Path:
 
 def _results(settings: Settings) -> list[Path]:
     """The files that will be written."""
-    name, kind = settings.output.output_name or settings.data.trigger, getattr(settings.method, "save_as", "full")
+    name, kind = settings.output.output_name or default_name(settings), getattr(settings.method, "save_as", "full")
     endings = {"full": [""], "delta": [".delta"], "both": ["", ".delta"]}[kind]
     return [settings.folder / f"{name}{ending}.safetensors" for ending in endings]
 
@@ -296,6 +332,10 @@ def _bytes_needed(settings: Settings, pictures: int) -> int:
     data, training, watching = settings.data, settings.training, settings.watching
     drawn = data.num_class_images if data.with_prior_preservation else 0
     latents = (pictures + drawn) * settings.resolution**2 * 2  # with a deviation and mirrored; of pictures a bit less
+    if isinstance(settings.method, IPAdapter):
+        return (
+            100_000_000 + latents + bytes_of_adapter(settings.method, size) * 4 * (watching.checkpoints_total_limit + 1)
+        )
     if settings.method.name != "dreambooth":
         return 100_000_000 + latents + size // 20
     copies = 1 + {"adamw8bit": 1, "adafactor": 0}.get(training.optimizer, 2) + training.use_ema

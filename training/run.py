@@ -5,10 +5,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -27,21 +28,27 @@ from .defaults import fill_defaults, hints
 from .dreambooth import DreamBoothMethod
 from .encoding import Cache, Latent, TextStates, digest_of, encode_captions, encode_pictures, latent_key
 from .going_on import changed_settings, processes, shared_settings
+from .identities import Held, find_sets
+from .ip_adapter import IPAdapterMethod
 from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method, templates_of
-from .options import DreamBooth, Lora, TextualInversion
+from .options import DreamBooth, IPAdapter, Lora, TextualInversion
 from .preflight import preflight
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
 from .textual_inversion import TextualInversionMethod
-from .watch import draw_samples, read_rows, resting, validation_loss, write_samples
+from .watch import draw_samples, read_rows, resting, validation_loss, views, write_samples
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 METHODS: dict[str, tuple[type, Callable[[BaseModel, Settings], Method]]] = {
     "lora": (Lora, LoraMethod),
     "textual_inversion": (TextualInversion, TextualInversionMethod),
     "dreambooth": (DreamBooth, DreamBoothMethod),
+    "ip_adapter": (IPAdapter, IPAdapterMethod),
 }
 
 
@@ -157,6 +164,8 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     vae = digest_of(base.pipeline.vae)
     trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop, vae)
     material = material_of(trainer.examples, mark, vae)
+    if trainer.method.conditioning is not None:
+        material |= trainer.method.conditioning.material
     if checkpoint is not None:
         if problems := changed_settings(settings, checkpoint, material):
             raise PersonalizeError("\n".join(problems))
@@ -217,26 +226,22 @@ def prepare(
     data, watching = settings.data, settings.watching
     sizes = Sizes(settings.resolution, base.size_step, data.buckets)
     check_size(sizes.resolution, base.size_step, base.name)  # of a hub id, which the preflight could not tell
-    templates = templates_of(settings)
-    examples = find_examples(Path(data.instance_data_dir or "").expanduser(), data, sizes, templates)
-    if data.with_prior_preservation:
-        folder = Path(data.class_data_dir or "").expanduser()
-        prompt = fill_in(data.class_prompt, data.trigger, data.class_name)
-        count, seed = data.num_class_images, settings.training.seed
-        drawn = draw_class_images(accelerator, base, folder, prompt, count, sizes.resolution, seed)
-        if drawn:
-            accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
-        examples += find_priors(folder, data, [example.size for example in examples])
-    kept_out: list[Example] = []
-    if data.validation_data_dir:
-        plain = replace(data, repeats=1, random_flip=False)
-        kept_out = find_examples(Path(data.validation_data_dir).expanduser(), plain, sizes, templates)
+    held: Held = {}
+    sets: dict[Path, tuple[Path, ...]] = {}
+    if isinstance(settings.method, IPAdapter):
+        examples, kept_out, sets, held = find_sets(settings, sizes)
+    else:
+        examples, kept_out = find_pictures(settings, sizes, accelerator, base)
     cache = Cache(Path(data.cache_dir).expanduser() if data.cache_dir else settings.folder / "cache")
     latents = _latents(accelerator, base, [*examples, *kept_out], cache, vae)
     prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in watching.validation_prompt]
     captions = list(dict.fromkeys(["", *prompts, *(c for e in (*examples, *kept_out) for c in e.captions)]))
     digests = "-".join(digest_of(encoder) for encoder in base.text_encoders)
     made = METHODS[method][1](base, settings)
+    if isinstance(made, IPAdapterMethod):
+        paths = [path for pictures in sets.values() for path in pictures]
+        shared_work(accelerator, paths, "Seeing", lambda some: made.see(some, cache))
+        made.begin(sets)
     if (long := too_long(base, made, examples)) and accelerator.is_main_process:
         print(
             f"{len(long)} captions are longer than the {base.pipeline.tokenizer.model_max_length} tokens that are read "
@@ -270,8 +275,28 @@ def prepare(
         lambda _: None,
         stop,
     )
-    trainer.watch = _watch(trainer, prompts, kept_out)
+    trainer.watch = _watch(trainer, prompts, kept_out, held)
     return trainer
+
+
+def find_pictures(
+    settings: Settings, sizes: Sizes, accelerator: Accelerator, base: BaseModel
+) -> tuple[list[Example], list[Example]]:
+    """Pictures of the subject and of its class, which are drawn if need be, and those that are kept out."""
+    data, templates = settings.data, templates_of(settings)
+    examples = find_examples(Path(data.instance_data_dir or "").expanduser(), data, sizes, templates)
+    if data.with_prior_preservation:
+        folder = Path(data.class_data_dir or "").expanduser()
+        prompt = fill_in(data.class_prompt, data.trigger, data.class_name)
+        count, seed = data.num_class_images, settings.training.seed
+        drawn = draw_class_images(accelerator, base, folder, prompt, count, sizes.resolution, seed)
+        if drawn:
+            accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
+        examples += find_priors(folder, data, [example.size for example in examples])
+    if not data.validation_data_dir:
+        return examples, []
+    plain = replace(data, repeats=1, random_flip=False)
+    return examples, find_examples(Path(data.validation_data_dir).expanduser(), plain, sizes, templates)
 
 
 def too_long(base: BaseModel, method: Method, examples: list[Example]) -> list[str]:
@@ -311,20 +336,27 @@ def material_of(examples: Sequence[Example], mark: str, vae: str) -> dict[str, s
 def _latents(
     accelerator: Accelerator, base: BaseModel, examples: list[Example], cache: Cache, digest: str
 ) -> dict[Example, Latent]:
-    """Each process encodes its part, then all read all."""
-    unique = list(dict.fromkeys(examples))
-    mine = unique[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(mine, desc="Encoding", unit=" pictures", disable=not accelerator.is_local_main_process, leave=False)
-    encoded = encode_pictures(base.pipeline.vae, bar, cache, digest)
+    def encode(some: Iterable[Example]) -> dict[Example, Latent]:
+        return encode_pictures(base.pipeline.vae, some, cache, digest)
+
+    return shared_work(accelerator, list(dict.fromkeys(examples)), "Encoding", encode)
+
+
+def shared_work(accelerator: Accelerator, things: list[T], title: str, work: Callable[[Iterable[T]], R]) -> R:
+    """Each process does its part, which a cache keeps, then all go through all; with a progress bar."""
+    mine = things[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(mine, desc=title, unit=" pictures", disable=not accelerator.is_local_main_process, leave=False)
+    done = work(bar)
     if accelerator.num_processes == 1:
-        return encoded
+        return done
     accelerator.wait_for_everyone()
-    return encode_pictures(base.pipeline.vae, unique, cache, digest)
+    return work(things)
 
 
-def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Callable[[int], None]:
+def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example], held: Held) -> Callable[[int], None]:
     """The validation loss, the curve and samples, by the main process."""
     accelerator, base, settings = trainer.accelerator, trainer.base, trainer.settings
+    conditioning = trainer.method.conditioning
 
     def rows(captions: list[str]) -> list[TextStates]:
         return read_rows(base, trainer.method, trainer.texts, captions, settings.base.clip_skip)
@@ -333,22 +365,30 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example]) -> Cal
         with resting(base), accelerator.autocast():
             if kept_out:
                 texts = rows([example.captions[0] for example in kept_out])
-                loss = validation_loss(base, trainer.scheduler, kept_out, trainer.latents, texts, accelerator.device)
+                loss = validation_loss(
+                    base, trainer.scheduler, kept_out, trainer.latents, texts, accelerator.device, conditioning
+                )
                 trainer.record.add(step, {"validation_loss": loss})
             trainer.record.draw(settings.folder / "loss.png")
-            if prompts:
-                pictures = draw_samples(
-                    accelerator,
-                    base,
-                    rows(prompts),
-                    rows([""])[0],
-                    settings.watching.num_validation_images,
-                    settings.resolution,
-                    settings.training.seed,
-                )
-                sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, prompts, step)
-                for tracker in accelerator.trackers:
-                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"samples": sheet[None]}, step=step, **layout)
+            if not prompts:
+                return
+            pictures, labels = [], []
+            for name, shown, around in views(conditioning, held, settings.resolution):
+                with around:
+                    drawn = draw_samples(
+                        accelerator,
+                        base,
+                        rows(prompts),
+                        rows([""])[0],
+                        settings.watching.num_validation_images,
+                        settings.resolution,
+                        settings.training.seed,
+                    )
+                pictures += [[*shown, *row] for row in drawn]
+                labels += [f"{name}{prompt}" for prompt in prompts]
+            sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, labels, step)
+            for tracker in accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": sheet[None]}, step=step, **layout)
 
     return watch

@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if not TYPE_CHECKING and __package__ == "training":
+    from models.aggregation import AGGREGATIONS as AGGREGATIONS
+    from models.aggregation import SELF_ATTENTION as SELF_ATTENTION
+    from models.aggregation import SelfAttentionAggregator as SelfAttentionAggregator
     from models.attention import decoupled_attention as decoupled_attention
+    from models.base_models import FAMILIES as FAMILIES
     from models.base_models import TITLES as TITLES
     from models.base_models import family_of_widths as family_of_widths
     from models.base_models import fingerprint as fingerprint
@@ -20,8 +24,11 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.delta import host_unet_names as host_unet_names
     from models.delta import truncated_delta_tensors as truncated_delta_tensors
     from models.errors import PersonalizeError as PersonalizeError
+    from models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
+    from models.ip_adapter import AdapterTensors as AdapterTensors
     from models.ip_adapter import ImagePrompt as ImagePrompt
     from models.ip_adapter import IPAdapter as IPAdapter
+    from models.ip_adapter import nest as nest
     from models.ip_adapter import read_ip_adapter as read_ip_adapter
     from models.ip_adapter import stack_prompts as stack_prompts
     from models.lora import UNET as UNET
@@ -38,6 +45,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import CLIP_MEAN as CLIP_MEAN
     from models.pictures import CLIP_STD as CLIP_STD
     from models.pictures import MASK_ENDING as MASK_ENDING
+    from models.pictures import SUFFIXES as SUFFIXES
     from models.pictures import cover_picture as cover_picture
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
@@ -60,7 +68,11 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.weight_files import read_weights as read_weights
     from models.weight_files import write_safetensors as write_safetensors
 else:
+    from ..models.aggregation import AGGREGATIONS as AGGREGATIONS
+    from ..models.aggregation import SELF_ATTENTION as SELF_ATTENTION
+    from ..models.aggregation import SelfAttentionAggregator as SelfAttentionAggregator
     from ..models.attention import decoupled_attention as decoupled_attention
+    from ..models.base_models import FAMILIES as FAMILIES
     from ..models.base_models import TITLES as TITLES
     from ..models.base_models import family_of_widths as family_of_widths
     from ..models.base_models import fingerprint as fingerprint
@@ -76,8 +88,11 @@ else:
     from ..models.delta import host_unet_names as host_unet_names
     from ..models.delta import truncated_delta_tensors as truncated_delta_tensors
     from ..models.errors import PersonalizeError as PersonalizeError
+    from ..models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
+    from ..models.ip_adapter import AdapterTensors as AdapterTensors
     from ..models.ip_adapter import ImagePrompt as ImagePrompt
     from ..models.ip_adapter import IPAdapter as IPAdapter
+    from ..models.ip_adapter import nest as nest
     from ..models.ip_adapter import read_ip_adapter as read_ip_adapter
     from ..models.ip_adapter import stack_prompts as stack_prompts
     from ..models.lora import UNET as UNET
@@ -94,6 +109,7 @@ else:
     from ..models.pictures import CLIP_MEAN as CLIP_MEAN
     from ..models.pictures import CLIP_STD as CLIP_STD
     from ..models.pictures import MASK_ENDING as MASK_ENDING
+    from ..models.pictures import SUFFIXES as SUFFIXES
     from ..models.pictures import cover_picture as cover_picture
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures

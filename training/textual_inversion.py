@@ -13,6 +13,7 @@ import torch
 
 from .base_model import BaseModel
 from .dataset import call_of
+from .leave_one_out import LeaveOneOut
 from .methods import PRECISIONS, text_modules
 from .options import TextualInversion
 from .settings import Settings
@@ -34,6 +35,7 @@ class TextualInversionMethod:
     """A learned word in each text encoder."""
 
     name = "textual_inversion"
+    conditioning: LeaveOneOut | None = None
 
     def __init__(self, base: BaseModel, settings: Settings):
         self.base, self.settings = base, settings

@@ -1,22 +1,25 @@
 """While it trains: sample pictures of fixed prompts and seeds, and the loss on pictures that are kept out."""
 
 import math
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from .base_model import BaseModel
 from .dataset import Example
 from .denoising import Weighting, draw, training_losses
 from .encoding import Latent, TextStates, read_text
+from .leave_one_out import LeaveOneOut
 from .methods import Method
-from .shared import PersonalizeError
+from .shared import PersonalizeError, cover_picture, read_picture
 
 STEPS, GUIDANCE = 20, 5.0
 LEVELS = 4  # timesteps at which the validation loss is measured
@@ -102,15 +105,48 @@ def _one(accelerator, pipeline, row: TextStates, empty: TextStates, resolution: 
             output_type="latent",
             **pooled,
         ).images
-    vae = pipeline.vae
+    return decode(pipeline.vae, latents)[0]
+
+
+def decode(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """Latents [n, C, h, w], as the UNet has them, to pictures.
+
+    Raises:
+        PersonalizeError: they are not finite.
+    """
     scaled = latents.to(torch.float32) / vae.config.scaling_factor + (vae.config.get("shift_factor") or 0.0)
-    with torch.autocast(device.type, enabled=False):  # SDXL's VAE overflows in half precision
-        decoded = vae.decode(scaled).sample[0].clamp(-1, 1)
+    with torch.autocast(latents.device.type, enabled=False):  # SDXL's VAE overflows in half precision
+        decoded = vae.decode(scaled).sample.clamp(-1, 1)
     if not decoded.isfinite().all():
         raise PersonalizeError(
             "The model draws no picture but NaN: use --mixed_precision bf16 or no, or a lower --learning_rate."
         )
-    return Image.fromarray(((decoded + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    pixels = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def views(
+    conditioning: LeaveOneOut | None, held: Mapping[Path, Sequence[Path]], resolution: int
+) -> Iterator[tuple[str, list[Image.Image], AbstractContextManager]]:
+    """What samples are drawn with: once, or once for each held-out identity, from its references.
+
+    Args:
+        conditioning: takes references, if the method does.
+        held: references of each held-out identity, by its folder.
+        resolution: pixels of the references as they are shown.
+
+    Yields:
+        A label, the references as pictures, and a block in which to draw.
+    """
+    if conditioning is None:
+        yield "", [], nullcontext()
+        return
+    for folder, paths in held.items():
+        shown = []
+        for path in paths:
+            pixels = cover_picture(read_picture(path).pixels, resolution, resolution)
+            shown.append(Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy()))
+        yield f"{folder.name}, {len(paths)} references: ", shown, conditioning.showing(paths)
 
 
 def grid(pictures: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> Image.Image:
@@ -146,14 +182,20 @@ def validation_loss(
     latents: dict[Example, Latent],
     rows: Sequence[TextStates],
     device: torch.device,
+    conditioning: LeaveOneOut | None = None,
 ) -> float:
-    """The mean loss on pictures that are kept out, always with the same noise, at four timesteps each."""
+    """The mean loss on pictures that are kept out, always with the same noise, at four timesteps each.
+
+    Where there is a `conditioning`, each is predicted from references, always the same.
+    """
     total, times = 0.0, scheduler.config.num_train_timesteps
     for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
         for level in range(LEVELS):
             drawn = draw([latents[example]], [i], 0, -1 - level, times, Weighting())
             drawn.timesteps.fill_((2 * level + 1) * times // (2 * LEVELS))
             text = row.to(device, row.states.dtype)
+            if conditioning is not None:
+                conditioning.tell([example], -1 - level, [i])
             losses = training_losses(
                 base.pipeline.unet, scheduler, drawn, text, None, base.pipeline.vae_scale_factor, Weighting()
             )

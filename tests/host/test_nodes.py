@@ -8,7 +8,7 @@ import narrow
 import pytest
 import torch
 from inprocess import HostError
-from pack.training.base_model import load_image_encoder
+from pack.training.image_encoder import load_image_encoder
 from PIL import Image
 from safetensors.torch import save_file
 from structural.adapters import PUBLISHED, adapter_shapes, view_tensors

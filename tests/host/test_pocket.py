@@ -7,8 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from pack.models.weight_files import read_safetensors, write_safetensors
-from pack.training.base_model import load_base, load_image_encoder, load_pipeline
+from pack.training.base_model import load_base, load_pipeline
 from pack.training.encoding import read_text
+from pack.training.image_encoder import load_image_encoder
 from pack.training.pocket.data import pixels as draw_pixels
 from pack.training.pocket.data import scene
 from safetensors.torch import save_file

@@ -10,7 +10,8 @@ from pack.models.errors import PersonalizeError
 from pack.models.vae_keys import PREFIX, vae_tensors
 from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training import base_model
-from pack.training.base_model import load_base, load_image_encoder, load_pipeline
+from pack.training.base_model import load_base, load_pipeline
+from pack.training.image_encoder import load_image_encoder
 from pack.training.pocket.export import checkpoint_tensors
 
 CHECKPOINT = "pocket_portraits.safetensors"
@@ -84,7 +85,7 @@ def test_what_is_no_base_model(file, tmp_path, root):
     encoder = root / "models" / "pocket" / "clip_vision" / "pocket_portraits_vision.safetensors"
     with pytest.raises(PersonalizeError, match=r"^pocket_portraits_vision\.safetensors is not a checkpoint"):
         load_pipeline(encoder)
-    with pytest.raises(PersonalizeError, match=r"has no personalize\.clip_vision_config"):
+    with pytest.raises(PersonalizeError, match=r"is no image encoder that is supported"):
         load_image_encoder(file)
 
 

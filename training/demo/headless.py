@@ -5,20 +5,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..base_model import load_image_encoder, load_pipeline
+from ..base_model import load_pipeline
 from ..diffusers_attention import apply_image_prompts
+from ..image_encoder import encode_references, load_image_encoder
 from ..pocket.files import ADAPTER, CHECKPOINT, IMAGE_ENCODER
-from ..shared import (
-    CLIP_MEAN,
-    CLIP_STD,
-    POCKET,
-    IPAdapter,
-    References,
-    frame_picture,
-    list_pictures,
-    read_ip_adapter,
-    read_picture,
-)
+from ..shared import POCKET, IPAdapter, list_pictures, read_ip_adapter
 
 STEPS, GUIDANCE, WEIGHT, SIZE, ENLARGED = 20, 4.0, 0.8, 64, 256
 
@@ -28,7 +19,7 @@ def in_diffusers(photos: Path, prompt: str) -> list[tuple[str, Image.Image]]:
     pipeline = load_pipeline(POCKET / CHECKPOINT)
     pipeline.set_progress_bar_config(desc="Sampling")
     adapter = IPAdapter.from_state(read_ip_adapter(POCKET / ADAPTER))
-    references = encode(photos)
+    references = encode_references(load_image_encoder(POCKET / IMAGE_ENCODER), list_pictures(photos))
     results = []
     for aggregation in ("average", "max", "concatenate"):
         prompts = [adapter.empty_prompt(references), adapter.image_prompt(references, aggregation)]
@@ -46,16 +37,3 @@ def in_diffusers(photos: Path, prompt: str) -> list[tuple[str, Image.Image]]:
             (f"{aggregation}, weight {WEIGHT:g}", picture.resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC))
         )
     return results
-
-
-@torch.no_grad()
-def encode(photos: Path) -> References:
-    """References from the pocket model's image encoder."""
-    encoder = load_image_encoder(POCKET / IMAGE_ENCODER)
-    paths = list_pictures(photos)
-    framed = torch.stack([frame_picture(read_picture(path), "crop", encoder.config.image_size) for path in paths])
-    inputs = ((framed - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2)
-    output = encoder(inputs, output_hidden_states=True)
-    zero = encoder(torch.zeros_like(inputs[:1]), output_hidden_states=True).hidden_states[-2][0]
-    names = tuple(path.name for path in paths)
-    return References(output.image_embeds, output.hidden_states[-2], zero, torch.ones(len(names)), names)

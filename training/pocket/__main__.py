@@ -10,6 +10,7 @@
     python -m training.pocket sheet      8. sixty-four prompts as a picture
     python -m training.pocket restore    the shipped weights as checkpoints, to go on from them
     python -m training.pocket photos     a few pictures of one subject, to try personalisation on
+    python -m training.pocket identities a folder for each of many subjects, to train and to measure an IP-Adapter on
 
 Each training uses a GPU where there is one, and resumes from the checkpoint in --folder, to which it also writes a log
 in JSON lines. Trainings need timm; measure and sheet also torch-fidelity.
@@ -26,7 +27,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ..shared import POCKET, PersonalizeError
 from .attributes import LOGO_COLOURS, LOGO_PLACES, LOGO_SHAPES, NEW_LOGO_SHAPES, NEW_STYLES, STYLES, Logo
-from .photos import write_photos
+from .photos import write_identities, write_photos
 
 PARTS = {  # steps, batch, minutes on two CPU cores
     "vae": (4600, 16, 40),
@@ -41,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.pocket", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet", "restore", "photos"))
+    parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet", "restore", "photos", "identities"))
     parser.add_argument("--folder", type=Path, default=Path("pocket-runs"), help="pictures, checkpoints and logs")
     parser.add_argument("--steps", type=_at_least(1), help="trainings: optimiser steps in all")
     parser.add_argument("--batch", type=_at_least(1), help="trainings: pictures a step")
@@ -57,11 +58,14 @@ def main() -> None:
     parser.add_argument(
         "--output",
         type=Path,
-        help="where export writes (models/pocket, in place of the weights there), sheet (sheet.png in --folder) and "
-        "photos (photos)",
+        help="where export writes (models/pocket, in place of the weights there), sheet (sheet.png in --folder), "
+        "photos (photos) or identities (identities)",
     )
-    parser.add_argument("--identity", type=_at_least(0), default=0, help="photos: the number of the subject")
-    parser.add_argument("--count", type=_at_least(1), default=10, help="photos: how many")
+    parser.add_argument(
+        "--identity", type=_at_least(0), default=0, help="photos: the number of the subject; identities: of the first"
+    )
+    parser.add_argument("--count", type=_at_least(1), default=10, help="photos, identities: how many of each subject")
+    parser.add_argument("--identities", type=_at_least(1), default=100, help="identities: how many")
     parser.add_argument("--style", choices=(*STYLES, *NEW_STYLES), help="photos: many subjects in one style")
     parser.add_argument("--logo", help="photos: many subjects with one mark, as shape:colour:place, moon:red:shirt")
     options = parser.parse_args()
@@ -81,6 +85,11 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         output = output or Path("photos")
         paths = write_photos(output, options.identity, options.count, options.style, logo)
         print(f"{len(paths)} pictures with captions in {output}")
+        return
+    if part == "identities":
+        output = output or Path("identities")
+        written = write_identities(output, options.identity, options.identities, options.count)
+        print(f"{len(written)} folders of {options.count} pictures in {output}")
         return
     needed = ("timm", "torch_fidelity") if part in ("measure", "sheet") else ("timm",)
     missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]

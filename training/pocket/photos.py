@@ -1,9 +1,12 @@
 """A few pictures of one subject with captions beside them, as a user brings photographs: to try personalisation on."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..shared import PersonalizeError, picture_paths
 from .attributes import Logo, sample_identity, sample_scene
@@ -11,6 +14,7 @@ from .captions import learning_caption
 from .data import identity
 from .draw import draw
 
+ATTRIBUTES = "attributes.json"
 SUBJECTS = 4  # a seed of its own: these identities are in no other set
 
 
@@ -56,6 +60,45 @@ def write_photos(
     for path, words in captions.items():
         path.write_text(words)
     return list(drawn)
+
+
+def write_identities(folder: Path, first: int, identities: int, count: int) -> list[Path]:
+    """Write `count` pictures of each of so many subjects, a folder each, as LFW has them: `cat_0007/cat_0007_0001.png`.
+
+    Beside each is a caption that says what varies and the kind, in each folder `attributes.json`, what the identity is.
+    A picture hides what pictures hide: a hat hides the hair, a close-up the clothes; styles vary too.
+
+    Args:
+        folder: made if needed; whole folders of identities in it are left as they are.
+        first: the number of the first subject.
+        identities: how many.
+        count: pictures of each.
+
+    Returns:
+        The identities' folders.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    folders = []
+    for number in tqdm(range(first, first + identities), desc="Drawing", unit=" identities"):
+        who = identity(SUBJECTS, number)
+        name = f"{who.kind}_{number:04}"
+        own = folder / name
+        folders.append(own)
+        if (own / ATTRIBUTES).exists():  # it is written last
+            continue
+        own.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            rng = np.random.default_rng([SUBJECTS, number, i, 1])
+            scene = sample_scene(rng, (who,), logo=None)
+            path = own / f"{name}_{i + 1:04}.png"
+            draw(scene).save(path)
+            words = learning_caption(scene, rng, None).replace("{trigger} {class}", who.kind)
+            path.with_suffix(".txt").write_text(words + "\n")
+        known = {attribute: value for attribute, value in asdict(who).items() if value is not None}
+        (own / ATTRIBUTES).write_text(json.dumps(known))
+    return folders
 
 
 def _shows(path: Path, picture: Image.Image) -> bool:

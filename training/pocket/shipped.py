@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
-from ..base_model import load_image_encoder, load_pipeline
+from ..base_model import load_pipeline
+from ..image_encoder import load_image_encoder
 from ..shared import POCKET, read_safetensors
 from .encoders import prepare
 from .files import CHECKPOINT, IMAGE_ENCODER, JUDGE

@@ -1,0 +1,340 @@
+"""Training an IP-Adapter by leave-one-out: the step against a plain computation, files, resume, bad input."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from identity_sets import ADAPTER, ENCODER, identities, settings_of, train
+from narrow_models import narrow_folder
+from pack.models.errors import PersonalizeError
+from pack.models.ip_adapter import IPAdapter, read_ip_adapter
+from pack.training import run
+from pack.training.denoising import Weighting, draw, generator_of
+from pack.training.image_encoder import encode_references, load_image_encoder
+from pack.training.leave_one_out import REFERENCES, Dropout, draw_references
+from pack.training.loop import Stop
+from pack.training.pocket.photos import write_identities
+from pack.training.preflight import preflight
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import mse_loss
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return identities(tmp_path_factory.mktemp("people") / "people")
+
+
+def prepared(monkeypatch, root, people, output, **values):
+    """The trainer at its first step, which is not made."""
+    caught = []
+
+    def stop_here(trainer, start, shared):
+        caught.append(trainer)
+        return start
+
+    monkeypatch.setattr(run.Trainer, "run", stop_here)
+    train(root, people, output, **values)
+    monkeypatch.undo()
+    return caught[0]
+
+
+@pytest.mark.parametrize("aggregation", ["average", "max", "concatenate", "self-attention"])
+def test_loss_and_gradients_equal_a_plain_computation(monkeypatch, root, people, tmp_path, aggregation):
+    """Every picture by itself, with attention, projection and aggregation written out."""
+    trainer = prepared(
+        monkeypatch, root, people, tmp_path, aggregation=aggregation, train_adapter=True, validation_identities=0
+    )
+    adapter, unet, number = trainer.method.adapter, trainer.base.pipeline.unet, 4
+    if adapter.aggregator is not None:
+        with torch.no_grad():
+            adapter.aggregator.gate.normal_()
+    loss = trainer.loss(number)
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
+    for parameter in adapter.parameters():
+        parameter.grad = None
+
+    # the same batch, drawn by the documented generators
+    settings = trainer.settings
+    examples = [trainer.examples[i] for i in trainer.order(number)]
+    told = [
+        draw_references(
+            sorted(example.path.parent.glob("*.png")),
+            example.path,
+            None,
+            Dropout(),
+            generator_of(settings.training.seed, number, place, REFERENCES),
+        )
+        for place, example in enumerate(examples)
+    ]
+    drawn = draw([trainer.latents[e] for e in examples], [0, 1], 0, number, 1000, Weighting())
+    encoder = load_image_encoder(root / ENCODER)
+    rows = []
+    for one in told:
+        paths = list(one.references)
+        x = encode_references(encoder, paths).pooled if paths else torch.zeros(1, 96)
+        if aggregation == "average":
+            x = x.mean(0, keepdim=True)
+        elif aggregation == "max":
+            x = x.max(0, keepdim=True).values
+        elif aggregation == "self-attention" and paths:
+            x = plain_aggregator(adapter.aggregator, x)
+        tokens = torch.nn.functional.linear(x, adapter.image_proj.proj.weight, adapter.image_proj.proj.bias)
+        tokens = tokens.view(-1, 64)
+        rows.append(
+            torch.nn.functional.layer_norm(tokens, (64,), adapter.image_proj.norm.weight, adapter.image_proj.norm.bias)
+        )
+    scheduler = trainer.scheduler
+    noisy = scheduler.add_noise(drawn.latents, drawn.noise, drawn.timesteps)
+    target = scheduler.get_velocity(drawn.latents, drawn.noise, drawn.timesteps)
+    losses = []
+    plain = UNet2DConditionModel.from_config(unet.config)
+    plain.load_state_dict(unet.state_dict(), strict=True)
+    for i, (tokens, example, one) in enumerate(zip(rows, examples, told, strict=True)):
+        install_plain_layers(plain, adapter, tokens)
+        states = trainer.texts[example.captions[0] if one.text else ""].states
+        prediction = plain(noisy[i : i + 1], drawn.timesteps[i : i + 1], states).sample
+        losses.append(mse_loss(prediction, target[i : i + 1]))
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-5, atol=0)
+    expected.backward()
+    theirs = {name: p.grad for name, p in adapter.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys() == {name for name, _ in adapter.named_parameters()}
+    for name, gradient in ours.items():
+        assert (gradient - theirs[name]).norm() <= 1e-5 * theirs[name].norm()
+
+
+def plain_aggregator(aggregator, x):
+    """Mean + gate * PMA(SAB(x)) of [n, D], one set, written out."""
+    state = dict(aggregator.named_parameters())
+
+    def linear(name, value):
+        return torch.nn.functional.linear(value, state[f"{name}.weight"], state.get(f"{name}.bias"))
+
+    def norm(name, value):
+        return torch.nn.functional.layer_norm(value, value.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def block(name, q, kv):
+        heads = aggregator.head_count
+        seen = norm(f"{name}.norm_key", kv)
+        inputs = {"to_q": norm(f"{name}.norm_query", q), "to_k": seen, "to_v": seen}
+        queries, keys, values = (
+            linear(f"{name}.{part}", x).view(len(x), heads, -1).transpose(0, 1) for part, x in inputs.items()
+        )
+        weights = (queries @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5).softmax(-1)
+        q = q + linear(f"{name}.to_out", (weights @ values).transpose(0, 1).reshape(len(q), -1))
+        hidden = torch.nn.functional.gelu(linear(f"{name}.ff.0", norm(f"{name}.norm_ff", q)))
+        return q + linear(f"{name}.ff.2", hidden)
+
+    mean = x.mean(0, keepdim=True)
+    elements = linear("proj_in", norm("norm", x))
+    for i in range(len(aggregator.blocks)):
+        elements = block(f"blocks.{i}", elements, elements)
+    pooled = block("pool", linear("proj_in", norm("norm", mean)), elements)
+    return mean + state["gate"] * linear("proj_out", norm("norm_out", pooled))
+
+
+def install_plain_layers(unet, adapter, tokens):
+    """softmax attention written out, with the adapter's K' and V' added."""
+
+    class Plain:
+        def __init__(self, to_k, to_v):
+            self.to_k, self.to_v = to_k, to_v
+
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, **_):
+            def attend(q, k, v):
+                q, k, v = (x.view(x.shape[0], x.shape[1], attn.heads, -1).transpose(1, 2) for x in (q, k, v))
+                return ((q @ k.transpose(2, 3) / k.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+            q = attn.to_q(hidden_states)
+            text = attend(q, attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states))
+            image = attend(q, self.to_k(tokens)[None], self.to_v(tokens)[None])
+            return attn.to_out[1](attn.to_out[0](text + image))
+
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    ours = {name: Plain(*pair) for name, *pair in zip(names, adapter.to_k_ip, adapter.to_v_ip, strict=True)}
+    unet.set_attn_processor(dict(unet.attn_processors) | ours)
+
+
+def test_where_only_the_aggregator_trains_every_step_has_references(monkeypatch, root, people, tmp_path):
+    options = {"reference_dropout": 0.5, "both_dropout": 0.4, "validation_identities": 0}
+    trainer = prepared(monkeypatch, root, people, tmp_path, **options)
+    told = [trainer.method.conditioning.told(trainer.examples[0], number, 0) for number in range(100)]
+    assert all(one.references for one in told)
+    trainer = prepared(monkeypatch, root, people, tmp_path / "whole", train_adapter=True, **options)
+    told = [trainer.method.conditioning.told(trainer.examples[0], number, 0) for number in range(100)]
+    assert 80 <= sum(not one.references for one in told) <= 99
+
+
+def test_the_warm_up_predicts_the_held_out_pictures_features(monkeypatch, root, people, tmp_path):
+    trainer = prepared(monkeypatch, root, people, tmp_path, warmup_steps=5, validation_identities=0)
+    assert trainer.method.conditioning.warm_up([], 5, []) is None
+    adapter, before = trainer.method.adapter, None
+    for number in range(40):
+        loss = trainer.method.conditioning.warm_up(
+            [trainer.examples[i] for i in trainer.order(number)], number % 5, [0, 1]
+        )
+        before = loss.item() if before is None else before
+        loss.backward()
+        with torch.no_grad():
+            for parameter in adapter.aggregator.parameters():
+                parameter -= 0.05 * parameter.grad
+                parameter.grad = None
+    assert all(parameter.grad is None for name, parameter in adapter.named_parameters() if "aggregator" not in name)
+    assert loss.item() < before
+
+
+def test_resumed_it_is_the_file_of_an_uninterrupted_run(root, people, tmp_path):
+    options = {"max_train_steps": 6, "warmup_steps": 2, "checkpointing_steps": 2, "train_adapter": True}
+    whole = train(root, people, tmp_path / "whole", **options)
+    asked = iter([False] * 3 + [True] * 20)
+    assert train(root, people, tmp_path / "cut", stop=Stop(asked=lambda: next(asked)), **options) is None
+    cut = train(root, people, tmp_path / "cut", **options)
+    assert cut.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["features", "tokens"])
+def test_the_file_is_official_with_the_aggregator_beside(root, people, tmp_path, stage):
+    path = train(root, people, tmp_path, aggregation_stage=stage, aggregator_depth=1, aggregator_heads=4)
+    state, before = read_ip_adapter(path), read_ip_adapter(root / ADAPTER)
+    for part in ("image_proj", "ip_adapter"):
+        assert state[part].keys() == before[part].keys()
+        assert all(torch.equal(state[part][name], before[part][name].float()) for name in before[part])
+    adapter = IPAdapter.from_state(state)
+    pooling, aggregator = adapter.self_attention()
+    assert pooling == {"features": "before projection", "tokens": "after projection"}[stage]
+    assert (len(aggregator.blocks), aggregator.head_count) == (1, 4)
+    assert aggregator.gate.abs().max() > 0
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["personalize.method"] == "ip_adapter"
+    assert "personalize.trigger" not in about
+    kept = json.loads(about["personalize.settings"])
+    assert kept["aggregation_stage"] == stage
+    assert (kept["ip_adapter"], kept["image_encoder"]) == (ADAPTER.split("/")[-1], ENCODER.split("/")[-1])
+
+
+def test_a_pooling_trains_the_adapter_and_writes_no_aggregator(root, people, tmp_path):
+    path = train(root, people, tmp_path, aggregation="average", max_references=1)
+    state, before = read_ip_adapter(path), read_ip_adapter(root / ADAPTER)
+    assert state.keys() == {"image_proj", "ip_adapter"}
+    changed = [not torch.equal(state[part][n], v.float()) for part in state for n, v in before[part].items()]
+    assert all(changed)
+
+
+def test_started_again_from_its_own_file_it_goes_on_from_it(monkeypatch, root, people, tmp_path):
+    first = train(root, people, tmp_path / "first")
+    trainer = prepared(monkeypatch, root, people, tmp_path / "second", ip_adapter=str(first))
+    for name, value in trainer.method.adapter.tensors().items():
+        assert torch.equal(value.cpu(), load_file(first)[name])
+
+
+@pytest.mark.parametrize("kind", ["base", "plus"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_from_scratch_on_models_of_the_layouts(people, tmp_path, root, family, kind):
+    base = narrow_folder(family, tmp_path / family)
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16,
+        projection_dim=24,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "encoder")
+    path = train(
+        root,
+        people,
+        tmp_path / "out",
+        pretrained_model_name_or_path=str(base),
+        image_encoder=str(tmp_path / "encoder"),
+        ip_adapter=None,
+        adapter_kind=kind,
+        resolution=64,
+        max_train_steps=2,
+        gradient_checkpointing=True,
+        validation_prompt=["a photo of a person"],
+        num_validation_images=1,
+        validation_identities=1,
+    )
+    adapter = IPAdapter.from_state(read_ip_adapter(path))
+    assert adapter.variant.kind == kind
+    assert adapter.self_attention()[0] == "before projection"
+    sample = Image.open(tmp_path / "out" / "samples" / "step-0000002.png")
+    assert sample.width >= 5 * 64
+    lines = (tmp_path / "out" / "log.jsonl").read_text()
+    assert "validation_loss" in lines
+
+
+def refused(root, folder, output, **values):
+    with pytest.raises(PersonalizeError) as caught:
+        preflight(settings_of(root, folder, output, **values), quiet=True)
+    return str(caught.value)
+
+
+def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
+    folder = tmp_path / "people"
+    shutil.copytree(people, folder)
+    broken = sorted(next(folder.iterdir()).glob("*.png"))[0]
+    broken.write_bytes(b"no picture")
+    message = refused(
+        root,
+        folder,
+        tmp_path / "out",
+        image_encoder=None,
+        ip_adapter=str(tmp_path / "gone.safetensors"),
+        aggregator_width=10,
+        aggregator_heads=4,
+        text_dropout=0.5,
+        both_dropout=0.5,
+    )
+    for sentence in (
+        "--image_encoder is missing",
+        "gone.safetensors",
+        "--aggregator_width 10 does not divide into --aggregator_heads 4",
+        "are 1.05 together: less than 1",
+        f"{broken.name} in {broken.parent} cannot be read as a picture",
+    ):
+        assert sentence in message
+    assert not (tmp_path / "out" / "config.toml").exists()
+
+
+def test_files_in_the_wrong_place_are_named(root, people, tmp_path):
+    told = refused(root, people, tmp_path / "out", image_encoder=str(root / ADAPTER), ip_adapter=str(root / ENCODER))
+    assert "pocket_portraits_ip_adapter.safetensors is no image encoder that is supported" in told
+    assert "is an image encoder, not an IP-Adapter: move it to models/clip_vision" in told
+    told = refused(root, people, tmp_path / "out", aggregation="max", train_adapter=False)
+    assert told == "--no-train_adapter with --aggregation max leaves nothing to train."
+    state = load_file(root / ADAPTER)
+    wide = {k: v.repeat(1, 2) if k == "image_proj.proj.weight" else v for k, v in state.items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    told = refused(root, people, tmp_path / "out", ip_adapter=str(tmp_path / "wide.safetensors"))
+    assert "takes image features of width 192, but those of pocket_portraits_vision.safetensors have width 96" in told
+
+
+def test_an_adapter_for_another_base_is_told(root, people, tmp_path):
+    base = narrow_folder("sd15", tmp_path / "sd15")
+    with pytest.raises(
+        PersonalizeError, match=r"is made for pocket portraits \(\d+ cross-attention layers.*use an adapter"
+    ):
+        train(root, people, tmp_path / "out", pretrained_model_name_or_path=str(base), resolution=64)
+
+
+def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
+    folder = write_identities(tmp_path / "people", 5000, 2, 3)[0].parent
+    lonely = folder / "lonely"
+    lonely.mkdir()
+    shutil.copy(next(folder.glob("*/*.png")), lonely / "1.png")
+    shutil.copy(lonely / "1.png", folder / "loose.png")
+    warnings = preflight(
+        settings_of(root, folder, tmp_path / "out", train_text_encoder=True, caption_dropout=0.1), quiet=True
+    ).warnings
+    told = "\n".join(warnings)
+    assert "1 of the identities in" in told
+    assert "(lonely)" in told
+    assert "1 pictures are in no identity's folder (loose.png)" in told
+    assert "--train_text_encoder has no effect: an IP-Adapter trains beside a base" in told
+    assert "--caption_dropout has no effect" in told
+    assert "trigger" not in told

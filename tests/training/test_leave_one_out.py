@@ -1,0 +1,123 @@
+"""Which picture is predicted from which: never from itself, each as often as any other, from any number of others."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from pack.models.errors import PersonalizeError
+from pack.training.dataset import Example, Order
+from pack.training.denoising import generator_of
+from pack.training.identities import find_identities, hold_out
+from pack.training.leave_one_out import Dropout, draw_references
+from PIL import Image
+
+SET = [Path(f"ann/ann_{i:04}.jpg") for i in range(1, 11)]
+DRAWS = 10_000
+NONE = Dropout(0, 0, 0)
+
+
+def draws(target, most=None, dropout=NONE, others=SET):
+    return [draw_references(others, target, most, dropout, generator_of(0, i, 0, 1)) for i in range(DRAWS)]
+
+
+def test_the_target_is_never_among_its_references():
+    for i in range(DRAWS):
+        target = SET[i % len(SET)]
+        told = draw_references(SET, target, None, Dropout(), generator_of(0, i, 3, 1))
+        assert target not in told.references
+        assert len(set(told.references)) == len(told.references)
+        assert set(told.references) <= set(SET)
+
+
+def test_any_number_of_references_is_as_likely_and_any_of_them_in_any_place():
+    told = draws(SET[0])
+    sizes = Counter(len(one.references) for one in told)
+    assert sorted(sizes) == list(range(1, 10))
+    assert all(abs(count - DRAWS / 9) < 5 * (DRAWS / 9) ** 0.5 for count in sizes.values())
+    for place in range(3):
+        seen = Counter(one.references[place] for one in told if len(one.references) > place)
+        expected = sum(seen.values()) / 9
+        assert len(seen) == 9
+        assert all(abs(count - expected) < 5 * expected**0.5 for count in seen.values())
+
+
+def test_at_most_as_many_as_wanted():
+    assert {len(one.references) for one in draws(SET[0], most=3)} == {1, 2, 3}
+    assert {len(one.references) for one in draws(SET[0], most=1)} == {1}
+    assert {len(one.references) for one in draws(SET[0], most=50, others=SET[:3])} == {1, 2}
+
+
+def test_text_references_and_both_are_left_out_as_often_as_said():
+    told = draws(SET[0], dropout=Dropout(0.05, 0.1, 0.2))
+    kinds = Counter((bool(one.references), one.text) for one in told)
+    for kind, share in {(True, False): 0.05, (False, True): 0.1, (False, False): 0.2, (True, True): 0.65}.items():
+        assert abs(kinds[kind] / DRAWS - share) < 0.02
+
+
+def test_every_picture_is_the_target_as_often():
+    examples = [Example(path, ("a photo",), (64, 64)) for path in SET]
+    order = Order(examples, 3, 0)
+    epochs = 7 * 3  # whose filled-up batches take every picture in turn
+    seen = Counter(examples[i].path for number in range(epochs * order.length) for i in order(number))
+    assert set(seen) == set(SET)
+    expected = epochs * order.length * 3 / len(SET)
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in seen.values())
+    firsts = Counter(examples[Order(examples, 1, seed)(0)[0]].path for seed in range(DRAWS))
+    assert all(abs(count - DRAWS / 10) < 5 * (DRAWS / 10) ** 0.5 for count in firsts.values())
+
+
+def test_an_only_picture_has_no_references():
+    with pytest.raises(ValueError, match="the only picture of its identity"):
+        draw_references(SET[:1], SET[0], None, NONE, torch.Generator())
+
+
+def picture(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32)).save(path)
+
+
+def test_folders_of_identities(tmp_path):
+    for name, count in (("ann", 3), ("ben", 2), ("eve", 1), ("zed", 1)):
+        for i in range(count):
+            picture(tmp_path / name / f"{name}_{i:04}.png")
+    picture(tmp_path / "loose.png")
+    picture(tmp_path / "ann" / "old" / "x.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    found = find_identities(tmp_path)
+    assert {folder.name: len(pictures) for folder, pictures in found.sets.items()} == {"ann": 3, "ben": 2}
+    one, other = found.warnings(tmp_path)
+    assert one.startswith("2 of the identities in ")
+    assert "a single picture (eve, zed) and are left out" in one
+    assert other.startswith("2 pictures are in no identity's folder (loose.png, ann/old/x.png)")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda folder: None, r"there are no folders with pictures\): every identity needs a folder of its own"),
+        (lambda folder: picture(folder / "ann" / "1.png"), r"each of 1 has a single picture"),
+        (lambda folder: picture(folder / "1.png"), r"\(1\.png\) are in no identity's folder: put those of each"),
+        (lambda folder: folder.rmdir(), r"does not exist"),
+    ],
+)
+def test_folders_that_cannot_be_learned_from(tmp_path, make, sentence):
+    folder = tmp_path / "people"
+    folder.mkdir()
+    make(folder)
+    with pytest.raises(PersonalizeError, match=sentence):
+        find_identities(folder)
+
+
+def test_held_out_identities_are_chosen_by_the_seed():
+    sets = {Path(f"{i:03}"): (Path("a"), Path("b")) for i in range(100)}
+    train, held = hold_out(sets, None, 0)
+    assert (len(train), len(held)) == (96, 4)
+    assert not set(train) & set(held)
+    assert hold_out(dict(reversed(sets.items())), None, 0) == (train, held)
+    assert hold_out(sets, None, 1)[1] != held
+    assert hold_out(sets, 0, 0) == (sorted(sets), [])
+    assert len(hold_out(sets, 60, 0)[1]) == 60
+    with pytest.raises(PersonalizeError, match="--validation_identities 100 leaves none of the 100 identities"):
+        hold_out(sets, 100, 0)

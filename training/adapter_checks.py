@@ -1,0 +1,88 @@
+"""Whether an adapter, an image encoder and a base go together: from headers only."""
+
+from pathlib import Path
+
+import torch
+
+from .image_encoder import widths_of_encoder
+from .options import IPAdapter as Options
+from .shared import (
+    FAMILIES,
+    SELF_ATTENTION,
+    AdapterTensors,
+    IPAdapter,
+    PersonalizeError,
+    nest,
+    read_header,
+    read_ip_adapter,
+    title_of,
+)
+
+FRESH_SHARE = 0.1
+"""About how large a fresh adapter is, by the size of its base's file."""
+
+
+def check_adapter(options: Options, family: str | None) -> None:
+    """Raises PersonalizeError where the adapter to start from, the image encoder or the self-attention's options are wrong.
+
+    Args:
+        options: as the user gave them.
+        family: of the base; None for a hub id.
+    """
+    problems = []
+    widths = None
+    if not options.image_encoder:
+        problems.append("--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision.")
+    else:
+        try:
+            widths = widths_of_encoder(options.image_encoder)
+        except PersonalizeError as error:
+            problems.append(str(error))
+    if options.ip_adapter is not None:
+        try:
+            problems += _of_adapter(options, family, widths)
+        except PersonalizeError as error:
+            problems.append(str(error))
+    dropped = options.text_dropout + options.reference_dropout + options.both_dropout
+    if dropped >= 1:
+        problems.append(
+            f"--text_dropout, --reference_dropout and --both_dropout are {dropped:g} together: less than 1."
+        )
+    width, heads = options.aggregator_width, options.aggregator_heads
+    if options.aggregation == SELF_ATTENTION and width is not None and width % heads:
+        problems.append(f"--aggregator_width {width} does not divide into --aggregator_heads {heads}.")
+    if options.aggregation != SELF_ATTENTION and options.train_adapter is False:
+        problems.append(f"--no-train_adapter with --aggregation {options.aggregation} leaves nothing to train.")
+    if problems:
+        raise PersonalizeError("\n".join(problems))
+
+
+def _of_adapter(options: Options, family: str | None, widths: tuple[int, int] | None) -> list[str]:
+    path = Path(options.ip_adapter or "").expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        shapes = {name: torch.empty(entry["shape"], device="meta") for name, entry in read_header(path)[0].items()}
+        state = AdapterTensors(
+            nest({name: value for name, value in shapes.items() if not name.startswith("aggregator.")})
+        )
+        state.name = f"{path.name} in {path.parent}"
+    else:
+        state = read_ip_adapter(path)
+    variant, problems = IPAdapter.from_state(state).variant, []
+    wanted = {name: context for (_, context), name in FAMILIES.items()}.get(family or "")
+    if wanted is not None and variant.cross_width != wanted:
+        problems.append(
+            f"{path.name} is made for {variant.base_model}, but the base is {title_of(family or '')}: use an adapter made for "
+            "it, or train one from scratch without --ip_adapter."
+        )
+    if widths is not None and widths[0 if variant.pooled else 1] != variant.encoder_width:
+        problems.append(
+            f"{path.name} ({variant}) takes image features of width {variant.encoder_width}, but those of "
+            f"{Path(options.image_encoder or '').name} have width {widths[0 if variant.pooled else 1]}: use {variant.encoder}."
+        )
+    return problems
+
+
+def bytes_of_adapter(options: Options, base: int) -> int:
+    """About how large it is in fp32: the file's weights, or a share of a base of so many bytes."""
+    path = Path(options.ip_adapter or "").expanduser()
+    return 2 * path.stat().st_size if path.is_file() else int(base * FRESH_SHARE)

@@ -1,0 +1,195 @@
+"""CLIP image encoders, and the features of pictures: encoded once, and kept on disk by everything they depend on."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from .base_model import is_hub_id
+from .dataset import mask_file
+from .encoding import Cache, digest_of, digest_of_path
+from .shared import (
+    CLIP_MEAN,
+    CLIP_STD,
+    VISION_CONFIG,
+    PersonalizeError,
+    References,
+    frame_picture,
+    read_header,
+    read_picture,
+    read_safetensors,
+)
+
+HEADS = 16
+"""Of CLIP's ViT-L, ViT-H and ViT-bigG, all of which have as many, whatever their width."""
+BATCH = 16
+_PATCH, _CLASS = "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"
+
+
+def load_image_encoder(where: str | Path) -> CLIPVisionModelWithProjection:
+    """A CLIP vision encoder: a .safetensors file as ComfyUI's models/clip_vision has them, a folder, or a hub id.
+
+    Raises:
+        PersonalizeError: there is none, or it is damaged or of another kind.
+    """
+    path = Path(where).expanduser()
+    if path.is_file():
+        state, metadata = read_safetensors(path)
+        config = config_of_file({name: tuple(value.shape) for name, value in state.items()}, metadata, path.name)
+        with torch.device("meta"):
+            encoder = CLIPVisionModelWithProjection(config)
+        state = {k: v for k, v in state.items() if k.startswith(("vision_model.", "visual_projection."))}
+        positions = encoder.vision_model.embeddings.position_ids.shape[-1]
+        encoder.load_state_dict(
+            {name: v.float() for name, v in state.items() if "position_ids" not in name}, assign=True
+        )
+        encoder.vision_model.embeddings.position_ids = torch.arange(positions)[None]  # no weight, so in no file
+        return encoder.eval()
+    if not path.is_dir() and not is_hub_id(str(where)):
+        raise PersonalizeError(f"The image encoder {where} does not exist: it is no file, no folder, and no hub id.")
+    try:
+        local = path.is_dir()
+        found = CLIPVisionModelWithProjection.from_pretrained(
+            str(path) if local else str(where), local_files_only=local, torch_dtype=torch.float32
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PersonalizeError(f"{where} cannot be loaded as an image encoder: {reason}") from None
+    return found.eval()
+
+
+def config_of_file(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], name: str) -> CLIPVisionConfig:
+    """What the file says, or for the published encoders what their shapes tell.
+
+    Raises:
+        PersonalizeError: neither does.
+    """
+    if VISION_CONFIG in metadata:
+        return CLIPVisionConfig(**json.loads(metadata[VISION_CONFIG]))
+    if _PATCH not in shapes or "visual_projection.weight" not in shapes:
+        raise PersonalizeError(
+            f"{name} is no image encoder that is supported: it has no vision_model and visual_projection (take "
+            "CLIP-ViT-H-14-laion2B-s32B-b79K for nearly all adapters)."
+        )
+    layers = [int(m[1]) for key in shapes if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key))]
+    width, _, patch, _ = shapes[_PATCH]
+    positions = shapes["vision_model.embeddings.position_embedding.weight"][0]
+    return CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=shapes["vision_model.encoder.layers.0.mlp.fc1.weight"][0],
+        num_hidden_layers=max(layers) + 1,
+        num_attention_heads=HEADS,
+        image_size=patch * round((positions - 1) ** 0.5),
+        patch_size=patch,
+        projection_dim=shapes["visual_projection.weight"][0],
+        hidden_act="quick_gelu" if width <= 1024 else "gelu",  # OpenAI's, and OpenCLIP's
+    )
+
+
+def widths_of_encoder(where: str | Path) -> tuple[int, int] | None:
+    """Width of the pooled embedding and of the patch tokens, from headers only; None for a hub id.
+
+    Raises:
+        PersonalizeError: there is none.
+    """
+    path = Path(where).expanduser()
+    if path.is_file():
+        header, metadata, _ = read_header(path)
+        config = config_of_file({key: entry["shape"] for key, entry in header.items()}, metadata, path.name)
+        return config.projection_dim, config.hidden_size
+    if path.is_dir():
+        try:
+            config = CLIPVisionConfig.from_pretrained(str(path), local_files_only=True)
+        except (OSError, ValueError):
+            raise PersonalizeError(f"The folder {path} is no image encoder: it has no config.json of one.") from None
+        return config.projection_dim, config.hidden_size
+    if not is_hub_id(str(where)):
+        raise PersonalizeError(f"The image encoder {where} does not exist: it is no file, no folder, and no hub id.")
+    return None
+
+
+def as_seen(path: Path, size: int) -> Tensor:
+    """A picture as the encoder takes it, framed as *Encode References* frames it: [3, size, size]."""
+    framed = frame_picture(read_picture(path), "crop", size)
+    return ((framed - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def encode(encoder: CLIPVisionModelWithProjection, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Pooled embeddings [n, D] and penultimate hidden states [n, T, H] of [n, 3, size, size], on the CPU."""
+    output = encoder(inputs.to(encoder.device, encoder.dtype), output_hidden_states=True)
+    return output.image_embeds.float().cpu(), output.hidden_states[-2].float().cpu()
+
+
+def encode_zero(encoder: CLIPVisionModelWithProjection) -> Tensor:
+    """Penultimate hidden states of an all-zero input, [T, H]: "no picture" for Plus adapters."""
+    size = encoder.config.image_size
+    return encode(encoder, torch.zeros(1, 3, size, size))[1][0]
+
+
+def encode_references(encoder: CLIPVisionModelWithProjection, paths: Sequence[Path]) -> References:
+    """Pictures as the nodes have them, each of weight 1."""
+    inputs = torch.stack([as_seen(path, encoder.config.image_size) for path in paths])
+    parts = [encode(encoder, some) for some in inputs.split(BATCH)]
+    pooled, patches = (torch.cat(part) for part in zip(*parts, strict=True))
+    return References(pooled, patches, encode_zero(encoder), torch.ones(len(paths)), tuple(p.name for p in paths))
+
+
+class Features:
+    """What an adapter takes of each picture, [T, D] on the CPU: pooled embeddings from memory, patch tokens from disk."""
+
+    def __init__(self, cache: Cache, encoder: CLIPVisionModelWithProjection, pooled: bool):
+        """Args:
+        cache: on disk.
+        encoder: on its device; it is not kept.
+        pooled: whether the adapter takes the pooled embedding, else the patch tokens.
+        """
+        self.cache, self.pooled, self.digest = cache, pooled, digest_of(encoder)
+        self.keys: dict[Path, dict] = {}
+        self.memory: dict[Path, Tensor] = {}
+        width = encoder.config.projection_dim
+        self.empty = torch.zeros(1, width) if pooled else encode_zero(encoder)
+        """Of no picture, [T, D]."""
+
+    def add(self, encoder: CLIPVisionModelWithProjection, paths: Iterable[Path]) -> None:
+        """Encode what is not in the cache."""
+        size, waiting = encoder.config.image_size, list[Path]()
+        for path in paths:
+            mask = mask_file(path)
+            self.keys[path] = {
+                "features of": digest_of_path(path),
+                "mask": digest_of_path(mask) if mask.is_file() else "",
+                "encoder": self.digest,
+                "pooled": self.pooled,
+            }
+            stored = self.cache.get(self.keys[path])
+            if stored is None:
+                waiting.append(path)
+            elif self.pooled:
+                self.memory[path] = stored["features"]
+            if len(waiting) == BATCH:
+                self._encode(encoder, waiting, size)
+                waiting = []
+        if waiting:
+            self._encode(encoder, waiting, size)
+
+    def _encode(self, encoder: CLIPVisionModelWithProjection, paths: Sequence[Path], size: int) -> None:
+        pooled, patches = encode(encoder, torch.stack([as_seen(path, size) for path in paths]))
+        for i, path in enumerate(paths):
+            features = (pooled[i : i + 1] if self.pooled else patches[i]).clone()
+            self.cache.put(self.keys[path], {"features": features})
+            if self.pooled:
+                self.memory[path] = features
+
+    def __getitem__(self, path: Path) -> Tensor:
+        if self.pooled:
+            return self.memory[path]
+        stored = self.cache.get(self.keys[path])
+        if stored is None:
+            raise PersonalizeError(f"The cache {self.cache.folder} was changed while it was in use: run it again.")
+        return stored["features"]

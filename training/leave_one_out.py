@@ -1,0 +1,158 @@
+"""Leave-one-out: one picture of an identity is predicted, from its own caption and from the identity's other pictures.
+
+Of a set {(x_i, τ_i)} the target x_j is every picture in turn, so j is uniform; its references are a random number m of
+the others, 1 to n - 1, in random order, never x_j itself:
+
+    loss = ‖ε - ε_θ(c_τ, G(Γ(x_i) of the references), t, α_t z_j + σ_t ε)‖²
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from .adapter_module import TrainableAdapter
+from .dataset import Example
+from .denoising import generator_of
+from .image_encoder import Features
+
+REFERENCES = 1  # which of a picture's generators in a step: `denoising.draw` has the one without a number
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Shares of steps without the text, without the references, without both: for guidance."""
+
+    text: float = 0.05
+    references: float = 0.05
+    both: float = 0.05
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the network is told about one picture in one step."""
+
+    references: tuple[Path, ...]
+    """None where they are left out."""
+    text: bool
+    """Whether it gets the caption."""
+
+
+def draw_references(
+    others: Sequence[Path], target: Path, most: int | None, dropout: Dropout, generator: torch.Generator
+) -> Told:
+    """References of a target, and what is left out.
+
+    Args:
+        others: all pictures of the identity; the target among them is passed over.
+        target: x_j.
+        most: references at most; None for all others.
+        dropout: how often what is left out.
+        generator: of this picture in this step.
+
+    Raises:
+        ValueError: there is no other picture.
+    """
+    left = [path for path in others if path != target]
+    if not left:
+        raise ValueError(f"{target} is the only picture of its identity")
+    fate = float(torch.rand((), generator=generator))
+    limit = len(left) if most is None else min(most, len(left))
+    count = int(torch.randint(1, limit + 1, (), generator=generator))
+    order = torch.randperm(len(left), generator=generator)[:count].tolist()
+    no_text = fate < dropout.text + dropout.both
+    no_references = dropout.text <= fate < dropout.text + dropout.both + dropout.references
+    return Told(() if no_references else tuple(left[i] for i in order), not no_text)
+
+
+class LeaveOneOut:
+    """Tells the network about references in every step of a training."""
+
+    def __init__(
+        self,
+        adapter: TrainableAdapter,
+        unet: UNet2DConditionModel,
+        features: Features,
+        sets: Mapping[Path, Sequence[Path]],
+        most: int | None,
+        dropout: Dropout,
+        warmup_steps: int,
+        seed: int,
+        material: Mapping[str, str],
+    ):
+        """Args:
+        adapter: which trains, on its device.
+        unet: on its device.
+        features: of all pictures.
+        sets: the pictures of each identity by its folder, held-out identities included.
+        most: references at most.
+        dropout: how often what is left out.
+        warmup_steps: batches in which the held-out picture's features are predicted rather than its noise.
+        seed: of the run.
+        material: digests of what the training depends on beside base and pictures, by what it is.
+        """
+        self.adapter, self.unet, self.features, self.sets = adapter, unet, features, sets
+        self.most, self.dropout, self.warmup_steps, self.seed = most, dropout, warmup_steps, seed
+        self.material = dict(material)
+
+    def told(self, example: Example, number: int, place: int) -> Told:
+        """About the picture at a place of batch `number`."""
+        generator = generator_of(self.seed, number, place, REFERENCES)
+        dropout = self.dropout if number >= 0 else Dropout(0, 0, 0)  # below 0 it is measured
+        return draw_references(self.sets[example.path.parent], example.path, self.most, dropout, generator)
+
+    def tell(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> list[bool]:
+        """Give the UNet the references of a batch; returns of each picture whether it gets its caption."""
+        told = [self.told(example, number, place) for example, place in zip(examples, places, strict=True)]
+        tokens, bias = self.adapter.condition(
+            [self._set(one.references) for one in told], self._on(self.features.empty)
+        )
+        self.adapter.attach(self.unet, tokens, bias)
+        return [one.text for one in told]
+
+    def warm_up(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor | None:
+        """In the first batches the loss is ‖G(references) - features of the held-out picture‖² / their variance.
+
+        It needs no UNet, and brings the aggregator near the best guess at what another picture of the identity is like.
+        Past those batches, None. What is left out for guidance plays no part.
+        """
+        if self.adapter.aggregator is None or not 0 <= number < self.warmup_steps:
+            return None
+        generators = [generator_of(self.seed, number, place, REFERENCES) for place in places]
+        sets, targets = [], []
+        for example, generator in zip(examples, generators, strict=True):
+            told = draw_references(self.sets[example.path.parent], example.path, self.most, Dropout(0, 0, 0), generator)
+            sets.append(self._set(told.references))
+            targets.append(self._on(self.features[example.path]))
+        wanted = torch.stack(targets)
+        if self.adapter.stage == "tokens":
+            with torch.no_grad():
+                wanted = self.adapter.tokens(wanted)
+                sizes = [len(one) for one in sets if one is not None]
+                sets = list(self.adapter.tokens(torch.cat([one for one in sets if one is not None])).split(sizes))
+        guess = self.adapter.aggregated([one for one in sets if one is not None])
+        return (guess - wanted).square().mean() / wanted.var().clamp(min=1e-6)
+
+    @contextmanager
+    def showing(self, references: Sequence[Path]) -> Iterator[None]:
+        """For a guided batch, [without, with]: the network is told of these references until the end of the block."""
+        before = dict(self.unet.attn_processors)
+        with torch.no_grad():
+            tokens, bias = self.adapter.condition([None, self._set(references)], self._on(self.features.empty))
+            self.adapter.attach(self.unet, tokens, bias)
+        try:
+            yield
+        finally:
+            self.unet.set_attn_processor(before)
+
+    def _set(self, references: Sequence[Path]) -> Tensor | None:
+        if not references:
+            return None
+        return self._on(torch.stack([self.features[path] for path in references]))
+
+    def _on(self, features: Tensor) -> Tensor:
+        return features.to(next(self.adapter.parameters()).device, torch.float32)
