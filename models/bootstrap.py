@@ -29,7 +29,7 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The middle 95 % of the draws, moved so that their mean is the value.
+        """The middle 95 % of the draws. Where their mean lies beside the value by more than chance, they are moved there.
 
         A picture that is drawn twice makes a set less varied than it is: the draws of FID lie too high, those of IS too
         low, of a plain mean nowhere else. None without draws.
@@ -37,8 +37,10 @@ class Estimate:
         draws = self.draws[self.draws.isfinite()]
         if not len(draws):
             return None
-        around = draws - draws.mean() + self.value
-        low, high = torch.quantile(around, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
+        bias = draws.mean() - self.value
+        if bias.abs() > 3 * draws.std(correction=0) / len(draws) ** 0.5:
+            draws = draws - bias
+        low, high = torch.quantile(draws, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
         return low.item(), high.item()
 
 
