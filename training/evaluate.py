@@ -151,7 +151,7 @@ def look(options: Evaluation) -> Material:
     for method in methods if real is not None else []:
         told(check_identities, method, real)
     paths = [path for pictures in (*methods, *([real] if real is not None else [])) for path in pictures.paths]
-    for path in tqdm(paths, desc="Looking at the pictures", unit="", leave=False):
+    for path in tqdm(paths, desc="Looking at the pictures", unit="", leave=False, disable=not paths):
         told(visible_picture, path)
     judged, asked = options.features == "judge", options.clip is not None
     prompts = {method.name: told(prompts_of, method, options.trigger) if asked else None for method in methods}
@@ -273,7 +273,8 @@ def _table(result: Mapping[str, Any]) -> str:
         rows = [[f"{a} - {b}", *(_difference(found.get((a, b, name))) for name in names)] for a, b in pairs]
         parts.append("Differences over the same identities; * where the interval leaves out zero:")
         parts.append(_grid(["", *header], rows))
-    parts.append("In brackets: 95 % intervals, by drawing identities again.")
+    if any(figure["low"] is not None for found in figures.values() for figure in found.values()):
+        parts.append("In brackets: 95 % intervals, by drawing identities again.")
     parts.append("\n".join(f"- {KINDS[name].title}: {KINDS[name].meaning}." for name in names))
     if result["remarks"]:
         parts.append("\n".join(f"- {remark}" for remark in result["remarks"]))

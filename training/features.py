@@ -15,13 +15,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from .base_model import is_hub_id
 from .clip_tokenizer import clip_tokenizer
 from .dataset import visible_picture
 from .encoding import Cache
-from .shared import CLIP_MEAN, CLIP_STD, POCKET, PersonalizeError, cover_picture, read_weights
+from .shared import CLIP_MEAN, CLIP_STD, POCKET, PersonalizeError, read_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -103,10 +104,17 @@ def digest_of_bytes(path: Path) -> str:
 
 
 def _framed(pictures: Sequence[Tensor], size: int, crop: int) -> Tensor:
-    """[n, 3, crop, crop] in 0..1: the shorter side to `size`, bicubic and antialiased, and the middle."""
-    edge = (size - crop) // 2
-    squares = [cover_picture(pixels, size, size)[edge : edge + crop, edge : edge + crop] for pixels in pictures]
-    return torch.stack(squares).permute(0, 3, 1, 2)
+    """[n, 3, crop, crop] in 0..1: the shorter side to `size`, bicubic and antialiased, and the middle; rounded as
+    torchvision does it."""
+    squares = []
+    for pixels in pictures:
+        height, width = (int(size * side / min(pixels.shape[:2])) for side in pixels.shape[:2])
+        x = pixels.permute(2, 0, 1)[None]
+        if x.shape[-2:] != (height, width):
+            x = interpolate(x, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = round((height - crop) / 2), round((width - crop) / 2)
+        squares.append(x[0, :, top : top + crop, left : left + crop])
+    return torch.stack(squares)
 
 
 def _normalised(x: Tensor, mean: Sequence[float], deviation: Sequence[float]) -> Tensor:
