@@ -43,8 +43,12 @@ class Statistics:
 
     @cached_property
     def root(self) -> Tensor:
-        """[d, r] with root root^T = covariance, r its rank: what is not above the rounding of its largest eigenvalue is
-        none."""
+        """[d, r] with root root^T = covariance: Cholesky's, which is the soonest found; where the covariance is singular
+        the eigenvectors', r its rank: what is not above the rounding of its largest eigenvalue is none."""
+        if self.n > len(self.mean):
+            factor, failed = torch.linalg.cholesky_ex(self.covariance)
+            if not failed:
+                return factor
         values, vectors = torch.linalg.eigh(self.covariance)
         real = values > values.abs().max() * len(values) * torch.finfo(values.dtype).eps
         return vectors[:, real] * values[real].sqrt()

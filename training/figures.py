@@ -49,7 +49,7 @@ KINDS = {
     "fid": Kind(
         "FID", "lower", "Fréchet distance between the features of generated and real pictures; depends on how many there are"
     ),
-    "kid": Kind("KID", "lower", "kernel distance between the same features; does not depend on how many there are"),
+    "kid": Kind("KID", "lower", "kernel distance between the same features; does not depend on how many there are, and may fall below zero"),
     "is": Kind("IS", "higher", "inception score: pictures of a clear class each, and of many classes together"),
     "uniform_is": Kind(
         "uniform-prior IS",
@@ -265,6 +265,8 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
             said.append(
                 f"The intervals of {name} are of {groups} {what} only, and rather too narrow: 10 or more are better."
             )
+    if min(width, n_real + max(sizes[views.pictures.name] for views in methods)) > WIDE:
+        said.append(f"FID's intervals are of at most {WIDE_DRAWS} draws, each of which takes seconds.")
     if len({sizes[views.pictures.name] for views in methods}) > 1:
         counts = ", ".join(f"{views.pictures.name} {sizes[views.pictures.name]}" for views in methods)
         said.append(f"The methods have different numbers of pictures ({counts}): their FID and IS cannot be compared.")
