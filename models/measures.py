@@ -104,9 +104,8 @@ def frechet_by_group(a: Tensor, groups: Tensor, b: Tensor, groups_b: Tensor | No
 
 def _statistics_by_group(x: Tensor, groups: Tensor, count: int) -> Callable[[Tensor], Statistics]:
     width = x.shape[1]
-    if (
-        8 * count > len(x) or count * width**2 > MOST
-    ):  # reading sums takes longer than multiplying rows, or they are large
+    # reading the sums takes longer than multiplying the rows, or they need too much memory
+    if 8 * count > len(x) or count * width**2 > MOST:
         return lambda weights: Statistics.of(x, weights[groups])
     centre = x.mean(0)  # so that the products' sums do not drown the covariance
     x = x - centre
