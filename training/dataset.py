@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .options import Data
-from .shared import MASK_ENDING, PersonalizeError, cover_picture, list_pictures, read_picture
+from .shared import MASK_ENDING, PersonalizeError, Picture, cover_picture, list_pictures, read_picture
 
 CAPTION = ".txt"
 
@@ -131,19 +131,26 @@ def find_priors(folder: Path, data: Data, sizes: Sequence[tuple[int, int]]) -> l
 
 
 def load_pixels(example: Example) -> tuple[Tensor, Tensor | None]:
-    """What the VAE encodes, [3, H, W] in -1..1, and the mask [1, H, W] in 0..1, if any.
-
-    What an alpha channel makes invisible is white, whatever colours the file has there.
-    """
-    picture = read_picture(example.path)
-    if picture.mask is not None and not mask_file(example.path).is_file():
-        alpha = picture.mask[..., None]
-        picture = replace(picture, pixels=picture.pixels * alpha + (1 - alpha))
+    """What the VAE encodes, [3, H, W] in -1..1, and the mask [1, H, W] in 0..1, if any."""
+    picture = visible_picture(example.path)
     planes = picture.pixels if picture.mask is None else torch.cat([picture.pixels, picture.mask[..., None]], -1)
     framed = cover_picture(planes, *example.size).permute(2, 0, 1)
     if example.mirrored:
         framed = framed.flip(-1)
     return framed[:3] * 2 - 1, framed[3:] if picture.mask is not None else None
+
+
+def visible_picture(path: Path) -> Picture:
+    """The picture; what an alpha channel makes invisible is white, whatever colours the file has there.
+
+    Raises:
+        PersonalizeError: it cannot be read.
+    """
+    picture = read_picture(path)
+    if picture.mask is not None and not mask_file(path).is_file():
+        alpha = picture.mask[..., None]
+        picture = replace(picture, pixels=picture.pixels * alpha + (1 - alpha))
+    return picture
 
 
 def mask_file(path: Path) -> Path:

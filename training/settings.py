@@ -81,7 +81,30 @@ def read_settings(
         PersonalizeError: the file cannot be read, or any option is wrong; all that are wrong are named at once.
         SystemExit: after --help, or for an option without its value.
     """
-    groups = (*SHARED, method)
+    given, values = read_values((*SHARED, method), prog, description, arguments, hints)
+    for name, other in (("max_train_steps", "num_train_epochs"), ("num_train_epochs", "max_train_steps")):
+        if name in given and other not in given:
+            values.pop(other, None)  # the command line says how long
+    return make_settings(method, {**values, **given})
+
+
+def read_values(
+    groups: tuple[type, ...],
+    prog: str,
+    description: str,
+    arguments: list[str] | None = None,
+    hints: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the command line gives, and what the TOML file does, unchecked, by name.
+
+    Args:
+        groups: dataclasses of options.
+        prog, description, arguments, hints: see `read_settings`.
+
+    Raises:
+        PersonalizeError: the file cannot be read, or an option is none.
+        SystemExit: after --help, or for an option without its value.
+    """
     words = [_underscored(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     parsed, others = _parser(groups, prog, description, hints or {}).parse_known_args(words)
     given = vars(parsed)
@@ -91,11 +114,7 @@ def read_settings(
         problems = [_unknown(name, known) for name in names] or [f"{others[0]} is no option; see --help."]
         raise PersonalizeError("\n".join(problems))
     config = given.pop("config", None)
-    values = {} if config is None else _read_toml(Path(config).expanduser(), groups)
-    for name, other in (("max_train_steps", "num_train_epochs"), ("num_train_epochs", "max_train_steps")):
-        if name in given and other not in given:
-            values.pop(other, None)  # the command line says how long
-    return make_settings(method, {**values, **given})
+    return given, {} if config is None else _read_toml(Path(config).expanduser(), groups)
 
 
 def make_settings(method: type, values: dict[str, Any]) -> Settings:
@@ -104,7 +123,15 @@ def make_settings(method: type, values: dict[str, Any]) -> Settings:
     Raises:
         PersonalizeError: naming all that are wrong.
     """
-    groups = (*SHARED, method)
+    return Settings(*make_groups((*SHARED, method), values))
+
+
+def make_groups(groups: tuple[type, ...], values: dict[str, Any]) -> list[Any]:
+    """An instance of each group of options, from values by name.
+
+    Raises:
+        PersonalizeError: naming all that are wrong.
+    """
     known = {f.name: f for group in groups for f in fields(group)}
     values = dict(_own_name(name, value, known) for name, value in values.items())
     problems = [_unknown(name, known) for name in values if name not in known]
@@ -116,8 +143,7 @@ def make_settings(method: type, values: dict[str, Any]) -> Settings:
             problems += [problem] * bool(problem)
     if problems:
         raise PersonalizeError("\n".join(problems))
-    made = [group(**{f.name: checked[f.name] for f in fields(group) if f.name in checked}) for group in groups]
-    return Settings(*made)
+    return [group(**{f.name: checked[f.name] for f in fields(group) if f.name in checked}) for group in groups]
 
 
 def save_settings(settings: Settings, path: Path) -> None:

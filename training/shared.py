@@ -13,6 +13,9 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.base_models import family_of_widths as family_of_widths
     from models.base_models import fingerprint as fingerprint
     from models.base_models import title_of as title_of
+    from models.bootstrap import Estimate as Estimate
+    from models.bootstrap import bootstrap as bootstrap
+    from models.bootstrap import bootstrap_difference as bootstrap_difference
     from models.checkpoints import check_tensors as check_tensors
     from models.checkpoints import overwrite_tensors as overwrite_tensors
     from models.checkpoints import read_header as read_header
@@ -40,12 +43,24 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.losses import min_snr_weights as min_snr_weights
     from models.losses import offset_noise as offset_noise
     from models.losses import prior_preservation_loss as prior_preservation_loss
+    from models.measures import Statistic as Statistic
+    from models.measures import frechet_by_group as frechet_by_group
+    from models.measures import inception_score as inception_score
+    from models.measures import kernel_by_group as kernel_by_group
+    from models.measures import likeness as likeness
+    from models.measures import likeness_among as likeness_among
+    from models.measures import likeness_to_others as likeness_to_others
+    from models.measures import mean_by_group as mean_by_group
+    from models.measures import paired_cosines as paired_cosines
+    from models.measures import score_by_group as score_by_group
+    from models.measures import uniform_score_by_group as uniform_score_by_group
     from models.metadata import About as About
     from models.metadata import read_about as read_about
     from models.pictures import CLIP_MEAN as CLIP_MEAN
     from models.pictures import CLIP_STD as CLIP_STD
     from models.pictures import MASK_ENDING as MASK_ENDING
     from models.pictures import SUFFIXES as SUFFIXES
+    from models.pictures import Picture as Picture
     from models.pictures import cover_picture as cover_picture
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
@@ -77,6 +92,9 @@ else:
     from ..models.base_models import family_of_widths as family_of_widths
     from ..models.base_models import fingerprint as fingerprint
     from ..models.base_models import title_of as title_of
+    from ..models.bootstrap import Estimate as Estimate
+    from ..models.bootstrap import bootstrap as bootstrap
+    from ..models.bootstrap import bootstrap_difference as bootstrap_difference
     from ..models.checkpoints import check_tensors as check_tensors
     from ..models.checkpoints import overwrite_tensors as overwrite_tensors
     from ..models.checkpoints import read_header as read_header
@@ -104,12 +122,24 @@ else:
     from ..models.losses import min_snr_weights as min_snr_weights
     from ..models.losses import offset_noise as offset_noise
     from ..models.losses import prior_preservation_loss as prior_preservation_loss
+    from ..models.measures import Statistic as Statistic
+    from ..models.measures import frechet_by_group as frechet_by_group
+    from ..models.measures import inception_score as inception_score
+    from ..models.measures import kernel_by_group as kernel_by_group
+    from ..models.measures import likeness as likeness
+    from ..models.measures import likeness_among as likeness_among
+    from ..models.measures import likeness_to_others as likeness_to_others
+    from ..models.measures import mean_by_group as mean_by_group
+    from ..models.measures import paired_cosines as paired_cosines
+    from ..models.measures import score_by_group as score_by_group
+    from ..models.measures import uniform_score_by_group as uniform_score_by_group
     from ..models.metadata import About as About
     from ..models.metadata import read_about as read_about
     from ..models.pictures import CLIP_MEAN as CLIP_MEAN
     from ..models.pictures import CLIP_STD as CLIP_STD
     from ..models.pictures import MASK_ENDING as MASK_ENDING
     from ..models.pictures import SUFFIXES as SUFFIXES
+    from ..models.pictures import Picture as Picture
     from ..models.pictures import cover_picture as cover_picture
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures
