@@ -13,9 +13,9 @@ from pack.training.image_encoder import load_image_encoder
 from pack.training.pocket.data import pixels as draw_pixels
 from pack.training.pocket.data import scene
 from safetensors.torch import save_file
+from sampling import PROMPT, encode, pixels, sample
 
 CHECKPOINT, ENCODER = "pocket_portraits.safetensors", "pocket_portraits_vision.safetensors"
-PROMPT = "a smiling woman with red hair, on a blue background"
 
 
 @pytest.fixture(scope="module")
@@ -23,27 +23,6 @@ def pipeline(root):
     pipeline = load_pipeline(root / "models" / "pocket" / "checkpoints" / CHECKPOINT)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def encode(host, clip, text):
-    return host.nodes.CLIPTextEncode().encode(clip, text)[0]
-
-
-def sample(
-    host, loaded, noise, steps=20, cfg=4.0, sampler="euler", scheduler="ddim_uniform", prompt=PROMPT, model=None
-):
-    import comfy.sample
-
-    positive, negative = encode(host, loaded[1], prompt), encode(host, loaded[1], "")
-    empty = torch.zeros_like(noise)
-    arguments = (model or loaded[0], noise, steps, cfg, sampler, scheduler, positive, negative, empty)
-    with torch.inference_mode():
-        return comfy.sample.sample(*arguments, seed=0)
-
-
-def pixels(loaded, latent):
-    with torch.inference_mode():
-        return loaded[2].decode(latent).float().clone()
 
 
 def test_the_stock_loaders_list_it(host, root):

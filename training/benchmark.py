@@ -1,0 +1,122 @@
+"""The table: which way of bringing several photographs together is best, beside the methods that train for each subject.
+
+    python -m training.benchmark --preset pocket --output_dir FOLDER
+    python -m training.benchmark --preset lfw --output_dir FOLDER --data lfw --base v1-5-pruned-emaonly.safetensors \\
+        --image_encoder CLIP-ViT-H-14-laion2B-s32B-b79K.safetensors --ip_adapter ip-adapter_sd15.safetensors \\
+        --inception_weights weights-inception-2015-12-05-6726825d.pth
+
+Four IP-Adapters that were trained alike, from the same start and for as many steps, but for how they make one image
+prompt of several references: from one reference, max pooling, average pooling, self-attention. Each draws identities that
+no training saw, with the same prompts and noise. For some of the identities DreamBooth, LoRA and Textual Inversion are
+trained, too. The pocket preset takes the adapters that come with the pack; --train trains them anew. Everything is kept in
+the folder: stopped at any moment, the same command goes on. report/index.html has the tables, plots and pictures.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from .benchmark_data import Material, pocket_material, real_material
+from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
+from .options import option
+from .preflight import check_writable
+from .report import write_report
+from .settings import make_groups, read_values
+from .shared import POCKET, PersonalizeError
+
+
+@dataclass
+class Benchmark:
+    """Benchmark"""
+
+    preset: str = option("pocket", "drawn portraits on the pocket model, or photographs of people", ("pocket", "lfw"))
+    output_dir: str | None = option(None, "folder for everything that is trained, drawn and measured, and the report")
+    base: str | None = option(None, "lfw: the base model, a file, folder or hub id")
+    data: str | None = option(None, "lfw: a folder for each person, name/name_0001.jpg")
+    image_encoder: str | None = option(None, "lfw: the CLIP image encoder of the adapter")
+    ip_adapter: str | None = option(
+        None, "the adapter that all start from; pocket has one, lfw starts from scratch without"
+    )
+    inception_weights: str | None = option(None, "lfw: torch-fidelity's Inception, for FID and IS")
+    clip: str | None = option(None, "lfw: a CLIP for CLIP-I and CLIP-T, a folder or hub id")
+    dino: str | None = option(None, "lfw: a ViT for DINO, a folder or hub id")
+    identities: int = option(50, "held-out identities to draw", least=1)
+    seeds: int = option(5, "pictures of each identity and prompt", least=1)
+    references: int = option(10, "references of each identity, at most", least=1)
+    tuned_identities: int = option(4, "identities that DreamBooth, LoRA and Textual Inversion are trained for", least=0)
+    tuned_steps: int | None = option(None, "steps of each of those trainings; each method's own by default", least=1)
+    train: bool = option(False, "pocket: train the four adapters, too, instead of taking those that come with the pack")
+    train_identities: int = option(1200, "pocket: identities to train on", least=2)
+    max_train_steps: int | None = option(None, "of each adapter; 2500 for pocket, 20000 for lfw", least=1)
+    train_batch_size: int | None = option(None, "64 for pocket, 8 for lfw", least=1)
+    resolution: int | None = option(None, "pixels; 64 for pocket, 512 for lfw", least=16)
+    weight: float = option(1.0, "λ of the adapters", least=0)
+    batch_size: int | None = option(None, "pictures drawn at once; 50 for pocket, 4 for lfw", least=1)
+    bootstrap_draws: int = option(1000, "how often identities are drawn for the intervals", least=1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """What `python -m training.benchmark` does; returns the exit status: 1 if something is wrong, and was said."""
+    try:
+        given, values = read_values((Benchmark,), "python -m training.benchmark", __doc__ or "", arguments)
+        (options,) = make_groups((Benchmark,), {**values, **given})
+        benchmark(options)
+    except PersonalizeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error}).", file=sys.stderr)
+        return 1
+    return 0
+
+
+def check(options: Benchmark) -> None:
+    """Raises PersonalizeError, a line for each option that is missing or cannot be used."""
+    problems = []
+    if not options.output_dir:
+        problems.append("--output_dir is missing: the folder for everything that is trained, drawn and measured.")
+    else:
+        try:
+            check_writable(Path(options.output_dir).expanduser(), "--output_dir")
+        except PersonalizeError as error:
+            problems.append(str(error))
+    own = ("base", "data", "image_encoder", "inception_weights")
+    if options.preset == "lfw":
+        problems += [f"--preset lfw needs --{name}." for name in own if getattr(options, name) is None]
+    else:
+        given = [name for name in (*own, "clip", "dino") if getattr(options, name) is not None]
+        problems += [f"--{name} is for --preset lfw: the pocket preset brings its own." for name in given]
+    if problems:
+        raise PersonalizeError("\n".join(problems))
+
+
+def benchmark(options: Benchmark) -> Path:
+    """All stages; returns the report.
+
+    Raises:
+        PersonalizeError: whatever the user can mend.
+        OSError: a file cannot be written.
+    """
+    check(options)
+    folder = Path(options.output_dir or ".").expanduser()
+    accelerator = Accelerator(mixed_precision="no")
+    material: Material = (
+        pocket_material(options, folder) if options.preset == "pocket" else real_material(options, folder)
+    )
+    adapters = find_adapters(options, material, folder, POCKET / "ipadapter")
+    draw_adapters(accelerator, options, material, adapters, folder)
+    draw_numbers(accelerator, options, material, adapters, folder)
+    draw_tuned(accelerator, options, material, folder)
+    accelerator.wait_for_everyone()
+    report = folder / "report" / "index.html"
+    if accelerator.is_main_process:
+        measured = measure_all(options, material, folder)
+        write_report(report, options, material, measured, folder)
+        print(report)
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main())
