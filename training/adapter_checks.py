@@ -30,19 +30,10 @@ def check_adapter(options: Options, family: str | None) -> None:
         family: of the base; None for a hub id.
     """
     problems = []
-    widths = None
-    if not options.image_encoder:
-        problems.append("--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision.")
-    else:
-        try:
-            widths = widths_of_encoder(options.image_encoder)
-        except PersonalizeError as error:
-            problems.append(str(error))
-    if options.ip_adapter is not None:
-        try:
-            problems += _of_adapter(options, family, widths)
-        except PersonalizeError as error:
-            problems.append(str(error))
+    try:
+        check_files(options.ip_adapter, options.image_encoder, family)
+    except PersonalizeError as error:
+        problems += str(error).splitlines()
     dropped = options.text_dropout + options.reference_dropout + options.both_dropout
     if dropped >= 1:
         problems.append(
@@ -57,8 +48,32 @@ def check_adapter(options: Options, family: str | None) -> None:
         raise PersonalizeError("\n".join(problems))
 
 
-def _of_adapter(options: Options, family: str | None, widths: tuple[int, int] | None) -> list[str]:
-    path = Path(options.ip_adapter or "").expanduser()
+def check_files(adapter: str | None, encoder: str | None, family: str | None) -> None:
+    """Raises PersonalizeError where an adapter and an image encoder are not what they must be, or do not go together.
+
+    Args:
+        adapter: a file, or None for one that is still to be made.
+        encoder: a file, folder or hub id.
+        family: of the base; None for a hub id.
+    """
+    problems, widths = [], None
+    if not encoder:
+        problems.append("--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision.")
+    else:
+        try:
+            widths = widths_of_encoder(encoder)
+        except PersonalizeError as error:
+            problems.append(str(error))
+    if adapter is not None:
+        try:
+            problems += _of_adapter(Path(adapter).expanduser(), Path(encoder or "").name, family, widths)
+        except PersonalizeError as error:
+            problems.append(str(error))
+    if problems:
+        raise PersonalizeError("\n".join(problems))
+
+
+def _of_adapter(path: Path, encoder: str, family: str | None, widths: tuple[int, int] | None) -> list[str]:
     if path.suffix == ".safetensors" and path.is_file():
         shapes = {name: torch.empty(entry["shape"], device="meta") for name, entry in read_header(path)[0].items()}
         state = AdapterTensors(
@@ -74,10 +89,10 @@ def _of_adapter(options: Options, family: str | None, widths: tuple[int, int] | 
             f"{path.name} is made for {variant.base_model}, but the base is {title_of(family or '')}: use an adapter made for "
             "it, or train one from scratch without --ip_adapter."
         )
-    if widths is not None and widths[0 if variant.pooled else 1] != variant.encoder_width:
+    if widths is not None and (width := widths[0 if variant.pooled else 1]) != variant.encoder_width:
         problems.append(
-            f"{path.name} ({variant}) takes image features of width {variant.encoder_width}, but those of "
-            f"{Path(options.image_encoder or '').name} have width {widths[0 if variant.pooled else 1]}: use {variant.encoder}."
+            f"{path.name} ({variant}) takes image features of width {variant.encoder_width}, but those of {encoder} have "
+            f"width {width}: use {variant.encoder}."
         )
     return problems
 

@@ -8,15 +8,20 @@ generated picture NAME.png may lie NAME.txt, its prompt, and NAME.json, what the
 "expression": "sad", "background": "beach"}); in an identity's real folder attributes.json, who it is ({"kind": "dog",
 "fur": "brown"}). What is not there is not measured.
 
+With --pretrained_model_name_or_path and --prompt, pictures of every real identity are drawn first, with fixed seeds, by
+that base with a LoRA, a learned word or an IP-Adapter; a run that was stopped goes on, and accelerate launch shares the
+work.
+
 The default measures pocket portraits. For photographs: --features inception --inception_weights FILE for FID, KID and
 IS, --clip openai/clip-vit-base-patch32 for CLIP-I and CLIP-T, --dino facebook/dino-vits16 for DINO, as DreamBench has
 them. The folder gets table.md, figures.json with everything, and a picture of each figure.
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,7 @@ from tqdm import tqdm
 
 from . import features
 from .dataset import visible_picture
+from .drawing import Drawing, check_drawing, draw_first
 from .encoding import Cache
 from .figures import KINDS, Figure, Views, differences, is_finite, measure, remarks
 from .options import option
@@ -82,9 +88,14 @@ class Material:
 def main(arguments: list[str] | None = None) -> int:
     """What `python -m training.evaluate` does; returns the exit status: 1 if something is wrong, and was said."""
     try:
-        given, values = read_values((Evaluation,), "python -m training.evaluate", __doc__ or "", arguments)
-        (options,) = make_groups((Evaluation,), {**values, **given})
-        evaluate(options)
+        groups = (Evaluation, Drawing)
+        given, values = read_values(groups, "python -m training.evaluate", __doc__ or "", arguments)
+        options, drawing = make_groups(groups, {**values, **given})
+        if drawing.pretrained_model_name_or_path:
+            drawn = _draw(options, drawing)
+            options = replace(options, generated=[*options.generated, str(drawn)])
+        if int(os.environ.get("RANK", "0")) == 0:
+            evaluate(options)
     except PersonalizeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -92,6 +103,30 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error}).", file=sys.stderr)
         return 1
     return 0
+
+
+def _draw(options: Evaluation, drawing: Drawing) -> Path:
+    """The pictures, drawn.
+
+    Raises:
+        PersonalizeError: a line for each problem.
+    """
+    problems: list[str] = []
+    checks: list[tuple[Callable, Any]] = [(_options, options), (check_drawing, drawing)]
+    for check, given in checks:
+        try:
+            check(given)
+        except PersonalizeError as error:
+            problems += [line for line in str(error).splitlines() if not line.startswith("--generated is missing")]
+    real = Path(options.real or "").expanduser()
+    if options.real:
+        try:
+            find_set(real, REAL)
+        except PersonalizeError as error:
+            problems.append(str(error))
+    if problems:
+        raise PersonalizeError("\n".join(problems))
+    return draw_first(drawing, real, Path(options.output_dir or "").expanduser(), options.seed)
 
 
 def evaluate(options: Evaluation) -> dict[str, Any]:

@@ -96,7 +96,9 @@ class Training:
     num_train_epochs: int | None = option(None, "instead of steps: how often to see every picture", least=1)
     train_batch_size: int = option(1, "pictures a step, on each device", least=1)
     gradient_accumulation_steps: int = option(1, "batches before the optimiser steps", least=1)
-    learning_rate: float | None = option(None, "of the UNet; of the words in Textual Inversion", least=0)
+    learning_rate: float | None = option(
+        None, "of the UNet; of the words in Textual Inversion; of the adapter", least=0
+    )
     train_text_encoder: bool | None = option(None, "train the text encoder, too")
     text_encoder_lr: float | None = option(None, "its learning rate", least=0)
     lr_scheduler: str = option(

@@ -119,7 +119,7 @@ def test_the_defaults_of_a_hub_id_are_those_of_what_it_turns_out_to_be(root, fol
 def test_shipped_configurations(root):
     """Each says in its first lines which command it is for, and is understood by it."""
     configs = sorted((root / "training" / "configs").glob("*.toml"))
-    assert len(configs) == 15
+    assert len(configs) == 18
     for path in configs:
         text = path.read_text()
         method = re.search(r"python -m training\.(\w+) --config training/configs/(\S+)", text)
@@ -161,5 +161,5 @@ def test_help_says_what_is_filled_in(capsys):
     with pytest.raises(SystemExit):
         running.main("textual_inversion", "", ["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "of the UNet; of the words in Textual Inversion [0.005; pocket 0.01]" in text
+    assert "of the UNet; of the words in Textual Inversion; of the adapter [0.005; pocket 0.01]" in text
     assert "[512 for SD1.5, 768 for SD2.x, 1024 for SDXL, 64 for the pocket model]" in text

@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 from pack.training.pocket import data
-from pack.training.pocket.adapter import Adapter
+from pack.training.pocket.adapter import adapter_of
 from pack.training.pocket.data import Pictures, cache_folder, generator_version, make_once
 from pack.training.pocket.draw import draw
 from pack.training.pocket.encoders import Encoders
@@ -54,7 +54,7 @@ def untrained(part, folder):
         return [p for p in made[part]().parameters() if p.requires_grad]
     unet = build_unet()
     average(unet, folder, "unet")
-    return list(Adapter(unet.requires_grad_(False)).parameters())
+    return list(adapter_of(unet.requires_grad_(False)).parameters())
 
 
 def parts(shipped):

@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..shared import POCKET, VISION_CONFIG, single_file_names, tiny_vae_tensors, write_safetensors
-from .adapter import Adapter
+from .adapter import adapter_of
 from .encoders import Encoders
 from .files import ADAPTER, CHECKPOINT, IMAGE_ENCODER, JUDGE
 from .judge import Judge
@@ -54,7 +54,7 @@ def export(folder: Path, to: Path = POCKET) -> None:
     """Write what has been trained in `folder` so far."""
     require(folder, "vae", "encoders", "judge", "unet", "adapter")
     vae, unet, encoders, judge = build(), build_unet(), Encoders(), Judge()
-    adapter = Adapter(unet)
+    adapter = adapter_of(unet)
     trained = {"vae": vae, "encoders": encoders, "judge": judge, "unet": unet, "adapter": adapter}
     steps = json.dumps({name: average(module, folder, name) for name, module in trained.items()})
     print(f"Steps: {steps}")

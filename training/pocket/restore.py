@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..base_model import load_pipeline
 from ..shared import POCKET, read_safetensors
-from .adapter import Adapter
+from .adapter import adapter_of
 from .encoders import Encoders
 from .files import ADAPTER, CHECKPOINT, IMAGE_ENCODER, JUDGE
 from .judge import Judge
@@ -33,8 +33,7 @@ def restore(folder: Path, source: Path = POCKET) -> None:
     encoders.text.load_state_dict({k.removeprefix(prefix): v for k, v in text.items() if k.startswith(prefix)})
     encoders.image.load_state_dict(read_safetensors(source / IMAGE_ENCODER)[0])
     judge.load_state_dict(read_safetensors(source / JUDGE)[0])
-    adapter = Adapter(unet)
-    adapter.load_tensors(read_safetensors(source / ADAPTER)[0])
+    adapter = adapter_of(unet, source / ADAPTER)
     with safe_open(source / CHECKPOINT, framework="pt") as file:
         steps = json.loads(file.metadata()["personalize.training_steps"])
     parts: dict[str, nn.Module] = {"vae": vae, "encoders": encoders, "judge": judge, "unet": unet, "adapter": adapter}

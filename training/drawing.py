@@ -1,0 +1,129 @@
+"""Pictures to be measured, drawn first: by a base model with a personalisation file, of the same prompts for everybody."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from .adapter_checks import check_files
+from .base_checks import check_size, family_at
+from .base_model import OFFLINE, load_base, size_step_of
+from .dataset import fill_in
+from .defaults import RESOLUTIONS
+from .generate import Job, ReferencePrompts, Sampling, draw_pictures
+from .image_encoder import load_image_encoder
+from .options import option
+from .picture_sets import find_set
+from .shared import SELF_ATTENTION, IPAdapter, PersonalizeError, read_ip_adapter, title_of
+
+
+@dataclass
+class Drawing:
+    """Drawing the pictures first"""
+
+    pretrained_model_name_or_path: str | None = option(
+        None, "draw with this base model, or DreamBooth's result: a file, a diffusers folder, or a hub id"
+    )
+    ip_adapter: str | None = option(None, "with this IP-Adapter")
+    image_encoder: str | None = option(None, "its CLIP image encoder: a file, a folder, or a hub id")
+    references: str | None = option(
+        None, "the adapter's reference pictures, by identity if the real ones are; the real ones by default"
+    )
+    max_references: int | None = option(None, "references of each identity at most", least=1)
+    aggregation: str = option(
+        SELF_ATTENTION, "how several become one", (SELF_ATTENTION, "average", "max", "concatenate")
+    )
+    weight: float = option(1.0, "λ of the adapter")
+    lora: str | None = option(None, "with this LoRA")
+    textual_inversion: str | None = option(None, "with this learned word, which prompts call by {trigger}")
+    word: str = option("ohwx", "what {trigger} in the prompts is")
+    class_name: str = option("person", "what {class} in the prompts is")
+    prompt: list[str] = option(  # noqa: RUF009 - a list of its own for each
+        [], "draw this; may be given several times, with {trigger} and {class}"
+    )
+    pictures_per_prompt: int = option(4, "of each prompt and identity", least=1)
+    resolution: int | None = option(None, "pixels, of a square; what suits the base by default", least=16)
+    num_inference_steps: int = option(20, "of Euler's method", least=1)
+    guidance_scale: float = option(5.0, "towards the prompt", least=0)
+    draw_batch_size: int = option(4, "pictures drawn at once", least=1)
+    name: str = option("drawn", "what the table calls them")
+
+
+def check_drawing(drawing: Drawing) -> None:
+    """Raises PersonalizeError, a line for each problem that can be told without loading a model."""
+    problems = []
+
+    def told(check, *arguments):
+        try:
+            return check(*arguments)
+        except PersonalizeError as error:
+            problems.extend(str(error).splitlines())
+            return None
+
+    family = told(family_at, drawing.pretrained_model_name_or_path)
+    if not drawing.prompt:
+        problems.append("--prompt is missing: what to draw.")
+    if drawing.ip_adapter is not None:
+        told(check_files, drawing.ip_adapter, drawing.image_encoder, family)
+    for name in ("lora", "textual_inversion"):
+        where = getattr(drawing, name)
+        if where is not None and not Path(where).expanduser().is_file():
+            problems.append(f"--{name} {where} does not exist.")
+    if drawing.resolution is not None and family in OFFLINE:
+        told(check_size, drawing.resolution, size_step_of(family or ""), title_of(family or ""))
+    if not drawing.name.strip() or any(letter in drawing.name for letter in "/\\"):
+        problems.append(f"--name {drawing.name!r} is no name for a folder.")
+    if problems:
+        raise PersonalizeError("\n".join(problems))
+
+
+def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
+    """Draw what is not there yet, in all processes; returns the folder.
+
+    Args:
+        drawing: what and with what.
+        real: the real pictures, whose identities are drawn.
+        output: the folder gets a place in it.
+        seed: of the first picture of every prompt.
+
+    Raises:
+        PersonalizeError: the files do not fit together.
+    """
+    accelerator = Accelerator()
+    folder = output / "drawn" / drawing.name
+    dtype = torch.float16 if accelerator.device.type == "cuda" else torch.float32
+    base = load_base(drawing.pretrained_model_name_or_path or "", dtype)
+    if drawing.lora is not None:
+        base.pipeline.load_lora_weights(str(Path(drawing.lora).expanduser()))
+    if drawing.textual_inversion is not None:
+        base.pipeline.load_textual_inversion(str(Path(drawing.textual_inversion).expanduser()), token=drawing.word)
+    base.pipeline.to(accelerator.device)
+    resolution = drawing.resolution or RESOLUTIONS.get(base.family, 512)
+    check_size(resolution, base.size_step, base.name)
+    people = find_set(real, "real").identities
+    given = find_set(Path(drawing.references).expanduser(), "references").identities if drawing.references else people
+    if missing := [name for name in people if name not in given] if drawing.ip_adapter is not None else []:
+        raise PersonalizeError(
+            f"{drawing.references} has no pictures of {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}, whom "
+            f"{real} shows: add them, or use the same names."
+        )
+    showing = None
+    if drawing.ip_adapter is not None:
+        adapter = IPAdapter.from_state(read_ip_adapter(Path(drawing.ip_adapter).expanduser()))
+        encoder = load_image_encoder(drawing.image_encoder or "").to(accelerator.device)
+        showing = ReferencePrompts(base, adapter, encoder, drawing.aggregation, "before projection", drawing.weight)
+    jobs = [
+        Job(
+            folder / name / f"p{i:02}-s{number}.png",
+            fill_in(prompt, drawing.word, drawing.class_name),
+            (seed + number) * 1_000_003 + i,
+            given.get(name, ())[: drawing.max_references],
+        )
+        for name in people
+        for i, prompt in enumerate(drawing.prompt)
+        for number in range(drawing.pictures_per_prompt)
+    ]
+    sampling = Sampling(resolution, drawing.num_inference_steps, drawing.guidance_scale, drawing.draw_batch_size)
+    draw_pictures(accelerator, base, jobs, sampling, f"Drawing {drawing.name}", showing)
+    return folder
