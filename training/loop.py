@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
@@ -26,7 +25,7 @@ from .denoising import Weighting, draw, total_loss, training_losses
 from .encoding import Latent, TextStates, read_text
 from .methods import Method
 from .optimizers import make_optimizer
-from .record import Record
+from .record import Record, memory
 from .settings import Settings
 from .shared import PersonalizeError
 
@@ -210,14 +209,17 @@ class Trainer:
         return total
 
     def share_gradients(self) -> None:
-        """Average the gradients over all processes."""
+        """Average the gradients over all processes; one that a process has none of is zero there."""
         if self.accelerator.num_processes == 1:
             return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([gradient.reshape(-1).float() for gradient in gradients])
-        flat = self.accelerator.reduce(flat, "mean")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        parameters = self.parameters
+        has = torch.tensor([float(p.grad is not None) for p in parameters], device=self.accelerator.device)
+        parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1).float() for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([has, *parts]), "mean")
+        counts, *parts = flat.split([len(parameters), *(p.numel() for p in parameters)])
+        for parameter, count, part in zip(parameters, counts.tolist(), parts, strict=True):
+            if count > 0:
+                parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def run(self, start: int, shared: dict[str, Any]) -> int:
         """From step `start` to the end, or until asked to stop; returns the steps done.
@@ -389,10 +391,3 @@ class Trainer:
 def stack_masks(latents: Sequence[Latent]) -> Tensor:
     """[n, 1, h, w]; a picture without a mask counts everywhere."""
     return torch.stack([torch.ones_like(x.mean[:1]) if x.mask is None else x.mask for x in latents])
-
-
-def memory() -> float:
-    """In GB: the most of the accelerator's that was used so far, or what the process uses."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9

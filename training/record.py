@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
@@ -86,3 +88,10 @@ def _read(text: str) -> dict | None:
     except json.JSONDecodeError:
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def memory() -> float:
+    """In GB: the most of the accelerator's that was used so far, or what the process uses."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return psutil.Process().memory_info().rss / 1e9

@@ -5,11 +5,10 @@ import os
 import subprocess
 import sys
 
+from identity_sets import ADAPTER, CHECKPOINT, ENCODER, identities
 from pack.training.pocket.photos import write_photos
 from pack.training.run import METHODS, personalize
 from pack.training.settings import make_settings
-
-CHECKPOINT = "models/pocket/checkpoints/pocket_portraits.safetensors"
 
 
 def photos(folder, count=5, captions=False):
@@ -18,6 +17,11 @@ def photos(folder, count=5, captions=False):
         if not captions:
             path.with_suffix(".txt").unlink()
     return folder
+
+
+def material(method, folder):
+    """What a method trains on: photographs, or folders of identities."""
+    return identities(folder) if method == "ip_adapter" else photos(folder)
 
 
 def settings_of(method, root, folder, output, **values):
@@ -52,6 +56,11 @@ def command(method, root, folder, output, *options):
         str(output),
         "--class_name",
         "woman",
+        *(
+            ["--ip_adapter", str(root / ADAPTER), "--image_encoder", str(root / ENCODER)]
+            if method == "ip_adapter"
+            else []
+        ),
         *options,
     ]
 

@@ -1,0 +1,136 @@
+"""The benchmark from nothing to its report, small; what it is stopped in, it takes up."""
+
+import json
+from pathlib import Path
+
+import pytest
+from identity_sets import CHECKPOINT, ENCODER
+from pack.models.errors import PersonalizeError
+from pack.training import benchmark as running
+from pack.training.benchmark_data import real_material, with_trigger
+from pack.training.benchmark_stages import ROWS, TRAININGS, TUNED
+from pack.training.settings import make_groups
+from PIL import Image
+
+SMALL = {
+    "identities": 3,
+    "seeds": 1,
+    "references": 3,
+    "tuned_identities": 2,
+    "tuned_steps": 2,
+    "train": True,
+    "train_identities": 11,
+    "max_train_steps": 3,
+    "train_batch_size": 2,
+    "bootstrap_draws": 20,
+}
+
+
+def options_of(**values):
+    return make_groups((running.Benchmark,), values)[0]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    return running.benchmark(options_of(output_dir=str(folder), **SMALL)), folder
+
+
+def test_every_method_draws_everybody_with_the_same_noise_and_prompts(done):
+    _, folder = done
+    people = sorted(path.name for path in (folder / "held_out").iterdir())
+    train = {path.name for path in (folder / "train").iterdir()}
+    assert len(people) == 3
+    assert not train & set(people)
+    prompts = {}
+    for title in [row.title for row in ROWS] + list(TUNED.values()):
+        drawn = sorted((folder / "generated" / title).rglob("*.png"))
+        shown = people if title not in TUNED.values() else people[:2]
+        assert len(drawn) == 8 * len(shown)
+        for path in drawn:
+            text = path.with_suffix(".txt").read_text().replace("ohwx ", "")
+            key = path.parent.name, path.name
+            assert prompts.setdefault(key, text) == text
+    assert {path.name for path in (folder / "real").iterdir()} == set(people)
+
+
+def test_the_four_were_trained_alike(done):
+    _, folder = done
+    configs = {}
+    for name, own in TRAININGS.items():
+        text = (folder / "adapters" / name / "config.toml").read_text()
+        differing = (*own, "output", "warmup_steps", "aggregation", "max_references")
+        configs[name] = [line for line in text.splitlines() if not line.startswith(differing)]
+    assert all(config == configs["single"] for config in configs.values())
+
+
+def test_the_report_has_tables_plots_and_pictures(done):
+    report, folder = done
+    text = report.read_text()
+    for title in [row.title for row in ROWS] + list(TUNED.values()):
+        assert title in text
+    for name in ("sheet.png", "likeness.png", "adapters/fid.png", "tuned/likeness.png"):
+        assert f'src="{name}"' in text
+        assert Image.open(report.parent / name).width > 300
+    figures = json.loads((folder / "report" / "adapters" / "figures.json").read_text())
+    assert {row.title for row in ROWS} < figures["figures"].keys()
+    assert all(found["likeness"]["groups"] == 3 for found in figures["figures"].values())
+    tuned = json.loads((folder / "report" / "tuned" / "figures.json").read_text())["figures"]
+    assert len(tuned) == len(ROWS) + len(TUNED) + 1
+
+
+def test_a_second_run_draws_and_trains_nothing(done, monkeypatch):
+    report, folder = done
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.png") if "report" not in path.parts}
+    monkeypatch.setattr("pack.training.benchmark_stages.load_base", None)
+    monkeypatch.setattr("pack.training.benchmark_stages.personalize", None)
+    assert running.benchmark(options_of(output_dir=str(folder), **SMALL)) == report
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_what_is_missing_is_told_at_once(capsys):
+    assert running.main(["--preset", "lfw"]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in told] == [
+        "--output_dir is missing",
+        *(f"--preset lfw needs --{name}." for name in ("base", "data", "image_encoder", "inception_weights")),
+    ]
+    assert running.main(["--base", "x", "--output_dir", "/proc/no"]) == 1
+    told = capsys.readouterr().err
+    assert "--base is for --preset lfw" in told
+    assert "cannot be written to" in told
+
+
+def people(folder, counts):
+    for name, count in counts.items():
+        for i in range(count):
+            path = folder / name / f"{name}_{i:04}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), (40 * i % 255, 10, 10)).save(path)
+    return folder
+
+
+def lfw(folder, data, **values):
+    given = {"preset": "lfw", "data": str(data), "base": CHECKPOINT, "image_encoder": ENCODER, "inception_weights": "x"}
+    return options_of(output_dir=str(folder), **given, **values)
+
+
+def test_people_with_enough_pictures_are_held_out(tmp_path):
+    data = people(tmp_path / "lfw", {"ann": 12, "ben": 11, "cid": 3, "dan": 2, "eve": 1})
+    material = real_material(lfw(tmp_path / "out", data, identities=2), tmp_path / "out")
+    assert [person.name for person in material.people] == ["ann", "ben"]
+    assert [len(person.references) for person in material.people] == [10, 10]
+    assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == ["cid", "dan"]
+    assert all(Path(path).exists() for person in material.people for path in person.references)
+    with pytest.raises(
+        PersonalizeError, match=r"real holds ann, ben, which this run does not|holds ann, which this run"
+    ):
+        real_material(lfw(tmp_path / "out", people(tmp_path / "others", {"x": 12, "y": 2})), tmp_path / "out")
+    few = people(tmp_path / "few", {"ann": 12})
+    with pytest.raises(PersonalizeError, match=r"has 1 people with two pictures or more, 1 of them with 10 or more"):
+        real_material(lfw(tmp_path / "none", few), tmp_path / "none")
+
+
+def test_captions_call_by_the_trigger():
+    assert with_trigger("a happy cat, in a hat", "cat") == "a happy {trigger} {class}, in a hat"
+    assert with_trigger("a concatenated dog", "cat") == "a concatenated dog"
