@@ -126,10 +126,10 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         people=tuple(people),
         real=real,
         train=folder / "train",
-        sampling=Sampling(options.resolution or 64, batch=options.batch_size or 50),
+        sampling=Sampling(options.resolution or 64, 10, 4.0, options.batch_size or 50, "dpm++"),
         training={
-            "max_train_steps": options.max_train_steps or 2500,
-            "train_batch_size": options.train_batch_size or 64,
+            "max_train_steps": options.max_train_steps or 1200,
+            "train_batch_size": options.train_batch_size or 32,
             "learning_rate": 1e-3,
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 100,
@@ -179,7 +179,7 @@ def real_material(options: "Benchmark", folder: Path) -> Material:
         people=people,
         real=folder / "real",
         train=folder / "train",
-        sampling=Sampling(options.resolution or 512, steps=30, guidance=7.5, batch=options.batch_size or 4),
+        sampling=Sampling(options.resolution or 512, 20, 7.5, options.batch_size or 4, "dpm++"),
         training={
             "max_train_steps": options.max_train_steps or 20_000,
             "train_batch_size": options.train_batch_size or 8,

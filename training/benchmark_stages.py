@@ -47,7 +47,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "self_attention": {"aggregation": SELF_ATTENTION},
 }
 """What differs between the four."""
-WARMUP = 0.12  # of the self-attention's steps, which are as many as the others'
+WARMUP = 0.25  # of the self-attention's steps, which are as many as the others'
 ROWS = (
     Row("IP-Adapter", "single", "average", single=True),
     Row("IP-Adapter + max pooling", "max", "max"),
@@ -57,7 +57,8 @@ ROWS = (
 )
 """The last needs no training for several references: every token of every reference beside the others."""
 TUNED = {"dreambooth": "DreamBooth", "lora": "LoRA", "textual_inversion": "Textual Inversion"}
-NUMBERS = (1, 2, 3, 5, 7, 10)
+NUMBERS, OF_PROMPTS = (1, 2, 3, 5, 7, 10), 2
+"""How many references are tried for the plot, and with how many of the prompts."""
 TRIGGER = "ohwx"
 
 
@@ -169,7 +170,7 @@ def draw_adapters(
 def draw_numbers(
     accelerator: Accelerator, options: "Benchmark", material: Material, adapters: Mapping[str, Path], folder: Path
 ) -> None:
-    """Pictures from 1 to 10 references, one of each prompt, for the plot."""
+    """Pictures from 1 to 10 references, of two prompts with one seed each, for the plot."""
     for number in numbers_of(options):
         plans = {
             row: (
@@ -177,7 +178,9 @@ def draw_numbers(
                 [
                     job
                     for person in material.people
-                    for job in jobs_of(person, numbers_folder(folder, row, number) / person.name, 1, number)
+                    for job in jobs_of(person, numbers_folder(folder, row, number) / person.name, 1, number)[
+                        :OF_PROMPTS
+                    ]
                 ],
             )
             for row in ROWS

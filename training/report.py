@@ -36,7 +36,7 @@ def write_report(path: Path, options: "Benchmark", material: Material, measured:
         title = "Likeness over the number of references"
         line_plot(path.parent / "likeness.png", title, measured.numbers, "references", "likeness")
         likeness = (
-            f"<h2>{title}</h2><p>Mean cosine by {html.escape(measured.likeness)}, one picture of each prompt, 95 % "
+            f"<h2>{title}</h2><p>Mean cosine by {html.escape(measured.likeness)}, two pictures of each identity, 95 % "
             'intervals.</p><img src="likeness.png" alt="likeness over the number of references">'
         )
     contact_sheet(material.people[:SHEET], folder).save(path.parent / "sheet.png")
@@ -46,7 +46,7 @@ def write_report(path: Path, options: "Benchmark", material: Material, measured:
         "<!doctype html><meta charset=utf-8><title>Personalize: benchmark</title>",
         f"<style>{STYLE}</style><h1>How several photographs become one picture</h1>",
         f"<p>{people} held-out identities, {len(material.people[0].prompts)} prompts, {seeds} seeds: {count} pictures a "
-        f"method, {material.sampling.steps} steps of Euler at guidance {material.sampling.guidance:g}, λ = "
+        f"method, {material.sampling.steps} steps of {material.sampling.solver} at guidance {material.sampling.guidance:g}, λ = "
         f"{options.weight:g}. In brackets 95 % intervals, by drawing identities again.</p>",
         "<h2>IP-Adapters, trained alike</h2>",
         _table((path.parent / "adapters" / "table.md").read_text(encoding="utf-8")),
