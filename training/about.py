@@ -88,6 +88,8 @@ def _for_others(
         "ss_optimizer": training.optimizer,
         "ss_tag_frequency": json.dumps({data.class_name: dict(sorted(words.items()))}),
     }
+    if method == "ip_adapter":  # nothing calls it, and the captions of thousands of pictures are nobody else's business
+        del keys["modelspec.trigger_phrase"], keys["ss_tag_frequency"]
     if method == "lora":
         options = settings.method
         alpha = options.lora_alpha if options.lora_alpha is not None else options.rank

@@ -87,8 +87,9 @@ def find_adapters(options: "Benchmark", material: Material, folder: Path, shippe
     Raises:
         PersonalizeError: whatever a training cannot do.
     """
-    if material.ships:
-        return {name: shipped / f"pocket_{name}.safetensors" for name in TRAININGS}
+    with_the_pack = {name: shipped / f"pocket_{name}.safetensors" for name in TRAININGS}
+    if material.ships and all(path.exists() for path in with_the_pack.values()):
+        return with_the_pack
     if options.preset == "pocket":
         draw_training_set(options, material)
     paths = {}

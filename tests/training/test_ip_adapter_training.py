@@ -214,6 +214,7 @@ def test_the_file_is_official_with_the_aggregator_beside(root, people, tmp_path,
         about = file.metadata()
     assert about["personalize.method"] == "ip_adapter"
     assert "personalize.trigger" not in about
+    assert not any("tag_frequency" in key or "trigger" in key for key in about)
     kept = json.loads(about["personalize.settings"])
     assert kept["aggregation_stage"] == stage
     assert (kept["ip_adapter"], kept["image_encoder"]) == (ADAPTER.split("/")[-1], ENCODER.split("/")[-1])
