@@ -12,7 +12,7 @@ from .settings import Settings
 from .shared import About
 
 PLACES = ("instance_data_dir", "class_data_dir", "validation_data_dir", "cache_dir", "output_dir", "vae_path")
-OTHER_FILES = ("ip_adapter", "image_encoder")
+OTHER_FILES = ("ip_adapter", "distil_from", "image_encoder")
 """Options that name a file which others may have too: its name is kept, without the folder."""
 """Options that say where things lie on the user's disk, which is nobody else's business."""
 ARCHITECTURES = {

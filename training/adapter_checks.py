@@ -34,6 +34,7 @@ def check_adapter(options: Options, family: str | None) -> None:
         check_files(options.ip_adapter, options.image_encoder, family)
     except PersonalizeError as error:
         problems += str(error).splitlines()
+    problems += _of_teacher(options, family)
     dropped = options.text_dropout + options.reference_dropout + options.both_dropout
     if dropped >= 1:
         problems.append(
@@ -46,6 +47,22 @@ def check_adapter(options: Options, family: str | None) -> None:
         problems.append(f"--no-train_adapter with --aggregation {options.aggregation} leaves nothing to train.")
     if problems:
         raise PersonalizeError("\n".join(problems))
+
+
+def _of_teacher(options: Options, family: str | None) -> list[str]:
+    if options.distil_from is None:
+        return ["--distil_steps needs --distil_from: a trained base adapter."] if options.distil_steps else []
+    if options.ip_adapter is not None:
+        return ["--distil_from is for a new adapter: give it or --ip_adapter."]
+    if options.adapter_kind != "plus" or not options.distil_steps:
+        return ["--distil_from needs --adapter_kind plus and --distil_steps."]
+    try:
+        check_files(options.distil_from, options.image_encoder, family)
+    except PersonalizeError as error:
+        return [line for line in str(error).splitlines() if not line.startswith("--image_encoder")]
+    path = Path(options.distil_from).expanduser()
+    kind = IPAdapter.from_state(read_ip_adapter(path)).variant.kind
+    return [] if kind == "base" else [f"--distil_from {path.name} is {kind}: it must be a base adapter."]
 
 
 def check_files(adapter: str | None, encoder: str | None, family: str | None) -> None:

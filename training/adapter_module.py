@@ -20,7 +20,7 @@ from .shared import (
     SelfAttentionAggregator,
 )
 
-BASE_TOKENS, PLUS_TOKENS, PLUS_DEPTH = 4, 16, 4
+BASE_TOKENS, PLUS_TOKENS = 4, 16
 PLUS_WIDTHS = {2048: 1280}
 """Of a fresh Plus adapter's resampler by the width of the text features; elsewhere 768, or theirs if that is less."""
 
@@ -30,13 +30,14 @@ def cross_layers(unet: UNet2DConditionModel) -> list[str]:
     return [name for name in unet.attn_processors if name.endswith("attn2.processor")]
 
 
-def fresh_adapter(unet: UNet2DConditionModel, kind: str, encoder_width: int) -> AdapterTensors:
+def fresh_adapter(unet: UNet2DConditionModel, kind: str, encoder_width: int, depth: int = 4) -> AdapterTensors:
     """An untrained adapter of the official layout; W'_k and W'_v start as the UNet's W_k and W_v, as the official ones did.
 
     Args:
         unet: of the base.
         kind: "base" or "plus".
         encoder_width: of the image features.
+        depth: layers of a Plus adapter's resampler.
     """
     layers = [unet.get_submodule(name.removesuffix(".processor")) for name in cross_layers(unet)]
     cross = layers[0].to_k.in_features
@@ -44,7 +45,7 @@ def fresh_adapter(unet: UNet2DConditionModel, kind: str, encoder_width: int) -> 
         projection: nn.Module = LinearProjection(encoder_width, cross, BASE_TOKENS)
     else:
         dim = PLUS_WIDTHS.get(cross, min(cross, 768))
-        projection = Resampler(encoder_width, dim, cross, PLUS_TOKENS, PLUS_DEPTH, max(dim // 64, 1) * 64, 4 * dim)
+        projection = Resampler(encoder_width, dim, cross, PLUS_TOKENS, depth, max(dim // 64, 1) * 64, 4 * dim)
         nn.init.normal_(projection.latents, std=dim**-0.5)
     state = AdapterTensors({"image_proj": projection.state_dict(), "ip_adapter": {}})
     for i, layer in enumerate(layers):

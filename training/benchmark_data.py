@@ -40,6 +40,16 @@ CLASS = "person"
 NEEDED = 10
 """Pictures of a person in the original experiment."""
 FIRST_OF_TRAINING, REAL_HATS = 1000, 0.35
+START = {
+    "adapter_kind": "plus",
+    "resampler_depth": 2,
+    "distil_steps": 3000,
+    "max_train_steps": 6000,
+    "aggregation": "average",
+    "max_references": 1,
+}
+"""Of the pocket adapter that all four start from: it sees the patches of one reference, and began as the base adapter,
+which comes with the pack."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +79,9 @@ class Material:
     base: str
     image_encoder: str
     ip_adapter: str | None
-    """That all four start from."""
+    """That all four start from; None if they start from scratch, or `start` says from what."""
+    start: Mapping[str, Any] | None
+    """Options of the training that makes what all four start from."""
     people: tuple[Person, ...]
     real: Path
     """Real pictures, a folder for each person."""
@@ -119,10 +131,12 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
                 scene = Scene((subject,), wish["background"], seed=int(rng.integers(2**31)))
                 draw(scene).save(to / f"p{i:02}-s{seed}.png")
         (to / ATTRIBUTES).write_text((own / ATTRIBUTES).read_text())
+    small = {} if options.max_train_steps is None else {"distil_steps": 1, "max_train_steps": options.max_train_steps}
     return Material(
         base=str(POCKET / CHECKPOINT),
         image_encoder=str(POCKET / IMAGE_ENCODER),
-        ip_adapter=options.ip_adapter or str(POCKET / ADAPTER),
+        ip_adapter=options.ip_adapter,
+        start=None if options.ip_adapter else START | {"distil_from": str(POCKET / ADAPTER)} | small,
         people=tuple(people),
         real=real,
         train=folder / "train",
@@ -176,6 +190,7 @@ def real_material(options: "Benchmark", folder: Path) -> Material:
         base=options.base or "",
         image_encoder=options.image_encoder or "",
         ip_adapter=options.ip_adapter,
+        start=None,
         people=people,
         real=folder / "real",
         train=folder / "train",

@@ -44,9 +44,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "single": {"aggregation": "average", "max_references": 1},
     "max": {"aggregation": "max"},
     "average": {"aggregation": "average"},
-    "self_attention": {"aggregation": SELF_ATTENTION},
+    "self_attention": {"aggregation": SELF_ATTENTION, "aggregation_stage": "tokens"},
 }
-"""What differs between the four."""
+"""What differs between the four: pooling is over the image encoder's features, self-attention over the tokens."""
 WARMUP = 0.25  # of the self-attention's steps, which are as many as the others'
 ROWS = (
     Row("IP-Adapter", "single", "average", single=True),
@@ -92,29 +92,35 @@ def find_adapters(options: "Benchmark", material: Material, folder: Path, shippe
         return with_the_pack
     if options.preset == "pocket":
         draw_training_set(options, material)
+    start = material.ip_adapter
+    if material.start is not None:
+        start = str(_trained("start", material, folder, {**material.training, **material.start}))
     paths = {}
     for name, own in TRAININGS.items():
-        out = folder / "adapters" / name
-        paths[name] = out / f"{name}.safetensors"
-        if paths[name].exists():
-            continue
+        values = {"ip_adapter": start, **material.training, **own}
+        if own["aggregation"] == SELF_ATTENTION:
+            values["warmup_steps"] = round(WARMUP * material.training["max_train_steps"])
+        paths[name] = _trained(name, material, folder, values)
+    return paths
+
+
+def _trained(name: str, material: Material, folder: Path, values: Mapping[str, Any]) -> Path:
+    """The file of a training, made now if it is not there."""
+    out = folder / "adapters" / name
+    path = out / f"{name}.safetensors"
+    if not path.exists():
         print(f"Training {name} in {out}")
-        values = {
+        common = {
             "pretrained_model_name_or_path": material.base,
             "image_encoder": material.image_encoder,
-            "ip_adapter": material.ip_adapter,
             "instance_data_dir": str(material.train),
             "output_dir": str(out),
             "output_name": name,
             "cache_dir": str(folder / "cache"),
             "train_adapter": True,
-            **material.training,
-            **own,
         }
-        if own["aggregation"] == SELF_ATTENTION:
-            values["warmup_steps"] = round(WARMUP * material.training["max_train_steps"])
-        personalize("ip_adapter", make_settings(METHODS["ip_adapter"][0], _without_none(values)))
-    return paths
+        personalize("ip_adapter", make_settings(METHODS["ip_adapter"][0], _without_none(common | dict(values))))
+    return path
 
 
 def jobs_of(person: Person, to: Path, seeds: int, references: int | None, subject: str | None = None) -> list[Job]:

@@ -31,6 +31,7 @@ ANYWAY = {  # settings that may differ when a run goes on: what it trains stays 
     "class_data_dir",
     "vae_path",
     "ip_adapter",
+    "distil_from",
     "image_encoder",
 }
 SHAPING = {  # settings that other weights come from, which a checkpoint has not
@@ -44,6 +45,7 @@ SHAPING = {  # settings that other weights come from, which a checkpoint has not
     "train_text_encoder",
     "use_ema",
     "adapter_kind",
+    "resampler_depth",
     "aggregation",
     "aggregation_stage",
     "train_adapter",

@@ -28,6 +28,8 @@ from .shared import (
 HEADS = 16
 """Of CLIP's ViT-L, ViT-H and ViT-bigG, all of which have as many, whatever their width."""
 BATCH = 16
+KEPT = 4_000_000_000
+"""Bytes of features in memory; what is more is read from the cache in each step."""
 _PATCH, _CLASS = "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"
 
 
@@ -141,7 +143,7 @@ def encode_references(encoder: CLIPVisionModelWithProjection, paths: Sequence[Pa
 
 
 class Features:
-    """What an adapter takes of each picture, [T, D] on the CPU: pooled embeddings from memory, patch tokens from disk."""
+    """What an adapter takes of each picture, [T, D] on the CPU: from memory, or from disk where that would be too much."""
 
     def __init__(self, cache: Cache, encoder: CLIPVisionModelWithProjection, pooled: bool):
         """Args:
@@ -170,8 +172,8 @@ class Features:
             stored = self.cache.get(self.keys[path])
             if stored is None:
                 waiting.append(path)
-            elif self.pooled:
-                self.memory[path] = stored["features"]
+            else:
+                self._keep(path, stored["features"])
             if len(waiting) == BATCH:
                 self._encode(encoder, waiting, size)
                 waiting = []
@@ -183,11 +185,14 @@ class Features:
         for i, path in enumerate(paths):
             features = (pooled[i : i + 1] if self.pooled else patches[i]).clone()
             self.cache.put(self.keys[path], {"features": features})
-            if self.pooled:
-                self.memory[path] = features
+            self._keep(path, features)
+
+    def _keep(self, path: Path, features: Tensor) -> None:
+        if (len(self.memory) + 1) * features.numel() * features.element_size() <= KEPT:
+            self.memory[path] = features
 
     def __getitem__(self, path: Path) -> Tensor:
-        if self.pooled:
+        if path in self.memory:
             return self.memory[path]
         stored = self.cache.get(self.keys[path])
         if stored is None:

@@ -20,6 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from .adapter_module import TrainableAdapter, build, fresh_adapter
 from .base_model import BaseModel
+from .distillation import Distillation
 from .encoding import Cache
 from .image_encoder import Features, load_image_encoder
 from .leave_one_out import Dropout, LeaveOneOut
@@ -42,13 +43,19 @@ class IPAdapterMethod:
         for module in (base.pipeline.unet, *base.text_encoders):
             module.requires_grad_(False)
         device = base.pipeline.unet.device
+        self.teacher: IPAdapter | None = None
+        self.taught: Features | None = None
         torch.manual_seed(settings.training.seed)
         encoder = load_image_encoder(options.image_encoder or "").to(device)
         if options.ip_adapter is None:
             pooled = options.adapter_kind == "base"
             width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
-            state = fresh_adapter(base.pipeline.unet, options.adapter_kind, width)
+            state = fresh_adapter(base.pipeline.unet, options.adapter_kind, width, options.resampler_depth)
             state.name = "the new adapter"
+            if options.distil_from is not None:
+                teacher = read_ip_adapter(Path(options.distil_from).expanduser())
+                state["ip_adapter"] = teacher["ip_adapter"]
+                self.teacher = IPAdapter.from_state(teacher)
         else:
             state = read_ip_adapter(Path(options.ip_adapter).expanduser())
         started = IPAdapter.from_state(state)
@@ -81,7 +88,12 @@ class IPAdapterMethod:
         """Encode pictures with the image encoder, or take their features from the cache."""
         if self.features is None:
             self.features = Features(cache, self.encoder, self.adapter.variant.pooled)
+            if self.teacher is not None:
+                self.taught = Features(cache, self.encoder, self.teacher.variant.pooled)
+        paths = list(paths) if self.taught is not None else paths
         self.features.add(self.encoder, paths)
+        if self.taught is not None:
+            self.taught.add(self.encoder, paths)
 
     def begin(self, sets: Mapping[Path, Sequence[Path]]) -> None:
         """All is seen: the image encoder is let go, and steps can condition on the pictures of each identity."""
@@ -89,6 +101,9 @@ class IPAdapterMethod:
         assert self.features is not None
         self.encoder = None
         text, references, both = options.text_dropout, options.reference_dropout, options.both_dropout
+        parts, lesson = self.settings.training.gradient_accumulation_steps, None
+        if self.teacher is not None and self.taught is not None:
+            lesson = Distillation(self.teacher, self.taught, self.adapter, self.features)
         whole = trains_adapter(options)  # else nothing learns from a step without references
         self.conditioning = LeaveOneOut(
             self.adapter,
@@ -97,9 +112,10 @@ class IPAdapterMethod:
             sets,
             options.max_references,
             Dropout(text, references, both) if whole else Dropout(text, 0, 0),
-            options.warmup_steps * self.settings.training.gradient_accumulation_steps,
+            (options.distil_steps * parts, options.warmup_steps * parts),
             self.settings.training.seed,
             {"adapter to start from": self.started, "image encoder": self.features.digest},
+            lesson,
         )
 
     def spoken(self, text: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .adapter_module import TrainableAdapter
 from .dataset import Example
 from .denoising import generator_of
+from .distillation import Distillation
 from .image_encoder import Features
 
 REFERENCES = 1  # which of a picture's generators in a step: `denoising.draw` has the one without a number
@@ -80,9 +81,10 @@ class LeaveOneOut:
         sets: Mapping[Path, Sequence[Path]],
         most: int | None,
         dropout: Dropout,
-        warmup_steps: int,
+        early: tuple[int, int],
         seed: int,
         material: Mapping[str, str],
+        lesson: Distillation | None = None,
     ):
         """Args:
         adapter: which trains, on its device.
@@ -91,13 +93,15 @@ class LeaveOneOut:
         sets: the pictures of each identity by its folder, held-out identities included.
         most: references at most.
         dropout: how often what is left out.
-        warmup_steps: batches in which the held-out picture's features are predicted rather than its noise.
+        early: batches in which the projection learns another adapter's tokens, and batches after those in which the
+            held-out picture's features are predicted rather than its noise.
         seed: of the run.
         material: digests of what the training depends on beside base and pictures, by what it is.
+        lesson: for the first batches.
         """
         self.adapter, self.unet, self.features, self.sets = adapter, unet, features, sets
-        self.most, self.dropout, self.warmup_steps, self.seed = most, dropout, warmup_steps, seed
-        self.material = dict(material)
+        self.most, self.dropout, self.early, self.seed = most, dropout, early, seed
+        self.material, self.lesson = dict(material), lesson
 
     def told(self, example: Example, number: int, place: int) -> Told:
         """About the picture at a place of batch `number`."""
@@ -114,14 +118,21 @@ class LeaveOneOut:
         self.adapter.attach(self.unet, tokens, bias)
         return [one.text for one in told]
 
-    def warm_up(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor | None:
-        """In the first batches the loss is ‖G(references) - features of the held-out picture‖² / their variance.
+    def early_loss(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor | None:
+        """Of the first batches, which need no UNet; None past those."""
+        distil, warm = self.early
+        if self.lesson is not None and 0 <= number < distil:
+            return self.lesson.loss([example.path for example in examples])
+        if self.adapter.aggregator is not None and 0 <= number - distil < warm:
+            return self.warm_up(examples, number, places)
+        return None
 
-        It needs no UNet, and brings the aggregator near the best guess at what another picture of the identity is like.
-        Past those batches, None. What is left out for guidance plays no part.
+    def warm_up(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor:
+        """‖G(references) - features of the held-out picture‖² / their variance.
+
+        It brings the aggregator near the best guess at what another picture of the identity is like. What is left out for
+        guidance plays no part.
         """
-        if self.adapter.aggregator is None or not 0 <= number < self.warmup_steps:
-            return None
         generators = [generator_of(self.seed, number, place, REFERENCES) for place in places]
         sets, targets = [], []
         for example, generator in zip(examples, generators, strict=True):

@@ -140,7 +140,7 @@ class Trainer:
         conditioning = self.method.conditioning
         if conditioning is not None:
             with self.accelerator.autocast():
-                early = conditioning.warm_up(examples, number, places)
+                early = conditioning.early_loss(examples, number, places)
             if early is not None:
                 return early
         latents = [self.latents[example] for example in examples]

@@ -228,6 +228,12 @@ class IPAdapter:
         None, "the adapter to start from, as in ComfyUI's models/ipadapter; none: from scratch"
     )
     adapter_kind: str = option("base", "from scratch: 4 tokens of a picture, or 16 of its patches", ("base", "plus"))
+    resampler_depth: int = option(4, "layers of a new plus projection", least=1)
+    distil_from: str | None = option(
+        None,
+        "from scratch: a trained base adapter whose tokens the new projection learns first, and whose W'_k and W'_v",
+    )
+    distil_steps: int = option(0, "of the steps, so many first ones do that, which is fast", least=0)
     aggregation: str = option(
         "self-attention",
         "how several references become one",
@@ -252,7 +258,7 @@ class IPAdapter:
     )
     both_dropout: float = option(0.05, "share of steps without both, where the adapter trains", least=0, below=1)
     warmup_steps: int = option(
-        0, "of the steps, so many first ones predict the held-out picture's features, which is fast", least=0
+        0, "of the steps, so many next ones predict the held-out picture's features, which is fast", least=0
     )
     validation_identities: int | None = option(
         None, "identities to hold out for the validation loss and samples; one in ten, four at most", least=0

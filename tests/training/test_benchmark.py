@@ -59,9 +59,10 @@ def test_the_four_were_trained_alike(done):
     configs = {}
     for name, own in TRAININGS.items():
         text = (folder / "adapters" / name / "config.toml").read_text()
-        differing = (*own, "output", "warmup_steps", "aggregation", "max_references")
+        differing = (*own, "output", "warmup_steps", "aggregation", "aggregation_stage", "max_references")
         configs[name] = [line for line in text.splitlines() if not line.startswith(differing)]
     assert all(config == configs["single"] for config in configs.values())
+    assert any(line.endswith('start.safetensors"') for line in configs["single"])
 
 
 def test_the_report_has_tables_plots_and_pictures(done):

@@ -173,10 +173,10 @@ def test_where_only_the_aggregator_trains_every_step_has_references(monkeypatch,
 
 def test_the_warm_up_predicts_the_held_out_pictures_features(monkeypatch, root, people, tmp_path):
     trainer = prepared(monkeypatch, root, people, tmp_path, warmup_steps=5, validation_identities=0)
-    assert trainer.method.conditioning.warm_up([], 5, []) is None
+    assert trainer.method.conditioning.early_loss([], 5, []) is None
     adapter, before = trainer.method.adapter, None
     for number in range(40):
-        loss = trainer.method.conditioning.warm_up(
+        loss = trainer.method.conditioning.early_loss(
             [trainer.examples[i] for i in trainer.order(number)], number % 5, [0, 1]
         )
         before = loss.item() if before is None else before
@@ -187,6 +187,23 @@ def test_the_warm_up_predicts_the_held_out_pictures_features(monkeypatch, root, 
                 parameter.grad = None
     assert all(parameter.grad is None for name, parameter in adapter.named_parameters() if "aggregator" not in name)
     assert loss.item() < before
+
+
+def test_a_new_projection_learns_another_adapters_tokens(monkeypatch, root, people, tmp_path):
+    options = {"ip_adapter": None, "adapter_kind": "plus", "distil_from": str(root / ADAPTER), "resampler_depth": 1}
+    options |= {"distil_steps": 80, "warmup_steps": 2, "aggregation_stage": "tokens", "validation_identities": 0}
+    trainer = prepared(monkeypatch, root, people, tmp_path, max_train_steps=90, learning_rate=3e-3, **options)
+    teacher, adapter = read_ip_adapter(root / ADAPTER), trainer.method.adapter
+    for i in range(len(adapter.to_k_ip)):
+        assert torch.equal(adapter.to_k_ip[i].weight, teacher["ip_adapter"][f"{2 * i + 1}.to_k_ip.weight"].float())
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.base.pipeline, "unet", None)  # not needed for it
+        losses = [trainer.step(number).item() for number in range(80)]
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    assert len(adapter.image_proj.layers) == 1
+    assert trainer.method.conditioning.early_loss([trainer.examples[0]], 80, [0]) is not None  # the warm-up
+    assert trainer.method.conditioning.early_loss([trainer.examples[0]], 82, [0]) is None
+    assert trainer.step(82).isfinite()
 
 
 def test_resumed_it_is_the_file_of_an_uninterrupted_run(root, people, tmp_path):
@@ -313,6 +330,23 @@ def test_files_in_the_wrong_place_are_named(root, people, tmp_path):
     save_file(wide, tmp_path / "wide.safetensors")
     told = refused(root, people, tmp_path / "out", ip_adapter=str(tmp_path / "wide.safetensors"))
     assert "takes image features of width 192, but those of pocket_portraits_vision.safetensors have width 96" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"distil_steps": 5}, "--distil_steps needs --distil_from: a trained base adapter."),
+        ({"distil_from": ADAPTER}, "--distil_from is for a new adapter: give it or --ip_adapter."),
+        ({"distil_from": ADAPTER, "ip_adapter": None}, "--distil_from needs --adapter_kind plus and --distil_steps."),
+        (
+            {"distil_from": ENCODER, "ip_adapter": None, "adapter_kind": "plus", "distil_steps": 5},
+            "is an image encoder, not an IP-Adapter: move it to models/clip_vision.",
+        ),
+    ],
+)
+def test_whom_a_projection_cannot_learn_from(root, people, tmp_path, monkeypatch, options, sentence):
+    monkeypatch.chdir(root)
+    assert refused(root, people, tmp_path / "out", **options).endswith(sentence)
 
 
 def test_an_adapter_for_another_base_is_told(root, people, tmp_path):
