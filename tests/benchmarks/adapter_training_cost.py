@@ -30,6 +30,16 @@ from structural.full_models import random_pipeline, write_single_file
 from structural.image_encoders import random_encoder, write_file
 
 OURS, THEIRS, ATTENTION = "ours", "tencent", "ours, self-attention"
+SHIM = """
+import runpy, sys
+import diffusers.pipelines.controlnet as moved
+from diffusers.models import MultiControlNetModel
+moved.MultiControlNetModel = MultiControlNetModel
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Their script looks for a class, which it does not use, where diffusers has it no more."""
 BARS = {OURS: rb"(\d+)/(\d+) \[", THEIRS: rb"Epoch \d+, step (\d+), "}
 
 
@@ -59,7 +69,7 @@ def commands(arguments: argparse.Namespace, folder: Path, people: Path) -> dict[
     ours += ["--image_encoder", str(folder / "vit_h.safetensors"), "--instance_data_dir", str(people), *both]
     ours += ["--no-buckets", "--max_train_steps", str(arguments.steps), "--resume_from_checkpoint", "none"]
     ours += ["--validation_identities", "0", "--checkpointing_steps", "100000", "--output_dir", str(folder / "ours")]
-    theirs = [sys.executable, str(arguments.tencent / "tutorial_train.py")]
+    theirs = [sys.executable, "-c", SHIM, str(arguments.tencent / "tutorial_train.py")]
     theirs += ["--pretrained_model_name_or_path", str(folder / "sd15"), "--image_encoder_path", str(folder / "vit_h")]
     theirs += [
         "--data_json_file",
