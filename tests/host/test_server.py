@@ -19,7 +19,7 @@ from PIL import Image
 KINDS = {"text_to_image": "woman", "ip_adapter_one_reference": "robot"}
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
-NODES += ["LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
+NODES += ["ShowReferenceAttention", "LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
 
 
 @pytest.fixture(scope="module")
