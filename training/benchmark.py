@@ -8,9 +8,9 @@
 Four IP-Adapters that were trained alike, from the same start and for as many steps, but for how they make one image
 prompt of several references: from one reference, max pooling, average pooling, self-attention. Each draws identities that
 no training saw, with the same prompts and noise. For some of the identities DreamBooth, LoRA and Textual Inversion are
-trained, too. The pocket preset takes adapters that come with the pack, or trains them where
-there are none, or with --train. Everything is kept in
-the folder: stopped at any moment, the same command goes on. report/index.html has the tables, plots and pictures.
+trained, too. The pocket preset takes adapters that come with the pack, or trains them where there are none, or with
+--train. Everything is kept in the folder: stopped at any moment, the same command goes on. report/index.html has the
+tables, plots and pictures.
 """
 
 import sys
