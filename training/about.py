@@ -12,9 +12,9 @@ from .settings import Settings
 from .shared import About
 
 PLACES = ("instance_data_dir", "class_data_dir", "validation_data_dir", "cache_dir", "output_dir", "vae_path")
+"""Options that say where things lie on the user's disk, which is nobody else's business."""
 OTHER_FILES = ("ip_adapter", "distil_from", "image_encoder")
 """Options that name a file which others may have too: its name is kept, without the folder."""
-"""Options that say where things lie on the user's disk, which is nobody else's business."""
 ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
     "sd2": "stable-diffusion-v2-512",

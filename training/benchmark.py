@@ -24,7 +24,7 @@ from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adap
 from .options import option
 from .preflight import check_writable
 from .report import write_report
-from .settings import make_groups, read_values
+from .settings import exit_status, make_groups, read_values
 from .shared import POCKET, PersonalizeError
 
 
@@ -60,17 +60,12 @@ class Benchmark:
 
 def main(arguments: list[str] | None = None) -> int:
     """What `python -m training.benchmark` does; returns the exit status: 1 if something is wrong, and was said."""
-    try:
+
+    def work() -> None:
         given, values = read_values((Benchmark,), "python -m training.benchmark", __doc__ or "", arguments)
-        (options,) = make_groups((Benchmark,), {**values, **given})
-        benchmark(options)
-    except PersonalizeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error}).", file=sys.stderr)
-        return 1
-    return 0
+        benchmark(*make_groups((Benchmark,), {**values, **given}))
+
+    return exit_status(work)
 
 
 def check(options: Benchmark) -> None:

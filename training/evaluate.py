@@ -38,7 +38,7 @@ from .options import option
 from .picture_sets import PictureSet, check_identities, find_set, names_of, prompts_of
 from .plots import Mark, bar_plot, number
 from .preflight import check_writable
-from .settings import make_groups, read_values
+from .settings import exit_status, make_groups, read_values
 from .shared import PersonalizeError
 from .truth import attributes_of, wishes_of
 
@@ -87,7 +87,8 @@ class Material:
 
 def main(arguments: list[str] | None = None) -> int:
     """What `python -m training.evaluate` does; returns the exit status: 1 if something is wrong, and was said."""
-    try:
+
+    def work() -> None:
         groups = (Evaluation, Drawing)
         given, values = read_values(groups, "python -m training.evaluate", __doc__ or "", arguments)
         options, drawing = make_groups(groups, {**values, **given})
@@ -96,13 +97,8 @@ def main(arguments: list[str] | None = None) -> int:
             options = replace(options, generated=[*options.generated, str(drawn)])
         if int(os.environ.get("RANK", "0")) == 0:
             evaluate(options)
-    except PersonalizeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error}).", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_status(work)
 
 
 def _draw(options: Evaluation, drawing: Drawing) -> Path:

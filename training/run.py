@@ -386,6 +386,8 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example], held: 
                     )
                 pictures += [[*shown, *row] for row in drawn]
                 labels += [f"{name}{prompt}" for prompt in prompts]
+            if not pictures:
+                return  # no identity is held out to draw
             sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, labels, step)
             for tracker in accelerator.trackers:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}

@@ -8,7 +8,7 @@ import sys
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,19 @@ def read_values(
         raise PersonalizeError("\n".join(problems))
     config = given.pop("config", None)
     return given, {} if config is None else _read_toml(Path(config).expanduser(), groups)
+
+
+def exit_status(work: Callable[[], object]) -> int:
+    """Of a command that does `work`: 1 if something is wrong, which is said in its own words, else 0."""
+    try:
+        work()
+    except PersonalizeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{error.filename or 'A file'} cannot be read or written ({error.strerror or error}).", file=sys.stderr)
+        return 1
+    return 0
 
 
 def make_settings(method: type, values: dict[str, Any]) -> Settings:
