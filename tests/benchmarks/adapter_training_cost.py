@@ -14,17 +14,15 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import ROOT
-from fine_tuning_cost import Cost
+from fine_tuning_cost import Cost, bar_of, measure
 from pack.training.identities import find_identities
 from structural.full_models import random_pipeline, write_single_file
 from structural.image_encoders import random_encoder, write_file
@@ -40,7 +38,14 @@ sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Their script looks for a class, which it does not use, where diffusers has it no more."""
-BARS = {OURS: rb"(\d+)/(\d+) \[", THEIRS: rb"Epoch \d+, step (\d+), "}
+
+
+def steps_of(who: str, steps: int) -> Callable[[bytes, bytes], list[int]]:
+    """Finds which steps are done: they print a line for each, counted from 0; ours is the bar of the training."""
+    if who == THEIRS:
+        return lambda block, _: [int(number) for number in re.findall(rb"Epoch \d+, step (\d+), ", block)]
+    bar = bar_of(steps)
+    return lambda block, text: bar(block, text) if b"ip_adapter:" in text[-600:] else []
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,34 +92,6 @@ def commands(arguments: argparse.Namespace, folder: Path, people: Path) -> dict[
     }
 
 
-def measure(command: list[str], bar: bytes, first: int) -> Cost:
-    """Run it to the end and read what it prints.
-
-    Args:
-        bar: finds the number of the step that is done.
-        first: that number, of the first.
-    """
-    started = time.monotonic()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, env=environment)
-    assert process.stdout is not None
-    seen: dict[int, float] = {}
-    text = b""
-    while block := os.read(process.stdout.fileno(), 4096):
-        now, text = time.monotonic() - started, (text + block)[-20000:]
-        for found in re.finditer(bar, block):
-            if bar == BARS[OURS] and b"ip_adapter:" not in text[-600:]:
-                continue  # the bars before the training
-            if int(found[1]) >= first:
-                seen.setdefault(int(found[1]), now)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text.decode(errors='replace')[-3000:]}")
-    start, last = min(seen), max(seen)
-    return Cost(seen[start], (last - start) / (seen[last] - seen[start]), usage.ru_maxrss / 1e6)
-
-
 def main() -> None:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as temporary:
@@ -144,7 +121,7 @@ def main() -> None:
         for turn in range(arguments.rounds):
             order = list(commands(arguments, folder, people).items())
             for who, command in order if turn % 2 == 0 else order[::-1]:
-                costs[who].append(measure(command, BARS.get(who, BARS[OURS]), 0 if who == THEIRS else 1))
+                costs[who].append(measure(command, steps_of(who, arguments.steps)))
         report(costs)
 
 

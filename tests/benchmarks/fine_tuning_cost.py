@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,19 +100,29 @@ def commands(method: str, arguments: argparse.Namespace, folder: Path) -> dict[s
     return {OURS: ours, THEIRS: theirs}
 
 
-def measure(command: list[str], steps: int) -> Cost:
-    """Run it to the end and read its progress bar."""
+def bar_of(steps: int) -> Callable[[bytes, bytes], list[int]]:
+    """Finds in a block of what was printed which of so many steps are done, by the progress bar."""
+    return lambda block, _: [
+        int(n) for n, of in re.findall(rb"(\d+)/(\d+) \[", block) if int(of) == steps and int(n) > 0
+    ]
+
+
+def measure(command: list[str], done: Callable[[bytes, bytes], list[int]]) -> Cost:
+    """Run it to the end and read what it prints.
+
+    Args:
+        done: finds the numbers of steps in a block, and in the text up to it.
+    """
     started = time.monotonic()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment)
-    assert process.stderr is not None
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None
     seen: dict[int, float] = {}
     text = b""
-    while block := os.read(process.stderr.fileno(), 4096):
+    while block := os.read(process.stdout.fileno(), 4096):
         now, text = time.monotonic() - started, (text + block)[-20000:]
-        for done, total in re.findall(rb"(\d+)/(\d+) \[", block):
-            if int(total) == steps and int(done) > 0:
-                seen.setdefault(int(done), now)
+        for number in done(block, text):
+            seen.setdefault(number, now)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -134,7 +145,7 @@ def main() -> None:
             costs: dict[str, list[Cost]] = {OURS: [], THEIRS: []}
             for turn in range(arguments.rounds):
                 for who, command in list(commands(method, arguments, folder).items())[:: 1 if turn % 2 == 0 else -1]:
-                    costs[who].append(measure(command, arguments.steps))
+                    costs[who].append(measure(command, bar_of(arguments.steps)))
             report(method, costs)
 
 
