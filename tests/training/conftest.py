@@ -2,6 +2,9 @@
 
 import pytest
 from finetuning import photos
+from measured_sets import copies, no_network, nothing_loads, sets
+
+__all__ = ["copies", "no_network", "nothing_loads", "sets"]
 
 
 @pytest.fixture
