@@ -258,7 +258,12 @@ def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[i
         found = find_identities(folder)
         odd = found.warnings(folder)
         if not settings.data.validation_data_dir:
-            hold_out(found.sets, settings.method.validation_identities, settings.training.seed)
+            _, held = hold_out(found.sets, settings.method.validation_identities, settings.training.seed)
+            if settings.watching.validation_prompt and not held:
+                odd.append(
+                    f"--validation_prompt has no effect: samples are of held-out identities, and of the {len(found.sets)} in "
+                    f"{folder} none is held out: set --validation_identities."
+                )
     except PersonalizeError as error:
         return 0, [str(error)], []
     for one in _bar(found.sets, f"Looking at {folder.name}", quiet):

@@ -364,7 +364,15 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
     shutil.copy(next(folder.glob("*/*.png")), lonely / "1.png")
     shutil.copy(lonely / "1.png", folder / "loose.png")
     warnings = preflight(
-        settings_of(root, folder, tmp_path / "out", train_text_encoder=True, caption_dropout=0.1), quiet=True
+        settings_of(
+            root,
+            folder,
+            tmp_path / "out",
+            train_text_encoder=True,
+            caption_dropout=0.1,
+            validation_prompt=["a {class}"],
+        ),
+        quiet=True,
     ).warnings
     told = "\n".join(warnings)
     assert "1 of the identities in" in told
@@ -372,4 +380,5 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
     assert "1 pictures are in no identity's folder (loose.png)" in told
     assert "--train_text_encoder has no effect: an IP-Adapter trains beside a base" in told
     assert "--caption_dropout has no effect" in told
+    assert "of the 2 in people none is held out" in told.replace(str(folder), "people")
     assert "trigger" not in told
