@@ -7,6 +7,13 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.aggregation import AGGREGATIONS as AGGREGATIONS
     from models.aggregation import SELF_ATTENTION as SELF_ATTENTION
     from models.aggregation import SelfAttentionAggregator as SelfAttentionAggregator
+    from models.attend_and_excite import Excitement as Excitement
+    from models.attend_and_excite import cross_attention_maps as cross_attention_maps
+    from models.attend_and_excite import excite as excite
+    from models.attend_and_excite import map_size as map_size
+    from models.attend_and_excite import mean_map as mean_map
+    from models.attend_and_excite import pick_level as pick_level
+    from models.attend_and_excite import step_size as step_size
     from models.attention import decoupled_attention as decoupled_attention
     from models.base_models import FAMILIES as FAMILIES
     from models.base_models import TITLES as TITLES
@@ -86,6 +93,13 @@ else:
     from ..models.aggregation import AGGREGATIONS as AGGREGATIONS
     from ..models.aggregation import SELF_ATTENTION as SELF_ATTENTION
     from ..models.aggregation import SelfAttentionAggregator as SelfAttentionAggregator
+    from ..models.attend_and_excite import Excitement as Excitement
+    from ..models.attend_and_excite import cross_attention_maps as cross_attention_maps
+    from ..models.attend_and_excite import excite as excite
+    from ..models.attend_and_excite import map_size as map_size
+    from ..models.attend_and_excite import mean_map as mean_map
+    from ..models.attend_and_excite import pick_level as pick_level
+    from ..models.attend_and_excite import step_size as step_size
     from ..models.attention import decoupled_attention as decoupled_attention
     from ..models.base_models import FAMILIES as FAMILIES
     from ..models.base_models import TITLES as TITLES

@@ -101,15 +101,24 @@ def check_in_diffusers(family: str, path: Path) -> None:
 def check_in_comfyui(arguments: argparse.Namespace, folder: Path, path: Path) -> None:
     """The node gives every layer the image prompt of the self-attention."""
     host = Host(COMFYUI, folder, ROOT)
+    from comfy.patcher_extension import WrappersMP
+
     model = host.nodes.CheckpointLoaderSimple().load_checkpoint(f"random_{arguments.family}.safetensors")[0]
     adapter = host.node("PersonalizeLoadIPAdapter").execute(path.name).result[0]
     vision = host.node("PersonalizeLoadImageEncoder").execute("random_vit_h.safetensors").result[0]
     person = next(iter(sorted((folder / "people").iterdir())))
     references = host.node("PersonalizeEncodeReferences").execute(vision, folder=str(person)).result[0]
     made = host.node("PersonalizeApplyIPAdapter").execute(model, adapter, references, 1.0, "self-attention").result[0]
-    patches = made.model_options["transformer_options"]["patches_replace"]["attn2"]
-    print(f"ComfyUI: {len(patches)} of {LAYERS[arguments.family]} layers attend to {len(references)} references")
-    expect(len(patches) == LAYERS[arguments.family])
+    seen: dict = {}
+
+    def unet(x, timestep, context, y, control, options):
+        seen.update(options["patches_replace"]["attn2"])
+        return x
+
+    (wrapped,) = made.wrappers[WrappersMP.DIFFUSION_MODEL].values()
+    wrapped[0](unet, torch.zeros(2, 4, 8, 8), transformer_options={})
+    print(f"ComfyUI: {len(seen)} of {LAYERS[arguments.family]} layers attend to {len(references)} references")
+    expect(len(seen) == LAYERS[arguments.family])
     shares = IPAdapter.from_state(read_ip_adapter(path)).attended(references).mean(0)
     print(f"attended to: {', '.join(f'{share:.3f}' for share in shares.tolist())}")
 

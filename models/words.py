@@ -1,0 +1,63 @@
+"""Words of a prompt: which of its tokens a word or a phrase is."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .errors import PersonalizeError
+
+_QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”|([^\s,"“”]+)')
+
+
+def parse_words(text: str) -> list[str]:
+    """`cat, "yellow bowl" hat` -> cat; yellow bowl; hat. Blanks, commas and lines part words, quotes hold phrases together.
+
+    Raises:
+        PersonalizeError: a quote without its end, or with nothing in it.
+    """
+    if text.count('"') % 2 or text.count("“") != text.count("”"):
+        raise PersonalizeError(f'A quote has no end in {text.strip()!r}: write for example cat, "yellow bowl".')
+    words = ["".join(groups).strip() for groups in _QUOTED.findall(text)]
+    if not all(words):
+        raise PersonalizeError(
+            f'There is nothing between two quotes in {text.strip()!r}: write for example "yellow bowl".'
+        )
+    return list(dict.fromkeys(words))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tokens are numbers, or vectors where a learned word is called."""
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+        return both and one.shape == other.shape and bool(torch.equal(one, other))
+    return one == other
+
+
+def places_of(prompt: Sequence[Any], phrase: Sequence[Any]) -> list[list[int]]:
+    """Where the tokens of a phrase stand in those of a prompt: the places of its tokens, every time it comes."""
+    last = len(prompt) - len(phrase)
+    starts = [i for i in range(last + 1) if all(_same(prompt[i + j], token) for j, token in enumerate(phrase))]
+    return [list(range(i, i + len(phrase))) for i in starts] if phrase else []
+
+
+def find_words(prompt: Sequence[Any], phrases: dict[str, Sequence[Any]], listed: Sequence[str]) -> list[list[int]]:
+    """The places of each word or phrase, every time it comes as one of its own.
+
+    Args:
+        prompt: tokens, those that begin and end the text counted.
+        phrases: the tokens of each word or phrase alone, without those.
+        listed: the prompt's words, for the message.
+
+    Raises:
+        PersonalizeError: one is not in the prompt.
+    """
+    found = {name: places_of(prompt, tokens) for name, tokens in phrases.items()}
+    if missing := [name for name, places in found.items() if not places]:
+        which = " and ".join(f'"{name}"' for name in missing)
+        words = ", ".join(dict.fromkeys(listed)) or "none"
+        raise PersonalizeError(
+            f"{which} {'is' if len(missing) == 1 else 'are'} not in the prompt, whose words are: {words}."
+        )
+    return [place for places in found.values() for place in places]
