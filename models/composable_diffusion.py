@@ -58,6 +58,24 @@ def parse_concepts(text: str) -> list[Concept]:
     return [_concept(part, number, text) for number, part in enumerate(_BETWEEN.split(text), 1)]
 
 
+def parse_scales(text: str, count: int) -> list[float]:
+    """Weights of so many concepts from text such as "1, 0.8, -1": nothing (all 1), or one for each.
+
+    Raises:
+        PersonalizeError: not finite numbers, or neither none nor as many as there are concepts.
+    """
+    items = text.replace(",", " ").replace(";", " ").split()
+    try:
+        weights = [float(item) for item in items]
+    except ValueError:
+        weights = [math.nan]
+    if not all(math.isfinite(weight) for weight in weights):
+        raise PersonalizeError(f'The weights "{text.strip()}" are not numbers: write for example "1, 0.8, -1".')
+    if items and len(weights) != count:
+        raise PersonalizeError(f"There are {len(weights)} weights for {count} concepts: give one for each.")
+    return weights or [1.0] * count
+
+
 def _concept(part: str, number: int, whole: str) -> Concept:
     words, sign, weight = part.strip(), 1.0, 1.0
     shown = whole.strip() if len(whole.strip()) <= 60 else f"{whole.strip()[:57]}..."

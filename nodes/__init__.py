@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .composable_diffusion import ComposeConcepts, ComposePrompt
 from .folders import register_folders
 from .image_encoder import LoadImageEncoder
 from .ip_adapter import ApplyIPAdapter, LoadIPAdapter
@@ -18,6 +19,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadReferences,
     ApplyIPAdapter,
     ShowReferenceAttention,
+    ComposePrompt,
+    ComposeConcepts,
     LoadLora,
     LoadTextualInversion,
     LoadDreamBooth,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pack.models.composable_diffusion import Concept, compose, parse_concepts
+from pack.models.composable_diffusion import Concept, compose, parse_concepts, parse_scales
 from pack.models.errors import PersonalizeError
 
 GOOD = {
@@ -68,3 +68,19 @@ def test_the_formula():
     torch.testing.assert_close(compose(negative, [a, b], [7.5, -3.0]), expected, rtol=1e-12, atol=1e-12)
     assert torch.equal(compose(negative, [a], [7.5]), negative + (a - negative) * 7.5)  # guidance, bit for bit
     assert torch.equal(compose(negative, [], []), negative)
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"), [("", [1, 1, 1]), (" ", [1, 1, 1]), ("1, .8,-1", [1, 0.8, -1]), ("1;2 3", [1, 2, 3])]
+)
+def test_scales(text, weights):
+    assert parse_scales(text, 3) == weights
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("1, x, 2", "not numbers"), ("1 nan 1", "not numbers"), ("1", "1 weights for 3"), ("1 2 3 4", "4")],
+)
+def test_what_are_no_scales(text, sentence):
+    with pytest.raises(PersonalizeError, match=sentence):
+        parse_scales(text, 3)

@@ -1,0 +1,177 @@
+"""Composable Diffusion: a guider for several prompts joined by AND and NOT, in one batched model call."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..models.composable_diffusion import compose, parse_concepts, parse_scales
+from ..models.errors import PersonalizeError
+from .schema import schema
+
+_LIMITS = {"area", "mask", "timestep_start", "timestep_end"}
+"""What keeps a conditioning from a part of the picture or of the steps."""
+_CFG = {"default": 7.5, "min": 0.0, "max": 100.0, "step": 0.1}
+
+
+class ComposableGuider(comfy.samplers.CFGGuider):
+    """eps_u + sum_i cfg w_i (eps_i - eps_u), each concept where its areas, masks and steps let it."""
+
+    weights: tuple[float, ...]
+
+    def set_concepts(self, concepts: Sequence[Any], weights: Sequence[float], negative: Any) -> None:
+        """Args:
+        concepts: CONDITIONING of each.
+        weights: w_i.
+        negative: CONDITIONING of u.
+        """
+        self.weights = tuple(weights)
+        rest = {f"positive {i + 2}": concept for i, concept in enumerate(concepts[1:])}
+        self.inner_set_conds({"positive": concepts[0], "negative": negative, **rest})
+
+    def predict_noise(self, x, timestep, model_options: dict[str, Any] | None = None, seed=None):
+        """Denoised [B, C, H, W], by one call for all concepts; the host's pre- and post-CFG functions as in its own guider."""
+        options = model_options or {}
+        scales = [self.cfg * weight for weight in self.weights]
+        # The first concept is 0 and the negative prompt is 1, as in the host's own guider.
+        conds = [self.conds["positive"], self.conds["negative"]]
+        conds += [self.conds[f"positive {i + 2}"] for i in range(len(scales) - 1)]
+        if len(scales) == 1 and math.isclose(scales[0], 1.0) and not options.get("disable_cfg1_optimization", False):
+            conds[1] = None  # it would count for nothing
+        common = {"input": x, "sigma": timestep, "model": self.inner_model, "model_options": options}
+        if "sampler_calc_cond_batch_function" in options:
+            out = options["sampler_calc_cond_batch_function"]({"conds": conds, **common})
+        else:
+            out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        for function in options.get("sampler_pre_cfg_function", []):
+            out = function({"conds": conds, "conds_out": out, "cond_scale": self.cfg, "timestep": timestep, **common})
+        u = out[1]
+        sides = [out[0], *out[2:]]
+        own = [conds[0], *conds[2:]]
+        sides = [within(side, u, cond, x, timestep) for side, cond in zip(sides, own, strict=True)]
+        # What a single concept would have to be for guidance to give the same: what the host's functions get.
+        whole = sides[0] if self.weights == (1.0,) else compose(u, sides, self.weights)
+        told = {"cond_denoised": whole, "uncond_denoised": u, "cond_scale": self.cfg, **common}
+        if "sampler_cfg_function" in options:
+            arguments = {"cond": x - whole, "uncond": x - u, "timestep": timestep, **told}
+            done = x - options["sampler_cfg_function"](arguments | {"input_cond": conds[0], "input_uncond": conds[1]})
+        else:
+            done = compose(u, sides, scales)
+        for function in options.get("sampler_post_cfg_function", []):
+            done = function({"denoised": done, "cond": conds[0], "uncond": conds[1], **told})
+        return done
+
+
+def within(side: Tensor, negative: Tensor, conds: Sequence[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tensor:
+    """A concept's prediction, and the negative prompt's where none of the concept's conditionings acts.
+
+    Where they act by halves, as at the edge of an area or of a soft mask, it is between the two.
+    """
+    if any(not _LIMITS & cond.keys() and cond.get("strength", 1.0) >= 1 for cond in conds):
+        return side
+    covered = torch.zeros_like(x)
+    for cond in conds:
+        acting = comfy.samplers.get_area_and_mult(cond, x, timestep)
+        if acting is None:
+            continue
+        part = covered
+        if acting.area is not None:
+            count = len(acting.area) // 2
+            for i in range(count):
+                part = part.narrow(i + 2, acting.area[count + i], acting.area[i])
+        part += acting.mult
+    return torch.lerp(negative, side, covered.clamp(0, 1))
+
+
+class ComposeConcepts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        concept = io.Conditioning.Input(
+            "concept", tooltip="One concept, with its own area, mask or ControlNet if wanted."
+        )
+        return schema(
+            node_id="PersonalizeComposeConcepts",
+            display_name="Compose Concepts",
+            description="Guides by several conditionings at once, each at its own weight; a negative weight is NOT.",
+            search_aliases=["composable diffusion", "AND", "NOT", "conditioning combine"],
+            inputs=[
+                io.Model.Input("model", tooltip="Any model that is guided."),
+                io.Autogrow.Input(
+                    "concepts",
+                    template=io.Autogrow.TemplatePrefix(concept, prefix="concept", min=0, max=20),
+                    tooltip="What the picture shows; a new input appears as you connect one.",
+                ),
+                io.Conditioning.Input(
+                    "negative", tooltip="What all concepts are guided away from, often an empty prompt."
+                ),
+                io.String.Input(
+                    "weights",
+                    default="",
+                    placeholder="1, 0.8, -1 ...",
+                    tooltip="Of each concept in order, times cfg, for example 1, 0.8, -1. Empty: all 1. A negative one keeps "
+                    "the concept away.",
+                ),
+                io.Float.Input("cfg", **_CFG, tooltip="The guidance scale of a concept of weight 1."),
+            ],
+            outputs=[io.Guider.Output(tooltip="To SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, negative, concepts=None, weights="", cfg=7.5) -> io.NodeOutput:
+        given = {name: value for name, value in (concepts or {}).items() if value is not None}
+        ordered = sorted(given, key=lambda name: int(name.removeprefix("concept")))
+        if not ordered:
+            raise PersonalizeError("There are no concepts: connect a conditioning to Compose Concepts.")
+        scales = parse_scales(weights, len(ordered))
+        return io.NodeOutput(_guider(model, [given[name] for name in ordered], scales, negative, cfg))
+
+
+class ComposePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeComposePrompt",
+            display_name="Compose Prompt",
+            description="Guides by the concepts of one text: a red cat AND a blue dog :0.8 AND NOT rain.",
+            search_aliases=["composable diffusion", "AND", "NOT", "prompt"],
+            inputs=[
+                io.Model.Input("model", tooltip="Any model that is guided."),
+                io.Clip.Input("clip", tooltip="Reads the concepts, each by itself."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="Concepts joined by AND or |, with NOT before one that shall be kept away, and a weight behind: "
+                    "a red cat AND a blue dog :0.8 AND NOT rain. \\| and \\: are the letters.",
+                ),
+                io.Conditioning.Input(
+                    "negative", tooltip="What all concepts are guided away from, often an empty prompt."
+                ),
+                io.Float.Input("cfg", **_CFG, tooltip="The guidance scale of a concept of weight 1."),
+            ],
+            outputs=[
+                io.Guider.Output(tooltip="To SamplerCustomAdvanced."),
+                io.String.Output(
+                    display_name="concepts", tooltip="How the text was understood, a line for each concept."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, text, negative, cfg=7.5) -> io.NodeOutput:
+        concepts = parse_concepts(text)
+        encoded = [clip.encode_from_tokens_scheduled(clip.tokenize(concept.text)) for concept in concepts]
+        guider = _guider(model, encoded, [concept.weight for concept in concepts], negative, cfg)
+        lines = "\n".join(f"{concept.weight:g}: {concept.text}" for concept in concepts)
+        return io.NodeOutput(guider, lines, ui={"text": (lines,)})
+
+
+def _guider(model, concepts: Sequence[Any], weights: Sequence[float], negative, cfg: float) -> ComposableGuider:
+    guider = ComposableGuider(model)
+    guider.set_concepts(concepts, weights, negative)
+    guider.set_cfg(cfg)
+    return guider
