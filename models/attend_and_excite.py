@@ -27,7 +27,7 @@ SHARPNESS = 100.0
 """Of the softmax over the words, as in the paper's code."""
 
 QUARTER = 2
-"""Halvings."""
+"""So many halvings make a quarter."""
 
 Words = Sequence[Sequence[int]]
 """For each excited word or phrase the places of its tokens in the text, those that begin and end the text counted."""
@@ -46,6 +46,10 @@ class Excitement:
     refinements: int = 20
     sigma: float = 0.5
     """Of the smoothing, in cells; 0 does not smooth."""
+
+    def acts_at(self, step: int) -> bool:
+        """Whether the latent may be moved before a step."""
+        return step < self.steps or step in self.thresholds
 
 
 def cross_attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -134,8 +138,6 @@ class Excited:
     """What happened before one step."""
 
     latent: Tensor
-    loss: Tensor
-    """[B], of the latent before its last move."""
     refined: tuple[int, ...]
     """How often each picture was refined."""
 
@@ -147,7 +149,6 @@ def excite(
     maps_of: Callable[[Tensor, Sequence[int]], Tensor],
     words: Sequence[Words],
     settings: Excitement,
-    after_each: Callable[[], None] = lambda: None,
 ) -> Excited:
     """Move a batch of latents before a step, each picture by its own loss.
 
@@ -156,18 +157,16 @@ def excite(
         step: i.
         alpha: alpha_i.
         maps_of: A [n, h, w, T] of latents that need gradients, and of which pictures of the batch they are.
-        words: what to excite in each picture.
+        words: what to excite in each picture; nothing leaves it alone.
         settings: how.
-        after_each: called after every look at the maps.
 
     Returns:
         The moved latents; the others are as they were, bit for bit.
     """
-    threshold = settings.thresholds.get(step)
-    count = latent.shape[0]
-    moved, losses, refined = latent.clone(), torch.zeros(count), [0] * count
-    if step >= settings.steps and threshold is None:
-        return Excited(moved, losses, tuple(refined))
+    todo = [i for i, own in enumerate(words) if own]
+    moved, refined = latent.clone(), [0] * len(words)
+    if not todo or not settings.acts_at(step):
+        return Excited(moved, tuple(refined))
 
     def look(pictures: Sequence[int]) -> tuple[Tensor, Tensor]:
         """L of some pictures, and z - alpha grad L."""
@@ -176,28 +175,27 @@ def excite(
             seen = zip(maps_of(z, pictures).split(1), pictures, strict=True)
             loss = torch.cat([loss_of(excitement(maps, words[i], settings.sigma)) for maps, i in seen])
             (gradient,) = torch.autograd.grad(loss.sum(), z)
-        after_each()
         return loss.detach(), z.detach() - alpha * gradient
 
-    todo = list(range(count))
     loss, further = look(todo)
-    losses, next_one = loss.cpu().clone(), dict(zip(todo, further, strict=True))
+    losses, next_one = dict(zip(todo, loss.tolist(), strict=True)), dict(zip(todo, further, strict=True))
+    threshold = settings.thresholds.get(step)
     if threshold is not None:
         # Whether to go on is asked of the loss from before the move, as in the paper's code: a picture is moved once more
         # after its loss has become small enough.
         target = max(0.0, 1 - threshold)
         rest = [i for i in todo if losses[i] > target]
         while rest:
-            before = losses.clone()
+            before = dict(losses)
             for i in rest:
                 moved[i] = next_one[i]
                 refined[i] += 1
             loss, further = look(rest)
-            for i, value, z in zip(rest, loss.cpu(), further, strict=True):
+            for i, value, z in zip(rest, loss.tolist(), further, strict=True):
                 losses[i], next_one[i] = value, z
             rest = [i for i in rest if before[i] > target and refined[i] < settings.refinements]
     if step < settings.steps:
         for i in todo:
             if losses[i] != 0:
                 moved[i] = next_one[i]
-    return Excited(moved, losses, tuple(refined))
+    return Excited(moved, tuple(refined))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .errors import PersonalizeError
+from .words import parse_numbers
 
 _BETWEEN = re.compile(r"\bAND\b|(?<!\\)\|")
 _NOT = re.compile(r"\s*NOT\b\s*")
@@ -64,14 +65,10 @@ def parse_scales(text: str, count: int) -> list[float]:
     Raises:
         PersonalizeError: not finite numbers, or neither none nor as many as there are concepts.
     """
-    items = text.replace(",", " ").replace(";", " ").split()
-    try:
-        weights = [float(item) for item in items]
-    except ValueError:
-        weights = [math.nan]
+    weights = parse_numbers(text, "1, 0.8, -1")
     if not all(math.isfinite(weight) for weight in weights):
-        raise PersonalizeError(f'The weights "{text.strip()}" are not numbers: write for example "1, 0.8, -1".')
-    if items and len(weights) != count:
+        raise PersonalizeError(f'The weights "{text.strip()}" are not finite: write for example "1, 0.8, -1".')
+    if weights and len(weights) != count:
         raise PersonalizeError(f"There are {len(weights)} weights for {count} concepts: give one for each.")
     return weights or [1.0] * count
 

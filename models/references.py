@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .errors import PersonalizeError
 from .weight_files import read_safetensors, write_safetensors
+from .words import parse_numbers
 
 ENCODER_NAMES = {
     "pooled": {
@@ -78,13 +79,7 @@ def parse_weights(text: str, names: Sequence[str]) -> list[float]:
     Raises:
         PersonalizeError: not numbers, negative, or neither none, one nor as many as there are references.
     """
-    items = text.replace(",", " ").replace(";", " ").split()
-    try:
-        weights = [float(item) for item in items]
-    except ValueError:
-        raise PersonalizeError(
-            f'The weights "{text.strip()}" are not numbers: write for example "1, 1, 0.5".'
-        ) from None
+    weights = parse_numbers(text, "1, 1, 0.5")
     if any(not 0 <= weight < float("inf") for weight in weights):
         raise PersonalizeError(f'The weights "{text.strip()}" must be 0 or more.')
     if len(weights) in (0, 1):

@@ -1,4 +1,4 @@
-"""Words of a prompt: which of its tokens a word or a phrase is."""
+"""What users write into a line: words of a prompt, and which of its tokens they are; numbers."""
 
 import re
 from collections.abc import Sequence
@@ -25,6 +25,20 @@ def parse_words(text: str) -> list[str]:
             f'There is nothing between two quotes in {text.strip()!r}: write for example "yellow bowl".'
         )
     return list(dict.fromkeys(words))
+
+
+def parse_numbers(text: str, example: str) -> list[float]:
+    """Weights parted by commas, semicolons or blanks.
+
+    Raises:
+        PersonalizeError: one is no number.
+    """
+    try:
+        return [float(item) for item in text.replace(",", " ").replace(";", " ").split()]
+    except ValueError:
+        raise PersonalizeError(
+            f'The weights "{text.strip()}" are not numbers: write for example "{example}".'
+        ) from None
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -113,11 +113,6 @@ class AttendAndExcite:
         self.refined: list[tuple[int, ...]] = []
         """How often each picture was refined, by step."""
 
-    @property
-    def last(self) -> int:
-        """The first step that moves nothing."""
-        return max(self.settings.steps, *(i + 1 for i in self.settings.thresholds), 0)
-
     def before_first(self, latents: Tensor) -> Tensor:
         """The latents for the first step, as the scheduler has them."""
         return self._moved(latents, 0)
@@ -130,7 +125,7 @@ class AttendAndExcite:
         return {**values, "latents": self._moved(values["latents"], following)}
 
     def _moved(self, latents: Tensor, step: int) -> Tensor:
-        if step >= self.last or not any(self.words):
+        if not any(self.words) or not self.settings.acts_at(step):
             return latents
         timestep = self.scheduler.timesteps[step]
         z = self.scheduler.scale_model_input(latents, timestep)  # in the variance-preserving process's coordinates

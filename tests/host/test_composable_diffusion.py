@@ -29,6 +29,18 @@ def run(guider, noise, sampler="euler", after=None):
         return guider.sample(noise, torch.zeros_like(noise), sample, sigmas, seed=3, disable_pbar=True, callback=after)
 
 
+def watched(model):
+    """A clone, and what it predicts at each step."""
+    seen, model = [], model.clone()
+
+    def look(arguments):
+        seen.append(arguments["denoised"])
+        return arguments["denoised"]
+
+    model.set_model_sampler_post_cfg_function(look)
+    return model, seen
+
+
 def cfg(model, positive, negative, scale):
     import comfy.samplers
 
@@ -47,23 +59,18 @@ def composed(host, model, concepts, negative, scale=4.0, weights=""):
 def test_the_formula_holds_at_every_step(host, loaded, conds, noise):
     """Of the predictions that one model call gave for all concepts."""
     cat, dog, empty = conds
-    seen = []
-    model = loaded[0].clone()
+    model, denoised = watched(loaded[0])
+    predicted = []
 
     def look(arguments):
-        seen.append((arguments["conds_out"], None))
+        predicted.append(arguments["conds_out"])
         return arguments["conds_out"]
 
-    def after(arguments):
-        seen[-1] = (seen[-1][0], arguments["denoised"])
-        return arguments["denoised"]
-
     model.set_model_sampler_pre_cfg_function(look)
-    model.set_model_sampler_post_cfg_function(after)
     run(composed(host, model, [cat, dog], empty, 4.0, "1, -0.5"), noise)
-    assert len(seen) == STEPS
-    for (a, u, b), denoised in seen:
-        torch.testing.assert_close(denoised, u + 4 * (a - u) - 2 * (b - u), rtol=1e-5, atol=1e-5)
+    assert len(predicted) == STEPS
+    for (a, u, b), out in zip(predicted, denoised, strict=True):
+        torch.testing.assert_close(out, u + 4 * (a - u) - 2 * (b - u), rtol=1e-5, atol=1e-5)
         assert (a - b).abs().max() > 1e-3
 
 
@@ -107,14 +114,7 @@ def test_a_concept_counts_only_where_its_area_or_mask_is(host, loaded, conds, no
     nodes = host.nodes.NODE_CLASS_MAPPINGS
     masked = nodes["ConditioningSetMask"]().append(dog, mask, "default", 1.0)[0]
     area = nodes["ConditioningSetArea"]().append(dog, 48, 64, 48, 0, 1.0)[0]
-    seen = []
-
-    def look(arguments):
-        seen.append(arguments["denoised"])
-        return arguments["denoised"]
-
-    model = loaded[0].clone()
-    model.set_model_sampler_post_cfg_function(look)
+    model, seen = watched(loaded[0])
     run(composed(host, model, [cat], empty), noise)
     alone = seen[0]
     run(composed(host, model, [cat, dog], empty), noise)
@@ -132,14 +132,7 @@ def test_a_concept_counts_only_where_its_area_or_mask_is(host, loaded, conds, no
 def test_a_concept_counts_only_in_its_steps(host, loaded, conds, noise):
     cat, dog, empty = conds
     late = host.nodes.NODE_CLASS_MAPPINGS["ConditioningSetTimestepRange"]().set_range(dog, 0.5, 1.0)[0]
-    seen = []
-
-    def look(arguments):
-        seen.append(arguments["denoised"])
-        return arguments["denoised"]
-
-    model = loaded[0].clone()
-    model.set_model_sampler_post_cfg_function(look)
+    model, seen = watched(loaded[0])
     for concepts in ([cat], [cat, late]):
         run(composed(host, model, concepts, empty), noise)
     differences = [(seen[i] - seen[i + STEPS]).abs().max().item() for i in range(STEPS)]

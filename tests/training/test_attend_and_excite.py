@@ -144,6 +144,16 @@ def test_every_scheduler_moves_alike_in_variance_preserving_coordinates(pipeline
     assert (moved[1] - moved[0]).norm() < 1e-3 * change.norm()
 
 
+def test_a_picture_without_words_stays_as_it_is(pipeline):
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(STEPS)
+    text = pipeline.encode_prompt(PROMPT, "cpu", 1, False)[0].expand(2, -1, -1)
+    exciting = AttendAndExcite(pipeline.unet, scheduler, text, [WORDS, []], Excitement(thresholds={}))
+    moved = exciting.before_first(noise(2))
+    assert not torch.equal(moved[0], noise(2)[0])
+    assert torch.equal(moved[1], noise(2)[1])
+
+
 def test_which_layers_have_which_maps(pipeline):
     levels = levels_of(pipeline.unet)
     assert [levels[name] for name in levels] == [0, 0, 1, 1, 2, 2, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
