@@ -185,6 +185,23 @@ def frame_picture(
     return _resize(canvas, size, size)
 
 
+def crop_square(picture: Picture, side: float, across: float, down: float) -> Picture:
+    """A square of a picture; of one with a mask, of the subject alone, on the image encoder's mean colour.
+
+    Args:
+        picture: whole.
+        side: of the square, above 0 to 1, as a share of the picture's shorter one.
+        across, down: where it is: 0 at the left and at the top, 1 at the right and at the bottom.
+    """
+    pixels = picture.pixels
+    if picture.mask is not None:
+        pixels = _isolate(pixels, picture.mask, torch.tensor(CLIP_MEAN))
+    height, width = pixels.shape[:2]
+    size = max(1, round(side * min(height, width)))
+    top, left = round(down * (height - size)), round(across * (width - size))
+    return Picture(pixels[top : top + size, left : left + size], None, picture.name)
+
+
 def cover_picture(pixels: Tensor, height: int, width: int) -> Tensor:
     """[H, W, C] resized until it covers `height` x `width`, and the middle of it cut out."""
     scale = max(height / pixels.shape[0], width / pixels.shape[1])

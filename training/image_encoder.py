@@ -3,8 +3,10 @@
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -19,6 +21,7 @@ from .shared import (
     VISION_CONFIG,
     PersonalizeError,
     References,
+    crop_square,
     frame_picture,
     read_header,
     read_picture,
@@ -115,10 +118,38 @@ def widths_of_encoder(where: str | Path) -> tuple[int, int] | None:
     return None
 
 
-def as_seen(path: Path, size: int) -> Tensor:
-    """A picture as the encoder takes it, framed as *Encode References* frames it: [3, size, size]."""
-    framed = frame_picture(read_picture(path), "crop", size)
+@dataclass(frozen=True)
+class View:
+    """A picture, or a random square of it."""
+
+    path: Path
+    crop: int = 0
+    """Which of its squares; 0 for the picture."""
+
+
+def as_seen(path: Path, size: int, square: Sequence[float] | None = None) -> Tensor:
+    """A picture as the encoder takes it, framed as *Encode References* frames it: [3, size, size].
+
+    Args:
+        path: of the picture.
+        size: pixels.
+        square: side, place across and place down, all from 0 to 1, of the part that is seen; None for the whole.
+    """
+    picture = read_picture(path)
+    framed = frame_picture(picture if square is None else crop_square(picture, *square), "crop", size)
     return ((framed - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
+
+
+def square_of(digest: str, crop: int, smallest: float) -> list[float]:
+    """The same for the same picture: the side is uniform from `smallest` to 1, the place uniform within the picture.
+
+    Args:
+        digest: of the picture, hexadecimal.
+        crop: which square, from 1.
+        smallest: side, as a share of the picture's shorter one.
+    """
+    rng = np.random.default_rng([int(digest, 16), crop])
+    return [float(rng.uniform(smallest, 1)), float(rng.random()), float(rng.random())]
 
 
 @torch.no_grad()
@@ -143,58 +174,75 @@ def encode_references(encoder: CLIPVisionModelWithProjection, paths: Sequence[Pa
 
 
 class Features:
-    """What an adapter takes of each picture, [T, D] on the CPU: from memory, or from disk where that would be too much."""
+    """What an adapter takes of each view, [T, D] on the CPU: from memory, or from disk where that would be too much."""
 
-    def __init__(self, cache: Cache, encoder: CLIPVisionModelWithProjection, pooled: bool):
+    def __init__(
+        self,
+        cache: Cache,
+        encoder: CLIPVisionModelWithProjection,
+        pooled: bool,
+        crops: int = 0,
+        smallest_crop: float = 1,
+    ):
         """Args:
         cache: on disk.
         encoder: on its device; it is not kept.
         pooled: whether the adapter takes the pooled embedding, else the patch tokens.
+        crops: random squares of every picture, beside the picture.
+        smallest_crop: least side of these, as a share of the picture's shorter one.
         """
         self.cache, self.pooled, self.digest = cache, pooled, digest_of(encoder)
-        self.keys: dict[Path, dict] = {}
-        self.memory: dict[Path, Tensor] = {}
+        self.crops, self.smallest_crop = crops, smallest_crop
+        self.keys: dict[View, dict] = {}
+        self.memory: dict[View, Tensor] = {}
         width = encoder.config.projection_dim
         self.empty = torch.zeros(1, width) if pooled else encode_zero(encoder)
         """Of no picture, [T, D]."""
 
     def add(self, encoder: CLIPVisionModelWithProjection, paths: Iterable[Path]) -> None:
         """Encode what is not in the cache."""
-        size, waiting = encoder.config.image_size, list[Path]()
+        waiting = list[View]()
         for path in paths:
-            mask = mask_file(path)
-            self.keys[path] = {
-                "features of": digest_of_path(path),
+            mask, digest = mask_file(path), digest_of_path(path)
+            whole = {
+                "features of": digest,
                 "mask": digest_of_path(mask) if mask.is_file() else "",
                 "encoder": self.digest,
                 "pooled": self.pooled,
             }
-            stored = self.cache.get(self.keys[path])
-            if stored is None:
-                waiting.append(path)
-            else:
-                self._keep(path, stored["features"])
-            if len(waiting) == BATCH:
-                self._encode(encoder, waiting, size)
-                waiting = []
+            for crop in range(self.crops + 1):
+                view = View(path, crop)
+                square = {"square": square_of(digest, crop, self.smallest_crop)} if crop else {}
+                self.keys[view] = whole | square
+                stored = self.cache.get(self.keys[view])
+                if stored is None:
+                    waiting.append(view)
+                else:
+                    self._keep(view, stored["features"])
+                if len(waiting) == BATCH:
+                    self._encode(encoder, waiting)
+                    waiting = []
         if waiting:
-            self._encode(encoder, waiting, size)
+            self._encode(encoder, waiting)
 
-    def _encode(self, encoder: CLIPVisionModelWithProjection, paths: Sequence[Path], size: int) -> None:
-        pooled, patches = encode(encoder, torch.stack([as_seen(path, size) for path in paths]))
-        for i, path in enumerate(paths):
+    def _encode(self, encoder: CLIPVisionModelWithProjection, views: Sequence[View]) -> None:
+        size = encoder.config.image_size
+        seen = [as_seen(view.path, size, self.keys[view].get("square")) for view in views]
+        pooled, patches = encode(encoder, torch.stack(seen))
+        for i, view in enumerate(views):
             features = (pooled[i : i + 1] if self.pooled else patches[i]).clone()
-            self.cache.put(self.keys[path], {"features": features})
-            self._keep(path, features)
+            self.cache.put(self.keys[view], {"features": features})
+            self._keep(view, features)
 
-    def _keep(self, path: Path, features: Tensor) -> None:
+    def _keep(self, view: View, features: Tensor) -> None:
         if (len(self.memory) + 1) * features.numel() * features.element_size() <= KEPT:
-            self.memory[path] = features
+            self.memory[view] = features
 
-    def __getitem__(self, path: Path) -> Tensor:
-        if path in self.memory:
-            return self.memory[path]
-        stored = self.cache.get(self.keys[path])
+    def __getitem__(self, seen: Path | View) -> Tensor:
+        view = View(seen) if isinstance(seen, Path) else seen
+        if view in self.memory:
+            return self.memory[view]
+        stored = self.cache.get(self.keys[view])
         if stored is None:
             raise PersonalizeError(f"The cache {self.cache.folder} was changed while it was in use: run it again.")
         return stored["features"]

@@ -87,7 +87,9 @@ class IPAdapterMethod:
     def see(self, paths: Iterable[Path], cache: Cache) -> None:
         """Encode pictures with the image encoder, or take their features from the cache."""
         if self.features is None:
-            self.features = Features(cache, self.encoder, self.adapter.variant.pooled)
+            options: Options = self.settings.method
+            pooled, crops = self.adapter.variant.pooled, options.reference_crops
+            self.features = Features(cache, self.encoder, pooled, crops, options.smallest_crop)
             if self.teacher is not None:
                 self.taught = Features(cache, self.encoder, self.teacher.variant.pooled)
         paths = list(paths) if self.taught is not None else paths

@@ -19,7 +19,7 @@ from .adapter_module import TrainableAdapter
 from .dataset import Example
 from .denoising import generator_of
 from .distillation import Distillation
-from .image_encoder import Features
+from .image_encoder import Features, View
 
 REFERENCES = 1  # which of a picture's generators in a step: `denoising.draw` has the one without a number
 
@@ -37,14 +37,19 @@ class Dropout:
 class Told:
     """What the network is told about one picture in one step."""
 
-    references: tuple[Path, ...]
+    references: tuple[View, ...]
     """None where they are left out."""
     text: bool
     """Whether it gets the caption."""
 
 
 def draw_references(
-    others: Sequence[Path], target: Path, most: int | None, dropout: Dropout, generator: torch.Generator
+    others: Sequence[Path],
+    target: Path,
+    most: int | None,
+    dropout: Dropout,
+    generator: torch.Generator,
+    crops: int = 0,
 ) -> Told:
     """References of a target, and what is left out.
 
@@ -54,6 +59,7 @@ def draw_references(
         most: references at most; None for all others.
         dropout: how often what is left out.
         generator: of this picture in this step.
+        crops: squares of every reference, each of which, as the whole, is as likely to be seen.
 
     Raises:
         ValueError: there is no other picture.
@@ -67,7 +73,9 @@ def draw_references(
     order = torch.randperm(len(left), generator=generator)[:count].tolist()
     no_text = fate < dropout.text + dropout.both
     no_references = dropout.text <= fate < dropout.text + dropout.both + dropout.references
-    return Told(() if no_references else tuple(left[i] for i in order), not no_text)
+    seen = torch.randint(0, crops + 1, (count,), generator=generator).tolist() if crops else [0] * count
+    views = tuple(View(left[i], crop) for i, crop in zip(order, seen, strict=True))
+    return Told(() if no_references else views, not no_text)
 
 
 class LeaveOneOut:
@@ -107,7 +115,11 @@ class LeaveOneOut:
         """About the picture at a place of batch `number`."""
         generator = generator_of(self.seed, number, place, REFERENCES)
         dropout = self.dropout if number >= 0 else Dropout(0, 0, 0)  # below 0 it is measured
-        return draw_references(self.sets[example.path.parent], example.path, self.most, dropout, generator)
+        return self._draw(example, dropout, generator)
+
+    def _draw(self, example: Example, dropout: Dropout, generator: torch.Generator) -> Told:
+        others = self.sets[example.path.parent]
+        return draw_references(others, example.path, self.most, dropout, generator, self.features.crops)
 
     def tell(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> list[bool]:
         """Give the UNet the references of a batch; returns of each picture whether it gets its caption."""
@@ -136,7 +148,7 @@ class LeaveOneOut:
         generators = [generator_of(self.seed, number, place, REFERENCES) for place in places]
         sets, targets = [], []
         for example, generator in zip(examples, generators, strict=True):
-            told = draw_references(self.sets[example.path.parent], example.path, self.most, Dropout(0, 0, 0), generator)
+            told = self._draw(example, Dropout(0, 0, 0), generator)
             sets.append(self._set(told.references))
             targets.append(self._on(self.features[example.path]))
         wanted = torch.stack(targets)
@@ -160,7 +172,7 @@ class LeaveOneOut:
         finally:
             self.unet.set_attn_processor(before)
 
-    def _set(self, references: Sequence[Path]) -> Tensor | None:
+    def _set(self, references: Sequence[Path | View]) -> Tensor | None:
         if not references:
             return None
         return self._on(torch.stack([self.features[path] for path in references]))

@@ -252,6 +252,13 @@ class IPAdapter:
     max_references: int | None = option(
         None, "references at most; 1 trains an ordinary adapter, by default all others of the identity", least=1
     )
+    reference_crops: int = option(
+        0,
+        "random squares of every reference to show, too, so that a reference may be a detail or off centre; the pictures "
+        "to predict stay whole",
+        least=0,
+    )
+    smallest_crop: float = option(0.35, "of those squares: least side, as a share of the picture's", above=0, below=1)
     text_dropout: float = option(0.05, "share of steps without the caption", least=0, below=1)
     reference_dropout: float = option(
         0.05, "share of steps without the references, where the adapter trains", least=0, below=1

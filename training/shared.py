@@ -69,6 +69,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import SUFFIXES as SUFFIXES
     from models.pictures import Picture as Picture
     from models.pictures import cover_picture as cover_picture
+    from models.pictures import crop_square as crop_square
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
     from models.pictures import picture_paths as picture_paths
@@ -155,6 +156,7 @@ else:
     from ..models.pictures import SUFFIXES as SUFFIXES
     from ..models.pictures import Picture as Picture
     from ..models.pictures import cover_picture as cover_picture
+    from ..models.pictures import crop_square as crop_square
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures
     from ..models.pictures import picture_paths as picture_paths

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -10,13 +11,16 @@ from identity_sets import ADAPTER, ENCODER, identities, settings_of, train
 from narrow_models import narrow_folder
 from pack.models.errors import PersonalizeError
 from pack.models.ip_adapter import IPAdapter, read_ip_adapter
+from pack.models.pictures import CLIP_MEAN
 from pack.training import run
 from pack.training.denoising import Weighting, draw, generator_of
-from pack.training.image_encoder import encode_references, load_image_encoder
+from pack.training.encoding import digest_of_path
+from pack.training.image_encoder import encode_references, load_image_encoder, square_of
 from pack.training.leave_one_out import REFERENCES, Dropout, draw_references
 from pack.training.loop import Stop
 from pack.training.pocket.photos import write_identities
 from pack.training.preflight import preflight
+from pack.training.shared import CLIP_STD
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -76,7 +80,7 @@ def test_loss_and_gradients_equal_a_plain_computation(monkeypatch, root, people,
     encoder = load_image_encoder(root / ENCODER)
     rows = []
     for one in told:
-        paths = list(one.references)
+        paths = [view.path for view in one.references]
         x = encode_references(encoder, paths).pooled if paths else torch.zeros(1, 96)
         if aggregation == "average":
             x = x.mean(0, keepdim=True)
@@ -187,6 +191,34 @@ def test_the_warm_up_predicts_the_held_out_pictures_features(monkeypatch, root, 
                 parameter.grad = None
     assert all(parameter.grad is None for name, parameter in adapter.named_parameters() if "aggregator" not in name)
     assert loss.item() < before
+
+
+def test_references_are_shown_through_squares_and_what_is_predicted_is_whole(monkeypatch, root, people, tmp_path):
+    options = {"reference_crops": 2, "smallest_crop": 0.5, "warmup_steps": 5, "validation_identities": 0}
+    trainer = prepared(monkeypatch, root, people, tmp_path, **options)
+    conditioning, encoder = trainer.method.conditioning, load_image_encoder(root / ENCODER)
+    told = [conditioning.told(trainer.examples[0], number, 0) for number in range(40)]
+    assert {view.crop for one in told for view in one.references} == {0, 1, 2}
+    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    for view in {view for one in told for view in one.references}:
+        picture = Image.open(view.path)
+        if view.crop:
+            side, across, down = square_of(digest_of_path(view.path), view.crop, 0.5)
+            assert 0.5 <= side <= 1
+            pixels = round(side * 64)
+            left, top = round(across * (64 - pixels)), round(down * (64 - pixels))
+            picture = picture.crop((left, top, left + pixels, top + pixels)).resize((64, 64), Image.Resampling.BICUBIC)
+        seen = (torch.from_numpy(np.array(picture.convert("RGB"))) / 255 - mean) / std
+        with torch.no_grad():
+            wanted = encoder(seen.permute(2, 0, 1)[None]).image_embeds
+        found = trainer.method.features[view]
+        assert (found - wanted).abs().max() < 0.03 * wanted.abs().max(), "Pillow rounds to 8 bits when it resizes"
+    asked, features = [], trainer.method.features
+    monkeypatch.setattr(type(features), "__getitem__", lambda self, seen: asked.append(seen) or torch.randn(1, 96))
+    conditioning.early_loss([trainer.examples[0]], 0, [0])
+    assert asked[-1] == trainer.examples[0].path
+    with conditioning.showing([trainer.examples[0].path]):
+        assert asked[-1] == trainer.examples[0].path
 
 
 def test_a_new_projection_learns_another_adapters_tokens(monkeypatch, root, people, tmp_path):

@@ -25,9 +25,28 @@ def test_the_target_is_never_among_its_references():
     for i in range(DRAWS):
         target = SET[i % len(SET)]
         told = draw_references(SET, target, None, Dropout(), generator_of(0, i, 3, 1))
-        assert target not in told.references
-        assert len(set(told.references)) == len(told.references)
-        assert set(told.references) <= set(SET)
+        paths = [view.path for view in told.references]
+        assert target not in paths
+        assert len(set(paths)) == len(paths)
+        assert set(paths) <= set(SET)
+
+
+def test_the_target_is_not_seen_through_a_square_either():
+    for i in range(DRAWS):
+        target = SET[i % len(SET)]
+        told = draw_references(SET, target, None, NONE, generator_of(0, i, 0, 1), crops=3)
+        assert target not in [view.path for view in told.references]
+
+
+def test_every_square_of_a_reference_is_as_likely_as_the_whole():
+    told = [draw_references(SET, SET[0], None, NONE, generator_of(0, i, 0, 1), crops=3) for i in range(DRAWS)]
+    seen = Counter(view.crop for one in told for view in one.references)
+    expected = sum(seen.values()) / 4
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert all(abs(count - expected) < 5 * expected**0.5 for count in seen.values())
+    without = [draw_references(SET, SET[0], None, NONE, generator_of(0, i, 0, 1)) for i in range(DRAWS)]
+    paths = [[view.path for view in one.references] for one in told]
+    assert paths == [[view.path for view in one.references] for one in without]
 
 
 def test_any_number_of_references_is_as_likely_and_any_of_them_in_any_place():

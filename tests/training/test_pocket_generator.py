@@ -26,7 +26,7 @@ from pack.training.pocket.attributes import (
 from pack.training.pocket.captions import NOUNS, caption
 from pack.training.pocket.data import PER_IDENTITY, faces, identity, pixels, scene
 from pack.training.pocket.draw import draw
-from pack.training.pocket.photos import write_photos
+from pack.training.pocket.photos import write_identities, write_photos
 from PIL import Image
 
 VARYING = ("pose", "expression", "hat_worn")
@@ -282,6 +282,27 @@ def test_photos_of_one_subject_to_try_personalisation_on(tmp_path):
         assert not any(word in text for word in ("hair", "eyes", "glasses", "shirt", *NOUNS)), (
             "what is learned is not said"
         )
+
+
+def test_snapshots_of_identities_are_squares_of_their_portraits(tmp_path):
+    whole, again, cut = (
+        write_identities(tmp_path / name, 7, 2, 6, crop) for name, crop in zip("abc", (None, 0.4, 0.4), strict=True)
+    )
+    for one, two, three in zip(whole, again, cut, strict=True):
+        names = sorted(path.name for path in one.iterdir())
+        assert names == sorted(path.name for path in three.iterdir())
+        for name in names:
+            assert (two / name).read_bytes() == (three / name).read_bytes()
+            assert name.endswith(".png") != ((one / name).read_bytes() == (three / name).read_bytes())
+        for path in one.glob("*.png"):
+            large, small = Image.open(path).convert("L"), Image.open(three / path.name).convert("L")
+            least = min(
+                np.abs(np.asarray(large.crop((x, y, x + side, y + side)).resize((64, 64), 3), float) - small).mean()
+                for side in range(round(0.4 * 64), 65)
+                for x in range(0, 65 - side, 1)
+                for y in range(0, 65 - side, 1)
+            )
+            assert least < 1.5, "but for the order of grey and resizing"
 
 
 def test_photos_of_a_new_style_and_of_a_new_mark(tmp_path):

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 from pack.models.errors import PersonalizeError
-from pack.models.pictures import CLIP_MEAN, frame_picture, list_pictures, make_picture, read_picture, same_aspect
+from pack.models.pictures import (
+    CLIP_MEAN,
+    Picture,
+    crop_square,
+    frame_picture,
+    list_pictures,
+    make_picture,
+    read_picture,
+    same_aspect,
+)
 from pack.models.references import parse_weights
 from PIL import Image
 
@@ -152,6 +161,25 @@ def test_crop_is_the_preprocessing_of_clip():
         picture.pixels.permute(2, 0, 1)[None], (32, 58), mode="bicubic", antialias=True
     )
     torch.testing.assert_close(framed, whole[0, :, :, 13:45].permute(1, 2, 0).clamp(0, 1))
+
+
+def test_squares_of_a_picture():
+    rows = torch.arange(40.0)[:, None, None].expand(40, 60, 3) / 40
+    columns = torch.arange(60.0)[None, :, None].expand(40, 60, 3) / 60
+    for side, across, down, size, top, left in (
+        (0.5, 0, 0, 20, 0, 0),
+        (0.5, 1, 1, 20, 20, 40),
+        (1, 0.5, 0.5, 40, 0, 10),
+    ):
+        for pixels in (rows, columns):
+            square = crop_square(Picture(pixels, None, "p"), side, across, down)
+            assert torch.equal(square.pixels, pixels[top : top + size, left : left + size])
+    assert crop_square(Picture(rows, None, "p"), 0.001, 0, 0).pixels.shape == (1, 1, 3)
+    mask = torch.zeros(40, 60)
+    mask[10:30, 20:50] = 1
+    square = crop_square(Picture(torch.full((40, 60, 3), 0.9), mask, "p"), 1, 0, 0)
+    assert square.mask is None
+    assert torch.equal(square.pixels, torch.full((20, 20, 3), 0.9)), "of the subject"
 
 
 def test_pad_shows_everything_on_the_mean_colour():

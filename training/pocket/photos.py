@@ -62,7 +62,9 @@ def write_photos(
     return list(drawn)
 
 
-def write_identities(folder: Path, first: int, identities: int, count: int) -> list[Path]:
+def write_identities(
+    folder: Path, first: int, identities: int, count: int, smallest_crop: float | None = None
+) -> list[Path]:
     """Write `count` pictures of each of so many subjects, a folder each, as LFW has them: `cat_0007/cat_0007_0001.png`.
 
     Beside each is a caption that says what varies and the kind, in each folder `attributes.json`, what the identity is.
@@ -73,6 +75,8 @@ def write_identities(folder: Path, first: int, identities: int, count: int) -> l
         first: the number of the first subject.
         identities: how many.
         count: pictures of each.
+        smallest_crop: least side, as a share of the picture's, of the random square of each picture that is kept, as
+            snapshots have subjects cut off and off centre; None for whole portraits.
 
     Returns:
         The identities' folders.
@@ -93,12 +97,23 @@ def write_identities(folder: Path, first: int, identities: int, count: int) -> l
             rng = np.random.default_rng([SUBJECTS, number, i, 1])
             scene = sample_scene(rng, (who,), logo=None)
             path = own / f"{name}_{i + 1:04}.png"
-            draw(scene).save(path)
+            picture = draw(scene)
             words = learning_caption(scene, rng, None).replace("{trigger} {class}", who.kind)
+            if smallest_crop is not None:
+                picture = _cut(picture, smallest_crop, np.random.default_rng([SUBJECTS, number, i, 3]))
+            picture.save(path)
             path.with_suffix(".txt").write_text(words + "\n")
         known = {attribute: value for attribute, value in asdict(who).items() if value is not None}
         (own / ATTRIBUTES).write_text(json.dumps(known))
     return folders
+
+
+def _cut(picture: Image.Image, smallest: float, rng: np.random.Generator) -> Image.Image:
+    """A random square of a square picture, brought to its size."""
+    whole = picture.width
+    side = round(whole * rng.uniform(smallest, 1))
+    left, top = (int(x) for x in rng.integers(0, whole - side + 1, 2))
+    return picture.crop((left, top, left + side, top + side)).resize((whole, whole), Image.Resampling.BICUBIC)
 
 
 def _shows(path: Path, picture: Image.Image) -> bool:
