@@ -28,11 +28,15 @@ class Cache:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
 
     def get(self, key: Mapping) -> dict[str, Tensor] | None:
-        """What was put there, or None."""
+        """What was put there, or None.
+
+        In memory: a system maps no more than some ten thousand files at a time.
+        """
         try:
-            return read_safetensors(self.path(key))[0] if self.path(key).exists() else None
+            stored = read_safetensors(self.path(key))[0] if self.path(key).exists() else None
         except PersonalizeError:
             return None
+        return None if stored is None else {name: value.clone() for name, value in stored.items()}
 
     def put(self, key: Mapping, tensors: Mapping[str, Tensor]) -> None:
         """Atomic."""

@@ -294,6 +294,16 @@ def test_pictures_keep_their_aspect(root, tmp_path):
     train("lora", root, folder, tmp_path / "out", resolution=64, train_batch_size=2, max_train_steps=3)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what it maps")
+def test_what_is_read_from_a_cache_maps_no_file(tmp_path):
+    """Tens of thousands of pictures are more than may be mapped."""
+    cache = encoding.Cache(tmp_path)
+    cache.put({"a": 1}, {"features": torch.arange(5000.0)})
+    stored = cache.get({"a": 1})
+    assert torch.equal(stored["features"], torch.arange(5000.0))
+    assert str(cache.path({"a": 1})) not in Path("/proc/self/maps").read_text()
+
+
 def test_a_cache_is_used_again_and_not_for_anything_else(root, folder, tmp_path, monkeypatch):
     encoded = []
     one = encoding._encode
