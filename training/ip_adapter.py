@@ -75,7 +75,12 @@ class IPAdapterMethod:
         if self.adapter.aggregator is not None:
             self.adapter.aggregator.float().requires_grad_(True)
         named = [(f"adapter.{name}", p) for name, p in self.adapter.named_parameters() if p.requires_grad]
-        self.groups = [{"params": [p for _, p in named], "lr": settings.rate, "names": [n for n, _ in named]}]
+        own = [one for one in named if one[0].startswith("adapter.aggregator.")]
+        others = [one for one in named if not one[0].startswith("adapter.aggregator.")]
+        rates = [(settings.rate, others), (options.aggregator_lr or settings.rate, own)]
+        self.groups = [
+            {"params": [p for _, p in some], "lr": rate, "names": [n for n, _ in some]} for rate, some in rates if some
+        ]
         self.encoder: CLIPVisionModelWithProjection | None = encoder
         self.features: Features | None = None
         self.conditioning: LeaveOneOut | None = None

@@ -140,17 +140,20 @@ class LeaveOneOut:
         return None
 
     def warm_up(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor:
-        """‖G(references) - features of the held-out picture‖² / their variance.
+        """‖G(references) - mean features of the identity's other pictures‖² / their variance.
 
-        It brings the aggregator near the best guess at what another picture of the identity is like. What is left out for
-        guidance plays no part.
+        The others are the held-out picture and whatever is not among the references; of what they show through a square
+        alone, the whole is another picture. It brings the aggregator near the best guess at what the identity is like:
+        the mean has less of what is a single picture's than the held-out one alone. What is left out for guidance plays
+        no part.
         """
         generators = [generator_of(self.seed, number, place, REFERENCES) for place in places]
         sets, targets = [], []
         for example, generator in zip(examples, generators, strict=True):
             told = self._draw(example, Dropout(0, 0, 0), generator)
             sets.append(self._set(told.references))
-            targets.append(self._on(self.features[example.path]))
+            others = [path for path in self.sets[example.path.parent] if View(path) not in told.references]
+            targets.append(self._on(torch.stack([self.features[path] for path in others])).mean(0))
         wanted = torch.stack(targets)
         if self.adapter.stage == "tokens":
             with torch.no_grad():

@@ -249,6 +249,12 @@ class IPAdapter:
     aggregator_width: int | None = option(None, "of the self-attention; the features' by default, 512 at most", least=1)
     aggregator_heads: int = option(8, "of the self-attention", least=1)
     aggregator_depth: int = option(2, "self-attention blocks before the pooling", least=0)
+    aggregator_lr: float | None = option(
+        None,
+        "learning rate of the self-attention; --learning_rate by default, which is better lower for what is trained"
+        " already",
+        above=0,
+    )
     max_references: int | None = option(
         None, "references at most; 1 trains an ordinary adapter, by default all others of the identity", least=1
     )
@@ -265,7 +271,9 @@ class IPAdapter:
     )
     both_dropout: float = option(0.05, "share of steps without both, where the adapter trains", least=0, below=1)
     warmup_steps: int = option(
-        0, "of the steps, so many next ones predict the held-out picture's features, which is fast", least=0
+        0,
+        "of the steps, so many next ones predict the features of the identity's other pictures, which is fast",
+        least=0,
     )
     validation_identities: int | None = option(
         None, "identities to hold out for the validation loss and samples; one in ten, four at most", least=0

@@ -15,7 +15,7 @@ from pack.models.pictures import CLIP_MEAN
 from pack.training import run
 from pack.training.denoising import Weighting, draw, generator_of
 from pack.training.encoding import digest_of_path
-from pack.training.image_encoder import encode_references, load_image_encoder, square_of
+from pack.training.image_encoder import View, encode_references, load_image_encoder, square_of
 from pack.training.leave_one_out import REFERENCES, Dropout, draw_references
 from pack.training.loop import Stop
 from pack.training.pocket.photos import write_identities
@@ -175,22 +175,22 @@ def test_where_only_the_aggregator_trains_every_step_has_references(monkeypatch,
     assert 80 <= sum(not one.references for one in told) <= 99
 
 
-def test_the_warm_up_predicts_the_held_out_pictures_features(monkeypatch, root, people, tmp_path):
+def test_the_warm_up_predicts_the_identitys_other_pictures(monkeypatch, root, people, tmp_path):
     trainer = prepared(monkeypatch, root, people, tmp_path, warmup_steps=5, validation_identities=0)
     assert trainer.method.conditioning.early_loss([], 5, []) is None
-    adapter, before = trainer.method.adapter, None
-    for number in range(40):
+    adapter, losses = trainer.method.adapter, []
+    for number in range(40):  # five batches, eight times
         loss = trainer.method.conditioning.early_loss(
-            [trainer.examples[i] for i in trainer.order(number)], number % 5, [0, 1]
+            [trainer.examples[i] for i in trainer.order(number % 5)], number % 5, [0, 1]
         )
-        before = loss.item() if before is None else before
+        losses.append(loss.item())
         loss.backward()
         with torch.no_grad():
             for parameter in adapter.aggregator.parameters():
                 parameter -= 0.05 * parameter.grad
                 parameter.grad = None
     assert all(parameter.grad is None for name, parameter in adapter.named_parameters() if "aggregator" not in name)
-    assert loss.item() < before
+    assert all(after < before for before, after in zip(losses[:5], losses[-5:], strict=True))
 
 
 def test_references_are_shown_through_squares_and_what_is_predicted_is_whole(monkeypatch, root, people, tmp_path):
@@ -215,10 +215,32 @@ def test_references_are_shown_through_squares_and_what_is_predicted_is_whole(mon
         assert (found - wanted).abs().max() < 0.03 * wanted.abs().max(), "Pillow rounds to 8 bits when it resizes"
     asked, features = [], trainer.method.features
     monkeypatch.setattr(type(features), "__getitem__", lambda self, seen: asked.append(seen) or torch.randn(1, 96))
-    conditioning.early_loss([trainer.examples[0]], 0, [0])
-    assert asked[-1] == trainer.examples[0].path
+    target = trainer.examples[0].path
+    for number in range(5):
+        asked.clear()
+        conditioning.early_loss([trainer.examples[0]], number, [0])
+        shown = [seen for seen in asked if isinstance(seen, View)]
+        predicted = [seen for seen in asked if not isinstance(seen, View)]
+        assert target in predicted
+        assert not {view.path for view in shown if not view.crop} & set(predicted), (
+            "what is shown whole is not predicted"
+        )
+        pictures = set(conditioning.sets[target.parent])
+        assert set(predicted) | {view.path for view in shown if not view.crop} == pictures
     with conditioning.showing([trainer.examples[0].path]):
         assert asked[-1] == trainer.examples[0].path
+
+
+def test_the_self_attention_may_have_a_rate_of_its_own(monkeypatch, root, people, tmp_path):
+    options = {"train_adapter": True, "learning_rate": 1e-4, "validation_identities": 0}
+    for rate, expected in ((None, 1e-4), (2e-3, 2e-3)):
+        trainer = prepared(monkeypatch, root, people, tmp_path / str(rate), aggregator_lr=rate, **options)
+        adapter, own = trainer.method.groups
+        assert (adapter["lr"], own["lr"]) == (1e-4, expected)
+        assert all(name.startswith("adapter.aggregator.") for name in own["names"])
+        assert not any(name.startswith("adapter.aggregator.") for name in adapter["names"])
+        trained = {name for name, _ in trainer.method.adapter.named_parameters()}
+        assert {f"adapter.{name}" for name in trained} == {*adapter["names"], *own["names"]}
 
 
 def test_a_new_projection_learns_another_adapters_tokens(monkeypatch, root, people, tmp_path):
