@@ -3,7 +3,7 @@
 Before a step, the latent is moved so that the most neglected word is attended to more:
 
     A = mean over heads and layers of softmax(Q K^T / sqrt d)     the maps of one resolution, [h, w, T]
-    P = softmax(100 A) over the tokens, without those that begin and end the text
+    P = softmax(100 A) over the tokens, without those that begin and end the text, and without sinks
     m_k = max over the places of smooth(P_k),  L = max over the words k of max(0, 1 - m_k)
     z <- z - alpha_i grad_z L,                 alpha_i = 20 sqrt(linspace(1, .5, steps)_i)
 
@@ -46,10 +46,38 @@ class Excitement:
     refinements: int = 20
     sigma: float = 0.5
     """Of the smoothing, in cells; 0 does not smooth."""
+    sink: float = 0.2
+    """A token that gets more than this share of the attention in the mean over the whole picture holds what no word
+    wants, as the token that begins the text does: no word could stand out beside it. Stable Diffusion has none, and the
+    paper leaves none out; the pocket model's is the first article. 1 leaves none out."""
 
     def acts_at(self, step: int) -> bool:
         """Whether the latent may be moved before a step."""
         return step < self.steps or step in self.thresholds
+
+
+def parse_thresholds(text: str) -> dict[int, float]:
+    """`0:0.05, 10:0.5` -> {0: 0.05, 10: 0.5}: m_k that every word must reach at a step. Empty: none.
+
+    Raises:
+        PersonalizeError: something else is there.
+    """
+    found = {}
+    for item in text.replace(";", ",").split(","):
+        if not item.strip():
+            continue
+        step, _, value = item.partition(":")
+        try:
+            number, reached = int(step), float(value)
+        except ValueError:
+            number, reached = -1, 0.0
+        if number < 0 or not 0 <= reached <= 1:
+            raise PersonalizeError(
+                f'"{item.strip()}" in the thresholds is not a step and a value from 0 to 1: write for example '
+                '"0:0.05, 10:0.5, 20:0.8".'
+            )
+        found[number] = reached
+    return found
 
 
 def cross_attention_maps(query: Tensor, key: Tensor, heads: int) -> Tensor:
@@ -110,12 +138,14 @@ def text_tokens(count: int) -> list[int]:
     return [i for i in range(count) if i % WINDOW not in (0, min(WINDOW, count - i // WINDOW * WINDOW) - 1)]
 
 
-def excitement(attention: Tensor, words: Words, sigma: float) -> Tensor:
-    """m_k of each picture and word: [B, h, w, T] -> [B, K], from 0 to 1.
+def excitement(attention: Tensor, words: Words, sigma: float, sink: float = 1.0) -> Tensor:
+    """m_k of each word: [1, h, w, T] -> [1, K], from 0 to 1; several pictures share their sinks.
 
     Where a word or phrase has several tokens, P_k is their mean.
     """
-    inner = text_tokens(attention.shape[-1])
+    chosen = {token for word in words for token in word}
+    shares = attention.detach().mean((0, 1, 2)).tolist()
+    inner = [i for i in text_tokens(len(shares)) if shares[i] <= sink or i in chosen]
     places = {token: i for i, token in enumerate(inner)}
     chances = (SHARPNESS * attention[..., inner]).softmax(-1)
     rows = [chances[..., [places[token] for token in word]].mean(-1) for word in words]
@@ -173,7 +203,7 @@ def excite(
         with torch.enable_grad():
             z = moved[list(pictures)].detach().requires_grad_(True)
             seen = zip(maps_of(z, pictures).split(1), pictures, strict=True)
-            loss = torch.cat([loss_of(excitement(maps, words[i], settings.sigma)) for maps, i in seen])
+            loss = torch.cat([loss_of(excitement(maps, words[i], settings.sigma, settings.sink)) for maps, i in seen])
             (gradient,) = torch.autograd.grad(loss.sum(), z)
         return loss.detach(), z.detach() - alpha * gradient
 

@@ -2,6 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .attend_and_excite import AttendAndExcite
+from .attention_maps import RecordAttentionMaps, ShowAttentionMaps
 from .composable_diffusion import ComposeConcepts, ComposePrompt
 from .folders import register_folders
 from .image_encoder import LoadImageEncoder
@@ -19,6 +21,9 @@ NODES: list[type[io.ComfyNode]] = [
     LoadReferences,
     ApplyIPAdapter,
     ShowReferenceAttention,
+    AttendAndExcite,
+    RecordAttentionMaps,
+    ShowAttentionMaps,
     ComposePrompt,
     ComposeConcepts,
     LoadLora,

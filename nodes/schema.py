@@ -12,6 +12,7 @@ IPAdapterType = io.Custom("IPADAPTER")
 # Its encoded pictures: one raw tensor, [n, D] or [n, T, H].
 EmbedsType = io.Custom("EMBEDS")
 ReferencesType = io.Custom("REFERENCES")
+AttentionMapsType = io.Custom("ATTENTION_MAPS")
 
 
 def schema(search_aliases: list[str], **fields: Any) -> io.Schema:

@@ -20,7 +20,7 @@ KINDS = {"text_to_image": "woman", "ip_adapter_one_reference": "robot"}
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
 NODES += ["ShowReferenceAttention", "LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
-NODES += ["ComposePrompt", "ComposeConcepts"]
+NODES += ["ComposePrompt", "ComposeConcepts", "AttendAndExcite", "RecordAttentionMaps", "ShowAttentionMaps"]
 
 
 @pytest.fixture(scope="module")

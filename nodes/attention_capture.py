@@ -1,0 +1,78 @@
+"""The maps of cross-attention, caught while ComfyUI's UNet runs."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from comfy.ldm.modules.attention import optimized_attention
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ..models.blocks import Layer
+from ..models.errors import PersonalizeError
+
+LEVELS = {"auto": None, "1/1": 0, "1/2": 1, "1/4": 2, "1/8": 3}
+"""How often the latent is halved where maps are taken, as users choose it."""
+LOOK = "personalize_look"
+"""In transformer options: this call of the UNet is for its maps alone, and no step of the sampler."""
+
+Keep = Callable[[Layer, Tensor, Tensor, Mapping[str, Any]], None]
+"""What is done with a layer's query [B, N, C] and key [B, T, C], and with the options that the layer was called with."""
+
+
+def layer_levels(model: ModelPatcher, what: str) -> dict[Layer, int]:
+    """How often the latent was halved before each cross-attention layer, in the order they run.
+
+    Args:
+        model: a MODEL.
+        what: is asked of it, for the message.
+
+    Raises:
+        PersonalizeError: it is not a Stable Diffusion UNet.
+    """
+    unet = model.get_model_object("diffusion_model")
+    if not hasattr(unet, "input_blocks"):
+        raise PersonalizeError(f"{what} needs an SD1.5 or SDXL model, but this MODEL is {type(model.model).__name__}.")
+    levels, level = dict[Layer, int](), 0
+    sections = {"input": unet.input_blocks, "middle": [unet.middle_block or []], "output": unet.output_blocks}
+    for name, blocks in sections.items():
+        for number, block in enumerate(blocks):
+            for module in block:
+                for depth in range(len(getattr(module, "transformer_blocks", ()))):
+                    levels[Layer(name, number, depth)] = level
+                level += isinstance(module, Downsample) - isinstance(module, Upsample)
+    return levels
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """An attn2 replacement that computes what was computed before, and shows its query and key."""
+
+    layer: Layer
+    below: Any
+    keep: Keep
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        self.keep(self.layer, q, k, extra_options)
+        if self.below is not None:
+            return self.below(q, k, v, extra_options)
+        return optimized_attention(
+            q,
+            k,
+            v,
+            extra_options["n_heads"],
+            attn_precision=extra_options.get("attn_precision"),
+            transformer_options=extra_options,
+        )
+
+
+def looking(options: Mapping[str, Any], layers: Collection[Layer], keep: Keep) -> dict[str, Any]:
+    """`patches_replace` of transformer options, with a look at some layers over whatever patches are there."""
+    replace = dict(options.get("patches_replace", {}))
+    attn2 = dict(replace.get("attn2", {}))
+    for layer in layers:
+        below = attn2.get(tuple(layer), attn2.get((layer.block, layer.id)))
+        attn2[tuple(layer)] = _Looking(layer, below, keep)
+    replace["attn2"] = attn2
+    return replace
