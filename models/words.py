@@ -1,7 +1,7 @@
 """What users write into a line: words of a prompt, and which of its tokens they are; numbers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def places_of(prompt: Sequence[Any], phrase: Sequence[Any]) -> list[list[int]]:
     return [list(range(i, i + len(phrase))) for i in starts] if phrase else []
 
 
-def find_words(prompt: Sequence[Any], phrases: dict[str, Sequence[Any]], listed: Sequence[str]) -> list[list[int]]:
+def find_words(prompt: Sequence[Any], phrases: Mapping[str, Sequence[Any]], listed: Sequence[str]) -> list[list[int]]:
     """The places of each word or phrase, every time it comes as one of its own.
 
     Args:

@@ -1,13 +1,13 @@
 """The maps of cross-attention, caught while ComfyUI's UNet runs."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
@@ -19,6 +19,15 @@ LOOK = "personalize_look"
 
 Keep = Callable[[Layer, Tensor, Tensor, Mapping[str, Any]], None]
 """What is done with a layer's query [B, N, C] and key [B, T, C], and with the options that the layer was called with."""
+
+
+def unet_parts(unet: Any) -> Iterator[tuple[str, int, nn.Module]]:
+    """The modules of a Stable Diffusion UNet's blocks in the order they run, each with its block's name and number."""
+    middle = [] if unet.middle_block is None else [unet.middle_block]
+    for name, blocks in (("input", unet.input_blocks), ("middle", middle), ("output", unet.output_blocks)):
+        for number, block in enumerate(blocks):
+            for module in block:
+                yield name, number, module
 
 
 def layer_levels(model: ModelPatcher, what: str) -> dict[Layer, int]:
@@ -35,13 +44,10 @@ def layer_levels(model: ModelPatcher, what: str) -> dict[Layer, int]:
     if not hasattr(unet, "input_blocks"):
         raise PersonalizeError(f"{what} needs an SD1.5 or SDXL model, but this MODEL is {type(model.model).__name__}.")
     levels, level = dict[Layer, int](), 0
-    sections = {"input": unet.input_blocks, "middle": [unet.middle_block or []], "output": unet.output_blocks}
-    for name, blocks in sections.items():
-        for number, block in enumerate(blocks):
-            for module in block:
-                for depth in range(len(getattr(module, "transformer_blocks", ()))):
-                    levels[Layer(name, number, depth)] = level
-                level += isinstance(module, Downsample) - isinstance(module, Upsample)
+    for name, number, module in unet_parts(unet):
+        for depth in range(len(getattr(module, "transformer_blocks", ()))):
+            levels[Layer(name, number, depth)] = level
+        level += isinstance(module, Downsample) - isinstance(module, Upsample)
     return levels
 
 

@@ -8,6 +8,7 @@ is on the model (LoRA, IP-Adapter, ControlNet, areas), and only as far as the la
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -30,7 +31,7 @@ from ..models.attend_and_excite import (
 )
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
-from .attention_capture import LOOK, looking
+from .attention_capture import LOOK, looking, unet_parts
 from .sampler_trial import Before, calls_of_steps
 
 KEY = "personalize_attend_and_excite"
@@ -118,8 +119,9 @@ class Excitation:
             scale = float(
                 (sigma[0].float() ** 2 + 1) ** 0.5
             )  # x = z scale, where z is the variance-preserving process's
-            look = _Look(self, model, cond, sigma.clone(), scale, given)
-            z = x.clone() / scale
+            latent = x.clone()
+            look = _Look(self, model, cond, latent, sigma.clone(), scale, given)
+            z = latent / scale
             alpha = step_size(step, total, self.settings.scale)
             done = excite(z, step, alpha, look.maps_of, [self.words] * len(x), self.settings)
             return None if torch.equal(done.latent, z) else done.latent * scale
@@ -128,12 +130,9 @@ class Excitation:
     def _saving(self, unet: nn.Module) -> Iterator[None]:
         """With low memory, blocks without a layer that is looked at are computed once more for the gradient."""
         own = {(layer.block, layer.id) for layer in self.layers}
-        sections = {"input": unet.input_blocks, "middle": [unet.middle_block or []], "output": unet.output_blocks}
         saved = [
             module
-            for name, blocks in sections.items()
-            for number, block in enumerate(blocks)
-            for module in block
+            for name, number, module in unet_parts(unet)
             if isinstance(module, ResBlock) or (hasattr(module, "transformer_blocks") and (name, number) not in own)
         ]
         try:
@@ -150,7 +149,7 @@ def _again(forward: Callable) -> Callable:
         # The options say where in the UNet it is, and go on to say the next place.
         own = [dict(one) if isinstance(one, dict) else one for one in args]
         named = {name: dict(one) if isinstance(one, dict) else one for name, one in kwargs.items()}
-        return checkpoint(forward, *own, use_reentrant=False, **named)
+        return checkpoint(partial(forward, **named), *own, use_reentrant=False)
 
     return run
 
@@ -180,12 +179,15 @@ class _Look:
         excitation: Excitation,
         model: Any,
         cond: dict[str, Any],
+        latent: Tensor,
         sigma: Tensor,
         scale: float,
         given: Mapping[str, Any],
     ):
-        self.excitation, self.model, self.sigma, self.scale = excitation, model, sigma, scale
-        self.mask = None if given.get("denoise_mask") is None else given["denoise_mask"].clone()
+        self.excitation, self.model = excitation, model
+        self.latent, self.sigma, self.scale = latent, sigma, scale
+        mask: Tensor | None = given.get("denoise_mask")
+        self.mask = None if mask is None else mask.clone()
         self.options = create_model_options_clone(given.get("model_options", {}))
         self.options.pop("multigpu_clones", None)
         own = self.options.setdefault("transformer_options", {})
@@ -199,28 +201,25 @@ class _Look:
         self.maps: dict[Layer, tuple[Tensor, tuple[int, int]]] = {}
 
     def maps_of(self, z: Tensor, pictures: Sequence[int]) -> Tensor:
-        """A [n, h, w, T] of some pictures' z [n, C, H, W]."""
+        """A [n, h, w, T] of some pictures' z [n, C, H, W]; the whole batch runs, as what is on the model may be a batch."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        model, chosen = self.model.inner_model.inner_model, list(pictures)
         x = z * self.scale
+        if len(chosen) < len(self.latent):
+            x = self.latent.index_copy(0, torch.tensor(chosen, device=x.device), x)
         if self.mask is not None:
-            x = self._inpainted(x, pictures)
+            # As KSamplerX0Inpaint shows it to the model: what stays is the picture's, with the step's noise.
+            sigma = self.sigma.reshape([-1] + [1] * (x.ndim - 1))
+            noise, latent = self.model.noise.clone(), self.model.latent_image.clone()
+            kept = model.scale_latent_inpaint(x=x, sigma=sigma, noise=noise, latent_image=latent)
+            x = x * self.mask + kept * (1 - self.mask)
         self.maps.clear()
-        sigma = self.sigma[list(pictures)]
         with suppress(_Enough):
-            comfy.samplers.calc_cond_batch(self.model.inner_model.inner_model, [[self.cond]], x, sigma, self.options)
+            comfy.samplers.calc_cond_batch(model, [[self.cond]], x, self.sigma, self.options)
         (size,) = {size for _, size in self.maps.values()}
-        found = mean_map([maps for maps, _ in self.maps.values()], *size)
+        found = mean_map([maps[chosen] for maps, _ in self.maps.values()], *size)
         self.maps.clear()
         return found
-
-    def _inpainted(self, x: Tensor, pictures: Sequence[int]) -> Tensor:
-        """As KSamplerX0Inpaint shows it to the model: what stays is the picture's, with the step's noise."""
-        guider, every = self.model.inner_model, list(pictures)
-        sigma = self.sigma[every].reshape([-1] + [1] * (x.ndim - 1))
-        noise, latent = self.model.noise[every].clone(), self.model.latent_image[every].clone()
-        kept = guider.inner_model.scale_latent_inpaint(x=x, sigma=sigma, noise=noise, latent_image=latent)
-        mask = self.mask if len(self.mask) == 1 else self.mask[every]
-        return x * mask + kept * (1 - mask)
 
     def _keep(self, layer: Layer, q: Tensor, k: Tensor, options: Mapping[str, Any]) -> None:
         maps = cross_attention_maps(q, k, options["n_heads"])
@@ -258,7 +257,7 @@ def _differentiable(module: nn.Module) -> Iterator[None]:
     ]
     try:
         for own, name, value in owners:
-            seen = torch.empty(0, dtype=value.dtype, device=value.device)
+            seen: Tensor = torch.empty(0, dtype=value.dtype, device=value.device)
             seen.set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
             if name in own._parameters:
                 own._parameters[name] = nn.Parameter(seen, requires_grad=False)
@@ -267,4 +266,5 @@ def _differentiable(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for own, name, value in owners:
-            (own._parameters if name in own._parameters else own._buffers)[name] = value
+            kept: dict[str, Any] = own._parameters if name in own._parameters else own._buffers
+            kept[name] = value
