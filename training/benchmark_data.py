@@ -40,11 +40,17 @@ CLASS = "person"
 NEEDED = 10
 """Pictures of a person in the original experiment."""
 FIRST_OF_TRAINING, REAL_HATS = 1000, 0.35
+SMALLEST_CROP, CROPS = 0.35, 4
+"""Pocket references are random squares of portraits, with a side from this share of the portrait's: a face's corner, a
+hat, the clothes, as photographs of people show now this and now that. Whole portraits, each in the same place, hide so
+little that the mean of ten is as good as anything. In training, so many squares of each picture are shown beside it."""
 START = {
     "adapter_kind": "plus",
     "resampler_depth": 2,
     "distil_steps": 3000,
     "max_train_steps": 6000,
+    "learning_rate": 1e-3,
+    "reference_crops": 0,
     "aggregation": "average",
     "max_references": 1,
 }
@@ -106,7 +112,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
     from .pocket.photos import ATTRIBUTES, SUBJECTS, write_identities
 
     held = folder / "held_out"
-    folders = write_identities(held, 0, options.identities, options.references)
+    folders = write_identities(held, 0, options.identities, options.references, SMALLEST_CROP)
     wishes = [dict(zip(("pose", "expression", "background"), wish, strict=True)) for wish in POSES_AND_PLACES]
     texts = []
     for wish in wishes:
@@ -142,15 +148,17 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         train=folder / "train",
         sampling=Sampling(options.resolution or 64, 10, 4.0, options.batch_size or 50, "dpm++"),
         training={
-            "max_train_steps": options.max_train_steps or 1200,
+            "max_train_steps": options.max_train_steps or 2500,
             "train_batch_size": options.train_batch_size or 32,
-            "learning_rate": 1e-3,
+            "learning_rate": 5e-4,
             "lr_scheduler": "cosine",
             "lr_warmup_steps": 100,
             "snr_gamma": 5.0,
             "use_ema": True,
             "ema_decay": 0.999,
             "validation_identities": 8,
+            "reference_crops": CROPS,
+            "smallest_crop": SMALLEST_CROP,
         },
         measures={"features": "judge", "clip": "pocket"},
         ships=not options.train,

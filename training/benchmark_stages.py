@@ -44,10 +44,10 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "single": {"aggregation": "average", "max_references": 1},
     "max": {"aggregation": "max"},
     "average": {"aggregation": "average"},
-    "self_attention": {"aggregation": SELF_ATTENTION, "aggregation_stage": "tokens"},
+    "self_attention": {"aggregation": SELF_ATTENTION, "aggregation_stage": "tokens", "aggregator_lr": 2e-3},
 }
 """What differs between the four: pooling is over the image encoder's features, self-attention over the tokens."""
-WARMUP = 0.25  # of the self-attention's steps, which are as many as the others'
+WARMUP = 0.6  # of the self-attention's steps, which are as many as the others'
 ROWS = (
     Row("IP-Adapter", "single", "average", single=True),
     Row("IP-Adapter + max pooling", "max", "max"),
