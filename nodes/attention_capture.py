@@ -1,4 +1,4 @@
-"""The maps of cross-attention, caught while ComfyUI's UNet runs."""
+"""Cross-attention of ComfyUI's UNet: its layers, what computes them already, and their maps while it runs."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -51,6 +51,19 @@ def layer_levels(model: ModelPatcher, what: str) -> dict[Layer, int]:
     return levels
 
 
+def below_of(attn2: Mapping[Any, Any], layer: Layer) -> Any:
+    """The replacement that a layer's attention has already, or None."""
+    return attn2.get(tuple(layer), attn2.get((layer.block, layer.id)))
+
+
+def attend(below: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    """What a layer computes with the replacement that it has already, or with the host's attention where it has none."""
+    if below is not None:
+        return below(q, k, v, options)
+    precision = options.get("attn_precision")
+    return optimized_attention(q, k, v, options["n_heads"], attn_precision=precision, transformer_options=options)
+
+
 @dataclass(frozen=True)
 class _Looking:
     """An attn2 replacement that computes what was computed before, and shows its query and key."""
@@ -61,16 +74,7 @@ class _Looking:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         self.keep(self.layer, q, k, extra_options)
-        if self.below is not None:
-            return self.below(q, k, v, extra_options)
-        return optimized_attention(
-            q,
-            k,
-            v,
-            extra_options["n_heads"],
-            attn_precision=extra_options.get("attn_precision"),
-            transformer_options=extra_options,
-        )
+        return attend(self.below, q, k, v, extra_options)
 
 
 def looking(options: Mapping[str, Any], layers: Collection[Layer], keep: Keep) -> dict[str, Any]:
@@ -78,7 +82,6 @@ def looking(options: Mapping[str, Any], layers: Collection[Layer], keep: Keep) -
     replace = dict(options.get("patches_replace", {}))
     attn2 = dict(replace.get("attn2", {}))
     for layer in layers:
-        below = attn2.get(tuple(layer), attn2.get((layer.block, layer.id)))
-        attn2[tuple(layer)] = _Looking(layer, below, keep)
+        attn2[tuple(layer)] = _Looking(layer, below_of(attn2, layer), keep)
     replace["attn2"] = attn2
     return replace

@@ -13,7 +13,6 @@ from uuid import UUID
 
 import torch
 import torch.nn.functional as F
-from comfy.ldm.modules.attention import optimized_attention
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -23,6 +22,7 @@ from ..models.blocks import Layer, UNetLayout
 from ..models.errors import PersonalizeError
 from ..models.ip_adapter import ImagePrompt, stack_prompts
 from ..models.pictures import same_aspect
+from .attention_capture import attend, below_of
 
 KEY = "personalize_ip_adapter"
 SIGMA = "personalize_sigma"
@@ -156,8 +156,7 @@ class DecoupledAttentionPatch:
         replace = dict(options.get("patches_replace", {}))
         attn2 = dict(replace.get("attn2", {}))
         for layer, weight in self.weights.items():
-            below = attn2.get(tuple(layer), attn2.get((layer.block, layer.id)))
-            attn2[tuple(layer)] = _LayerPatch(below, *tensors[layer], weight, masks)
+            attn2[tuple(layer)] = _LayerPatch(below_of(attn2, layer), *tensors[layer], weight, masks)
         replace["attn2"] = attn2
         return replace
 
@@ -200,12 +199,7 @@ class _LayerPatch:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, extra_options: dict[str, Any]) -> Tensor:
         heads = extra_options["n_heads"]
-        if self.below is not None:
-            text = self.below(q, k, v, extra_options)
-        else:
-            text = optimized_attention(
-                q, k, v, heads, attn_precision=extra_options.get("attn_precision"), transformer_options=extra_options
-            )
+        text = attend(self.below, q, k, v, extra_options)
         mask = None if self.masks is None else self.masks.at(*extra_options["activations_shape"][-2:])
         return decoupled_attention(
             text,

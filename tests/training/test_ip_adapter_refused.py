@@ -1,0 +1,114 @@
+"""Training an IP-Adapter: bad input is told before anything loads, and what is left out is said."""
+
+import shutil
+
+import pytest
+from identity_sets import ADAPTER, ENCODER, identities, settings_of, train
+from narrow_models import narrow_folder
+from pack.models.errors import PersonalizeError
+from pack.training.pocket.photos import write_identities
+from pack.training.preflight import preflight
+from safetensors.torch import load_file, save_file
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    return identities(tmp_path_factory.mktemp("people") / "people")
+
+
+def refused(root, folder, output, **values):
+    with pytest.raises(PersonalizeError) as caught:
+        preflight(settings_of(root, folder, output, **values), quiet=True)
+    return str(caught.value)
+
+
+def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
+    folder = tmp_path / "people"
+    shutil.copytree(people, folder)
+    broken = sorted(next(folder.iterdir()).glob("*.png"))[0]
+    broken.write_bytes(b"no picture")
+    message = refused(
+        root,
+        folder,
+        tmp_path / "out",
+        image_encoder=None,
+        ip_adapter=str(tmp_path / "gone.safetensors"),
+        aggregator_width=10,
+        aggregator_heads=4,
+        text_dropout=0.5,
+        both_dropout=0.5,
+    )
+    for sentence in (
+        "--image_encoder is missing",
+        "gone.safetensors",
+        "--aggregator_width 10 does not divide into --aggregator_heads 4",
+        "are 1.05 together: less than 1",
+        f"{broken.name} in {broken.parent} cannot be read as a picture",
+    ):
+        assert sentence in message
+    assert not (tmp_path / "out" / "config.toml").exists()
+
+
+def test_files_in_the_wrong_place_are_named(root, people, tmp_path):
+    told = refused(root, people, tmp_path / "out", image_encoder=str(root / ADAPTER), ip_adapter=str(root / ENCODER))
+    assert "pocket_portraits_ip_adapter.safetensors is no image encoder that is supported" in told
+    assert "is an image encoder, not an IP-Adapter: move it to models/clip_vision" in told
+    told = refused(root, people, tmp_path / "out", aggregation="max", train_adapter=False)
+    assert told == "--no-train_adapter with --aggregation max leaves nothing to train."
+    state = load_file(root / ADAPTER)
+    wide = {k: v.repeat(1, 2) if k == "image_proj.proj.weight" else v for k, v in state.items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    told = refused(root, people, tmp_path / "out", ip_adapter=str(tmp_path / "wide.safetensors"))
+    assert "takes image features of width 192, but those of pocket_portraits_vision.safetensors have width 96" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"distil_steps": 5}, "--distil_steps needs --distil_from: a trained base adapter."),
+        ({"distil_from": ADAPTER}, "--distil_from is for a new adapter: give it or --ip_adapter."),
+        ({"distil_from": ADAPTER, "ip_adapter": None}, "--distil_from needs --adapter_kind plus and --distil_steps."),
+        (
+            {"distil_from": ENCODER, "ip_adapter": None, "adapter_kind": "plus", "distil_steps": 5},
+            "is an image encoder, not an IP-Adapter: move it to models/clip_vision.",
+        ),
+    ],
+)
+def test_whom_a_projection_cannot_learn_from(root, people, tmp_path, monkeypatch, options, sentence):
+    monkeypatch.chdir(root)
+    assert refused(root, people, tmp_path / "out", **options).endswith(sentence)
+
+
+def test_an_adapter_for_another_base_is_told(root, people, tmp_path):
+    base = narrow_folder("sd15", tmp_path / "sd15")
+    with pytest.raises(
+        PersonalizeError, match=r"is made for pocket portraits \(\d+ cross-attention layers.*use an adapter"
+    ):
+        train(root, people, tmp_path / "out", pretrained_model_name_or_path=str(base), resolution=64)
+
+
+def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
+    folder = write_identities(tmp_path / "people", 5000, 2, 3)[0].parent
+    lonely = folder / "lonely"
+    lonely.mkdir()
+    shutil.copy(next(folder.glob("*/*.png")), lonely / "1.png")
+    shutil.copy(lonely / "1.png", folder / "loose.png")
+    warnings = preflight(
+        settings_of(
+            root,
+            folder,
+            tmp_path / "out",
+            train_text_encoder=True,
+            caption_dropout=0.1,
+            validation_prompt=["a {class}"],
+        ),
+        quiet=True,
+    ).warnings
+    told = "\n".join(warnings)
+    assert "1 of the identities in" in told
+    assert "(lonely)" in told
+    assert "1 pictures are in no identity's folder (loose.png)" in told
+    assert "--train_text_encoder has no effect: an IP-Adapter trains beside a base" in told
+    assert "--caption_dropout has no effect" in told
+    assert "of the 2 in people none is held out" in told.replace(str(folder), "people")
+    assert "trigger" not in told
