@@ -282,6 +282,18 @@ def likeness_to_others(generated: Tensor, real: Tensor, groups: Tensor, groups_r
     return (by_identity * other).sum(1) / other.sum(1)
 
 
+def identity_logits(generated: Tensor, real: Tensor, groups_real: Tensor, scale: float) -> Tensor:
+    """[n, identities] logits of who a picture shows, for `score_by_group`: cosine to the middle of each identity's real
+    pictures times the `scale` that the features were trained with (a nearest class mean; Snell et al. 2017, equation 2).
+
+    Args:
+        generated, real: features [n, d], [m, d].
+        groups_real: [m] int64, of 0 to identities - 1, each of which has a picture.
+    """
+    middles = _by_group(normalize(real.double(), dim=1), groups_real, int(groups_real.max()) + 1)
+    return scale * normalize(generated.double(), dim=1) @ normalize(middles, dim=1).T
+
+
 def paired_cosines(pictures: Tensor, texts: Tensor) -> Tensor:
     """[n] cosine of each picture's features [n, d] and its prompt's: CLIP-T is their mean."""
     return (normalize(pictures.double(), dim=1) * normalize(texts.double(), dim=1)).sum(1)

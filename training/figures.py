@@ -18,6 +18,7 @@ from .shared import (
     bootstrap,
     bootstrap_difference,
     frechet_by_group,
+    identity_logits,
     inception_score,
     kernel_by_group,
     likeness,
@@ -50,7 +51,17 @@ KINDS = {
         "FID", "lower", "Fréchet distance between the features of generated and real pictures; depends on how many there are"
     ),
     "kid": Kind("KID", "lower", "kernel distance between the same features; does not depend on how many there are, and may fall below zero"),
-    "is": Kind("IS", "higher", "inception score: pictures of a clear class each, and of many classes together"),
+    "is": Kind(
+        "IS",
+        "higher",
+        "inception score: pictures of a clear class each, and of many classes together, be they the right ones or not",
+    ),
+    "identity_is": Kind(
+        "IS over identities",
+        "higher",
+        "inception score whose classes are the identities of the real pictures, by the judge's identity features: pictures "
+        "that show one of them clearly, and all of them alike",
+    ),
     "uniform_is": Kind(
         "uniform-prior IS",
         "",
@@ -124,7 +135,7 @@ def measure(
         known: attributes by identity.
         draws, seed: of the intervals.
     """
-    measures = _distances(views, real) | _scores(views) | _likenesses(views, real) | _judged(views, known)
+    measures = _distances(views, real) | _scores(views, real) | _likenesses(views, real) | _judged(views, known)
     groups, figures = views.pictures.groups, dict[str, Figure]()
     for name in KINDS:
         if (found := measures.get(name)) is not None:
@@ -147,7 +158,7 @@ def _distances(views: Views, real: Views) -> dict[str, _Measure]:
     return {"fid": fid, "kid": _Measure(kernel_by_group(*given), n)}
 
 
-def _scores(views: Views) -> dict[str, _Measure]:
+def _scores(views: Views, real: Views) -> dict[str, _Measure]:
     logits, groups = views.main["logits"], views.pictures.group_numbers()
     n, parts = len(logits), dict[str, float]()
     if n < 2:
@@ -157,7 +168,15 @@ def _scores(views: Views) -> dict[str, _Measure]:
         mean, deviation = scores.mean().item(), scores.std(correction=0).item()
         parts = {f"mean of {PARTS} parts": mean, f"deviation of {PARTS} parts": deviation}
     uniform = _Measure(uniform_score_by_group(logits, groups), n)
-    return {"is": _Measure(score_by_group(logits, groups), n, parts), "uniform_is": uniform}
+    measures = {"is": _Measure(score_by_group(logits, groups), n, parts), "uniform_is": uniform}
+    names = list(real.pictures.identities)
+    if "who" in views.main and len(names) > 1:
+        from .pocket.judge import IDENTITY_SCALE
+
+        whose = numbered(real.pictures.whose, names)
+        who = identity_logits(views.main["who"], real.main["who"], whose, IDENTITY_SCALE)
+        measures["identity_is"] = _Measure(score_by_group(who, groups), n)
+    return measures
 
 
 def _likenesses(views: Views, real: Views) -> dict[str, _Measure]:

@@ -16,7 +16,7 @@ from .shared import cover_picture, read_picture
 if TYPE_CHECKING:
     from .benchmark import Benchmark
 
-SHOWN = ("fid", "is", "likeness", "attributes", "prompt_following", "clip_i", "clip_t", "dino")
+SHOWN = ("fid", "is", "identity_is", "likeness", "attributes", "prompt_following", "clip_i", "clip_t", "dino")
 SHEET = 8  # identities on the contact sheet
 SIDE, GAP, LABEL, HEAD = 96, 4, 190, 22  # pixels
 STYLE = """

@@ -52,6 +52,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.losses import prior_preservation_loss as prior_preservation_loss
     from models.measures import Statistic as Statistic
     from models.measures import frechet_by_group as frechet_by_group
+    from models.measures import identity_logits as identity_logits
     from models.measures import inception_score as inception_score
     from models.measures import kernel_by_group as kernel_by_group
     from models.measures import likeness as likeness
@@ -139,6 +140,7 @@ else:
     from ..models.losses import prior_preservation_loss as prior_preservation_loss
     from ..models.measures import Statistic as Statistic
     from ..models.measures import frechet_by_group as frechet_by_group
+    from ..models.measures import identity_logits as identity_logits
     from ..models.measures import inception_score as inception_score
     from ..models.measures import kernel_by_group as kernel_by_group
     from ..models.measures import likeness as likeness

@@ -27,6 +27,7 @@ def test_the_judge_tells_the_same_people_from_others(sets, tmp_path, capsys, no_
     assert real["likeness"]["value"] > 0.75
     assert abs(bad["likeness"]["value"]) < 0.4
     assert abs(good["likeness_to_others"]["value"]) < 0.4
+    assert good["identity_is"]["value"] > 0.9 * PEOPLE > bad["identity_is"]["value"] + 1
     assert good["attributes"]["value"] > 0.97
     assert real["attributes"]["value"] > 0.97
     assert bad["attributes"]["value"] < 0.6
@@ -35,13 +36,14 @@ def test_the_judge_tells_the_same_people_from_others(sets, tmp_path, capsys, no_
         assert method["prompt_following"]["value"] > 0.95
         assert set(method["prompt_following"]["parts"]) == {"pose", "expression", "background"}
         assert method["uniform_is"]["value"] >= method["is"]["value"] > 4
+        assert 1 <= method["identity_is"]["value"] <= PEOPLE
         assert method["clip_t"]["pictures"] == PEOPLE * 4
         for figure in method.values():
             assert figure["low"] <= figure["value"] <= figure["high"]
             assert (figure["groups"], figure["draws"]) == (PEOPLE, DRAWS)
     for name in ("fid", "kid", "clip_i"):
         assert (good[name]["value"] < bad[name]["value"]) == (name != "clip_i")
-    assert set(real) == {"is", "uniform_is", "likeness", "likeness_to_others", "attributes", "clip_i"}
+    assert set(real) == {"is", "identity_is", "uniform_is", "likeness", "likeness_to_others", "attributes", "clip_i"}
     (likeness,) = (d for d in result["differences"] if d["figure"] == "likeness")
     assert (likeness["of"], likeness["against"], likeness["apart"]) == ("good", "bad", True)
     assert likeness["difference"] == pytest.approx(good["likeness"]["value"] - bad["likeness"]["value"])
@@ -66,6 +68,7 @@ def test_what_is_not_there_is_left_out(copies, tmp_path, no_network):
         "fid",
         "kid",
         "is",
+        "identity_is",
         "uniform_is",
         "likeness",
         "likeness_to_others",

@@ -10,6 +10,7 @@ from pack.models.measures import (
     Statistics,
     frechet_by_group,
     frechet_distance,
+    identity_logits,
     inception_score,
     kernel_by_group,
     kernel_distance,
@@ -130,6 +131,24 @@ def test_the_uniform_prior_rewards_collapse_and_the_inception_score_does_not():
     row = torch.randn(classes, generator=torch.Generator().manual_seed(1))
     circulant = torch.stack([row.roll(i) for i in range(classes)])
     assert uniform_inception_score(circulant) == pytest.approx(inception_score(circulant).item(), rel=1e-9)
+
+
+def test_over_identities_the_score_sees_who_is_shown():
+    """The less a picture shows one of the set, the lower: strangers and one person again and again have 1."""
+    own = torch.eye(6, dtype=DOUBLE)[:4][torch.arange(4).repeat_interleave(5)]
+    whose, stranger = torch.arange(4).repeat_interleave(5), torch.eye(6, dtype=DOUBLE)[4].expand(20, 6)
+
+    def logits(pictures):
+        return identity_logits(pictures, 3 * own, whose, 12.0)
+
+    def score(pictures):
+        return inception_score(logits(pictures)).item()
+
+    assert torch.allclose(logits(2 * own), 12 * own[:, :4], atol=1e-12)
+    assert 3.99 < score(own) < 4
+    assert score(own) > score(own + 2 * stranger) > score(own + 4 * stranger) > score(stranger)
+    assert score(stranger) == pytest.approx(1)
+    assert score(own[:1].expand(20, 6)) == pytest.approx(1)
 
 
 def test_impossible_classes_are_no_nan():

@@ -23,6 +23,8 @@ NAMES = (*SUBJECT_NAMES, *SCENE_NAMES)
 SIZES = (*SUBJECT_SIZES, *SCENE_SIZES)
 WIDTHS = (32, 64, 96, 128, 160)
 IDENTITY = 64
+IDENTITY_SCALE = 12.0
+"""Of the cosines of likeness vectors, in the loss that taught them."""
 
 
 class Block(nn.Module):
@@ -119,7 +121,7 @@ def train_judge(run: Run) -> Judge:
         features = features.float()
         reading = reading_loss(judge.read(features), labels)
         who = judge.likeness(features[: 2 * len(a)])
-        same = contrast(who[: len(a)], who[len(a) :], torch.tensor(12.0))
+        same = contrast(who[: len(a)], who[len(a) :], torch.tensor(IDENTITY_SCALE))
         return reading + 0.1 * same, {"reading": reading.item(), "same": same.item()}
 
     train(judge, step, run, "judge")
