@@ -1,5 +1,6 @@
 """Pictures to be measured, drawn first: by a base model with a personalisation file, of the same prompts for everybody."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +12,12 @@ from .base_checks import check_size, family_at
 from .base_model import OFFLINE, load_base, size_step_of
 from .dataset import fill_in
 from .defaults import RESOLUTIONS
+from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, PROMPT_METHODS, excited_places
 from .generate import Job, ReferencePrompts, Sampling, draw_pictures
 from .image_encoder import load_image_encoder
 from .options import option
 from .picture_sets import find_set
-from .shared import SELF_ATTENTION, IPAdapter, PersonalizeError, read_ip_adapter, title_of
+from .shared import SELF_ATTENTION, IPAdapter, PersonalizeError, parse_concepts, parse_words, read_ip_adapter, title_of
 
 
 @dataclass
@@ -42,6 +44,15 @@ class Drawing:
     prompt: list[str] = option(  # noqa: RUF009 - a list of its own for each
         [], "draw this; may be given several times, with {trigger} and {class}"
     )
+    prompt_method: str = option(
+        PLAIN,
+        "how a prompt guides: as it is; with the words of --excite (Attend-and-Excite); as concepts joined by AND and NOT "
+        "(Composable Diffusion)",
+        PROMPT_METHODS,
+    )
+    excite: list[str] = option(  # noqa: RUF009 - a list of its own for each
+        [], 'the words that must show: cat, "yellow bowl"; once for all prompts, or once for each in their order'
+    )
     pictures_per_prompt: int = option(4, "of each prompt and identity", least=1)
     resolution: int | None = option(None, "pixels, of a square; what suits the base by default", least=16)
     num_inference_steps: int = option(20, "of Euler's method", least=1)
@@ -64,6 +75,7 @@ def check_drawing(drawing: Drawing) -> None:
     family = told(family_at, drawing.pretrained_model_name_or_path)
     if not drawing.prompt:
         problems.append("--prompt is missing: what to draw.")
+    problems += _prompt_problems(drawing)
     if drawing.ip_adapter is not None:
         told(check_files, drawing.ip_adapter, drawing.image_encoder, family)
     for name in ("lora", "textual_inversion"):
@@ -76,6 +88,29 @@ def check_drawing(drawing: Drawing) -> None:
         problems.append(f"--name {drawing.name!r} is no name for a folder.")
     if problems:
         raise PersonalizeError("\n".join(problems))
+
+
+def _prompt_problems(drawing: Drawing) -> list[str]:
+    excites = drawing.prompt_method == ATTEND_AND_EXCITE
+    if excites and not drawing.excite:
+        return ["--excite is missing: the words that must show, for example --excite 'cat, \"yellow bowl\"'."]
+    if drawing.excite and not excites:
+        return [f"--excite is for --prompt_method {ATTEND_AND_EXCITE}, not {drawing.prompt_method}."]
+    if len(drawing.excite) > 1 and len(drawing.excite) != len(drawing.prompt):
+        return [
+            f"--excite is given {len(drawing.excite)} times for {len(drawing.prompt)} prompts: give it once, or once for each."
+        ]
+    problems = []
+    readings: list[tuple[Callable, list[str]]] = [(parse_words, drawing.excite)]
+    if drawing.prompt_method == COMPOSABLE_DIFFUSION:
+        readings.append((parse_concepts, drawing.prompt))
+    for read, texts in readings:
+        for text in texts:
+            try:
+                read(text)
+            except PersonalizeError as error:
+                problems.append(str(error))
+    return problems
 
 
 def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
@@ -99,6 +134,7 @@ def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
     if drawing.textual_inversion is not None:
         base.pipeline.load_textual_inversion(str(Path(drawing.textual_inversion).expanduser()), token=drawing.word)
     base.pipeline.to(accelerator.device)
+    base.pipeline.unet.requires_grad_(False)
     resolution = drawing.resolution or RESOLUTIONS.get(base.family, 512)
     check_size(resolution, base.size_step, base.name)
     people = find_set(real, "real").identities
@@ -113,17 +149,32 @@ def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
         adapter = IPAdapter.from_state(read_ip_adapter(Path(drawing.ip_adapter).expanduser()))
         encoder = load_image_encoder(drawing.image_encoder or "").to(accelerator.device)
         showing = ReferencePrompts(base, adapter, encoder, drawing.aggregation, "before projection", drawing.weight)
+    excite = (
+        drawing.excite * len(drawing.prompt)
+        if len(drawing.excite) == 1
+        else drawing.excite or [""] * len(drawing.prompt)
+    )
     jobs = [
         Job(
             folder / name / f"p{i:02}-s{number}.png",
             fill_in(prompt, drawing.word, drawing.class_name),
             (seed + number) * 1_000_003 + i,
             given.get(name, ())[: drawing.max_references],
+            excite=fill_in(excite[i], drawing.word, drawing.class_name),
         )
         for name in people
         for i, prompt in enumerate(drawing.prompt)
         for number in range(drawing.pictures_per_prompt)
     ]
-    sampling = Sampling(resolution, drawing.num_inference_steps, drawing.guidance_scale, drawing.draw_batch_size)
+    if drawing.prompt_method == ATTEND_AND_EXCITE:
+        for text, words in dict.fromkeys((job.prompt, job.excite) for job in jobs):
+            excited_places(base, text, words)  # before the first is drawn
+    sampling = Sampling(
+        resolution,
+        drawing.num_inference_steps,
+        drawing.guidance_scale,
+        drawing.draw_batch_size,
+        prompts=drawing.prompt_method,
+    )
     draw_pictures(accelerator, base, jobs, sampling, f"Drawing {drawing.name}", showing)
     return folder

@@ -4,11 +4,13 @@ A picture's noise comes from its own seed, so that methods which are compared st
 difference in which batch or process a picture is drawn, or whether the run was stopped in between.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -18,11 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
+from .attend_and_excite import AttendAndExcite
 from .base_model import BaseModel
 from .diffusers_attention import apply_image_prompts
 from .encoding import TextStates, read_text
+from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, composed, excited_places, stack_texts
 from .image_encoder import encode_references
-from .shared import ImagePrompt, IPAdapter
+from .shared import Concept, Excitement, ImagePrompt, IPAdapter, parse_concepts
 from .watch import decode, resting
 
 SOLVERS = {"euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -40,8 +44,10 @@ class Job:
     """Of its noise."""
     references: tuple[Path, ...] = ()
     """Pictures of whom it shall show, for an adapter."""
-    wishes: Mapping[str, str] = field(default_factory=dict)
+    wishes: Mapping[str, Any] = field(default_factory=dict)
     """What the prompt asks for, in the words of training.truth."""
+    excite: str = ""
+    """For Attend-and-Excite: cat, "yellow bowl"."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +61,16 @@ class Sampling:
     batch: int = 8
     solver: str = "euler"
     """Of SOLVERS."""
+    prompts: str = PLAIN
+    """Of training.following.PROMPT_METHODS: as they are, with each job's words excited, or composed of concepts."""
+    width: int | None = None
+    """Pixels, where it is no square."""
+    excitement: Excitement = field(default_factory=Excitement)
 
 
-Showing = Callable[[Sequence[Job]], AbstractContextManager]
-"""Tells the UNet about the references of a batch, guided as [without, with], until the end of the block."""
+Showing = Callable[[Sequence[Job], Sequence[bool]], AbstractContextManager]
+"""Tells the UNet about the references of a batch until the end of the block. It is run for as many copies of the batch as
+there are truths, one after the other, and those that are true see the references."""
 
 
 def draw_pictures(
@@ -87,13 +99,10 @@ def draw_pictures(
     with resting(base), bar:
         for start in range(0, len(mine), sampling.batch):
             some = mine[start : start + sampling.batch]
-            for prompt in ("", *(job.prompt for job in some)):
+            for prompt in ("", *(text for job in some for text in _texts_of(job, sampling))):
                 if prompt not in texts:
                     texts[prompt] = read_text(base, [prompt])
-            with showing(some) if showing is not None else nullcontext():
-                pictures = _draw(
-                    base, [texts[job.prompt] for job in some], texts[""], [job.seed for job in some], sampling
-                )
+            pictures = _draw(base, some, texts, sampling, showing or _unseen)
             for job, picture in zip(some, pictures, strict=True):
                 _save(job, picture)
             bar.update(len(some))
@@ -101,37 +110,96 @@ def draw_pictures(
     return len(mine)
 
 
+def _unseen(_jobs: Sequence[Job], _sees: Sequence[bool]) -> AbstractContextManager:
+    """No references."""
+    return nullcontext()
+
+
+def _texts_of(job: Job, sampling: Sampling) -> list[str]:
+    return [concept.text for concept in _concepts_of(job)] if sampling.prompts == COMPOSABLE_DIFFUSION else [job.prompt]
+
+
+def _concepts_of(job: Job) -> list[Concept]:
+    return parse_concepts(job.prompt)
+
+
 def _draw(
-    base: BaseModel, rows: Sequence[TextStates], empty: TextStates, seeds: Sequence[int], sampling: Sampling
+    base: BaseModel, jobs: Sequence[Job], texts: Mapping[str, TextStates], sampling: Sampling, showing: Showing
 ) -> list[Image.Image]:
-    pipeline = base.pipeline
+    pipeline, n = base.pipeline, len(jobs)
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    scheduler, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
-    side, n = sampling.resolution // pipeline.vae_scale_factor, len(rows)
-    shape = (pipeline.unet.config.in_channels, side, side)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    pooled: dict[str, Tensor] = {}
-    if empty.pooled is not None:
-        pooled["pooled_prompt_embeds"] = torch.cat([r.pooled for r in rows if r.pooled is not None]).to(device, dtype)
-        pooled["negative_pooled_prompt_embeds"] = empty.pooled.expand(n, -1).to(device, dtype)
-    pipeline.scheduler = SOLVERS[sampling.solver].from_config(scheduler.config)
+    before, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+    height, width = sampling.resolution, sampling.width or sampling.resolution
+    step = pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, height // step, width // step)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
+    latents, arguments = noise.to(device, dtype), dict[str, Any]()
+    negative = stack_texts([texts[""]] * n).to(device, dtype)
+    sides = (False, True) if sampling.guidance > 1 else (True,)  # as the pipeline has it
+    pipeline.scheduler = scheduler = SOLVERS[sampling.solver].from_config(before.config)
     pipeline.set_progress_bar_config(disable=True)
     try:
-        latents = pipeline(
-            prompt_embeds=torch.cat([row.states for row in rows]).to(device, dtype),
-            negative_prompt_embeds=empty.states.expand(n, -1, -1).to(device, dtype),
-            latents=noise.to(device, dtype),
-            height=sampling.resolution,
-            width=sampling.resolution,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            output_type="latent",
-            **pooled,
-        ).images
+        with ExitStack() as stack:
+            if sampling.prompts == COMPOSABLE_DIFFUSION:
+                concepts, weights = _composition(jobs, texts)
+                positive = concepts[0].to(device, dtype)
+                sides = (False, *(True for _ in concepts))
+                parts = [concept.to(device, dtype) for concept in concepts]
+                stack.enter_context(composed(pipeline.unet, negative, parts, weights))
+            else:
+                positive = stack_texts([texts[job.prompt] for job in jobs]).to(device, dtype)
+            stack.enter_context(showing(jobs, sides))
+            if sampling.prompts == ATTEND_AND_EXCITE:
+                scheduler.set_timesteps(sampling.steps, device=device)
+                exciting = AttendAndExcite(
+                    pipeline.unet,
+                    scheduler,
+                    positive.states,
+                    [excited_places(base, job.prompt, job.excite) for job in jobs],
+                    sampling.excitement,
+                    added=_added(base, positive, height, width),
+                    showing=lambda pictures: showing([jobs[i] for i in pictures], (True,)),
+                )
+                first = scheduler.init_noise_sigma
+                latents = exciting.before_first(latents * first) / first
+                arguments["callback_on_step_end"] = exciting.callback
+            if positive.pooled is not None:
+                arguments |= {
+                    "pooled_prompt_embeds": positive.pooled,
+                    "negative_pooled_prompt_embeds": negative.pooled,
+                }
+            drawn = pipeline(
+                prompt_embeds=positive.states,
+                negative_prompt_embeds=negative.states,
+                latents=latents,
+                height=height,
+                width=width,
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                output_type="latent",
+                **arguments,
+            ).images
     finally:
-        pipeline.scheduler = scheduler
+        pipeline.scheduler = before
         pipeline.set_progress_bar_config(**progress)
-    return [picture for row in latents.split(1) for picture in decode(pipeline.vae, row)]
+    return [picture for row in drawn.split(1) for picture in decode(pipeline.vae, row)]
+
+
+def _composition(jobs: Sequence[Job], texts: Mapping[str, TextStates]) -> tuple[list[TextStates], list[list[float]]]:
+    """The first concepts of all pictures, the second ones...; who has fewer gets empty ones of weight 0."""
+    own = [_concepts_of(job) for job in jobs]
+    padded = list(itertools.zip_longest(*own, fillvalue=Concept("", 0.0)))
+    return [stack_texts([texts[concept.text] for concept in row]) for row in padded], [
+        [concept.weight for concept in row] for row in padded
+    ]
+
+
+def _added(base: BaseModel, text: TextStates, height: int, width: int) -> dict[str, Tensor] | None:
+    """What SDXL is told beside the text."""
+    if text.pooled is None:
+        return None
+    size = torch.tensor([height, width, 0, 0, height, width]).to(text.pooled)
+    return {"text_embeds": text.pooled, "time_ids": size.expand(len(text.pooled), -1)}
 
 
 def _save(job: Job, picture: Image.Image) -> None:
@@ -177,12 +245,12 @@ class ReferencePrompts:
         return self.known[references]
 
     @contextmanager
-    def __call__(self, jobs: Sequence[Job]):
-        """Of a batch."""
+    def __call__(self, jobs: Sequence[Job], sees: Sequence[bool] = (False, True)):
+        """Of a batch; see Showing."""
         pairs = [self.prompts(job.references) for job in jobs]
-        sides = [side[0] for side in pairs] + [side[1] for side in pairs]
+        rows = [pair[int(shown)] for shown in sees for pair in pairs]
         unet = self.base.pipeline.unet
-        before = apply_image_prompts(unet, sides, self.weight)
+        before = apply_image_prompts(unet, rows, self.weight)
         try:
             yield
         finally:

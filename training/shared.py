@@ -7,6 +7,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.aggregation import AGGREGATIONS as AGGREGATIONS
     from models.aggregation import SELF_ATTENTION as SELF_ATTENTION
     from models.aggregation import SelfAttentionAggregator as SelfAttentionAggregator
+    from models.attend_and_excite import WINDOW as WINDOW
     from models.attend_and_excite import Excitement as Excitement
     from models.attend_and_excite import cross_attention_maps as cross_attention_maps
     from models.attend_and_excite import excite as excite
@@ -26,6 +27,9 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.checkpoints import check_tensors as check_tensors
     from models.checkpoints import overwrite_tensors as overwrite_tensors
     from models.checkpoints import read_header as read_header
+    from models.composable_diffusion import Concept as Concept
+    from models.composable_diffusion import compose as compose
+    from models.composable_diffusion import parse_concepts as parse_concepts
     from models.delta import TEXT_MODELS as TEXT_MODELS
     from models.delta import check_budget as check_budget
     from models.delta import check_delta as check_delta
@@ -91,10 +95,13 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.weight_files import read_safetensors as read_safetensors
     from models.weight_files import read_weights as read_weights
     from models.weight_files import write_safetensors as write_safetensors
+    from models.words import find_words as find_words
+    from models.words import parse_words as parse_words
 else:
     from ..models.aggregation import AGGREGATIONS as AGGREGATIONS
     from ..models.aggregation import SELF_ATTENTION as SELF_ATTENTION
     from ..models.aggregation import SelfAttentionAggregator as SelfAttentionAggregator
+    from ..models.attend_and_excite import WINDOW as WINDOW
     from ..models.attend_and_excite import Excitement as Excitement
     from ..models.attend_and_excite import cross_attention_maps as cross_attention_maps
     from ..models.attend_and_excite import excite as excite
@@ -114,6 +121,9 @@ else:
     from ..models.checkpoints import check_tensors as check_tensors
     from ..models.checkpoints import overwrite_tensors as overwrite_tensors
     from ..models.checkpoints import read_header as read_header
+    from ..models.composable_diffusion import Concept as Concept
+    from ..models.composable_diffusion import compose as compose
+    from ..models.composable_diffusion import parse_concepts as parse_concepts
     from ..models.delta import TEXT_MODELS as TEXT_MODELS
     from ..models.delta import check_budget as check_budget
     from ..models.delta import check_delta as check_delta
@@ -179,6 +189,8 @@ else:
     from ..models.weight_files import read_safetensors as read_safetensors
     from ..models.weight_files import read_weights as read_weights
     from ..models.weight_files import write_safetensors as write_safetensors
+    from ..models.words import find_words as find_words
+    from ..models.words import parse_words as parse_words
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "models" / "pocket"

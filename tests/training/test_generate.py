@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +11,14 @@ import torch
 from accelerate import Accelerator
 from diffusers import EulerDiscreteScheduler
 from identity_sets import ADAPTER, CHECKPOINT, ENCODER, identities, train
+from narrow_models import narrow_folder
+from pack.models.attend_and_excite import Excitement
+from pack.models.composable_diffusion import parse_concepts
 from pack.models.ip_adapter import IPAdapter, read_ip_adapter
 from pack.training import evaluate as evaluation
+from pack.training import generate
 from pack.training.base_model import load_base
+from pack.training.encoding import read_text
 from pack.training.generate import Job, ReferencePrompts, Sampling, draw_pictures
 from pack.training.image_encoder import encode_references, load_image_encoder
 from PIL import Image
@@ -45,6 +52,32 @@ def showing(base, root, aggregation="average", weight=1.0, file=None):
 
 def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
+
+
+def spied(monkeypatch, module, name):
+    """What a function of (vae, latent) is given, row by row."""
+    seen, real = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda vae, row: seen.append(row.clone()) or real(vae, row))
+    return seen
+
+
+def by_hand(base, job, sampling, showing_them):
+    """Composable Diffusion of one picture, a call of the UNet for each concept."""
+    pipeline, unet = base.pipeline, base.pipeline.unet
+    scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(sampling.steps)
+    x = torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(job.seed)) * scheduler.init_noise_sigma
+
+    def predicted(text, shown):
+        context = showing_them([job], (shown,)) if showing_them is not None else nullcontext()
+        with context, torch.no_grad():
+            return unet(scheduler.scale_model_input(x, t), t, encoder_hidden_states=read_text(base, [text]).states)[0]
+
+    for t in scheduler.timesteps:
+        negative = predicted("", False)
+        pulls = [concept.weight * (predicted(concept.text, True) - negative) for concept in parse_concepts(job.prompt)]
+        x = scheduler.step(negative + sampling.guidance * sum(pulls), t, x).prev_sample
+    return x
 
 
 def test_no_batch_and_no_stop_changes_a_picture(root, base, people, tmp_path):
@@ -88,6 +121,108 @@ def test_a_file_with_pooling_draws_the_same_in_diffusers_own_ip_adapter(root, ba
         output_type="np",
     ).images[0]
     assert np.abs(pixels(job.path) - theirs * 255).max() <= 2
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_concepts_are_composed_in_one_call_as_the_formula_says(root, base, people, tmp_path, monkeypatch, shown):
+    texts = ("a dog :0.8 AND a beach AND NOT rain :0.5", "a sad cat | a library")
+    composing = [replace(job, prompt=text) for job, text in zip(jobs(tmp_path / "a", people), texts, strict=False)]
+    showing_them, sampling = showing(base, root) if shown else None, replace(SAMPLING, prompts="composable_diffusion")
+    unet, calls, kept = base.pipeline.unet, [], base.pipeline.unet.forward
+    latents = spied(monkeypatch, generate, "decode")
+    monkeypatch.setattr(unet, "forward", lambda *a, **k: calls.append(len(a[0])) or kept(*a, **k))
+    draw_pictures(Accelerator(), base, composing, sampling, "", showing_them)
+    assert calls == [2 * 4] * 3, "the negative prompt and three concepts of two pictures in each of three steps"
+    monkeypatch.undo()
+    for i, job in enumerate(composing):
+        wanted = by_hand(base, job, sampling, showing_them)
+        torch.testing.assert_close(latents[i], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_concept_is_guidance_bit_for_bit(root, base, people, tmp_path):
+    plain = jobs(tmp_path / "plain", people)
+    single = [replace(job, path=tmp_path / "one" / job.path.name) for job in plain]
+    draw_pictures(Accelerator(), base, plain, SAMPLING, "")
+    draw_pictures(Accelerator(), base, single, replace(SAMPLING, prompts="composable_diffusion"), "")
+    for one, other in zip(plain, single, strict=True):
+        assert one.path.read_bytes() == other.path.read_bytes()
+
+
+def test_words_are_excited_in_any_batch_and_leave_no_trace(root, base, people, tmp_path):
+    sampling = replace(SAMPLING, prompts="attend_and_excite", excitement=Excitement(thresholds={0: 0.3}, refinements=2))
+    words = ('dog, "a beach"', "", "robot space")
+
+    def all_of(name):
+        return [replace(job, excite=own) for job, own in zip(jobs(tmp_path / name, people), words, strict=True)]
+
+    processors, shown = dict(base.pipeline.unet.attn_processors), showing(base, root)
+    draw_pictures(Accelerator(), base, all_of("a"), sampling, "", shown)
+    for job in all_of("b"):
+        draw_pictures(Accelerator(), base, [job], sampling, "", shown)
+    draw_pictures(Accelerator(), base, jobs(tmp_path / "plain", people), SAMPLING, "", shown)
+    assert base.pipeline.unet.attn_processors == processors
+    for i, own in enumerate(words):
+        together, alone, plain = (pixels(tmp_path / name / f"{i}.png") for name in ("a", "b", "plain"))
+        assert np.abs(together - alone).max() <= 2
+        assert (np.abs(together - plain).max() > 10) == bool(own)
+
+
+def test_sdxl_too(tmp_path):
+    base = load_base(str(narrow_folder("sdxl", tmp_path / "narrow")))
+    base.pipeline.unet.requires_grad_(False)
+    sampling = Sampling(64, steps=2, batch=2)
+
+    def drawn(name, **changes):
+        some = [
+            Job(tmp_path / name / f"{i}.png", text, 7 + i, excite="dog") for i, text in enumerate(("a dog", "one dog"))
+        ]
+        draw_pictures(Accelerator(), base, some, replace(sampling, **changes), "")
+        return [job.path.read_bytes() for job in some]
+
+    plain = drawn("plain")
+    assert drawn("one", prompts="composable_diffusion") == plain
+    excited = Excitement(scale=1000.0, thresholds={})
+    moved = drawn("excited", prompts="attend_and_excite", excitement=excited)
+    assert all(one != other for one, other in zip(moved, plain, strict=True))
+
+
+def test_evaluate_draws_with_prompt_methods(root, people, tmp_path, capsys):
+    common = [
+        *("--pretrained_model_name_or_path", str(root / CHECKPOINT), "--real", str(people), "--bootstrap_draws", "0"),
+        *("--output_dir", str(tmp_path / "measured"), "--pictures_per_prompt", "1", "--num_inference_steps", "2"),
+    ]
+
+    def run(*arguments):
+        return evaluation.main([*common, *arguments]), capsys.readouterr().err
+
+    exciting = ("--prompt_method", "attend_and_excite", "--prompt", "a {class} on a beach", "--prompt", "a sad {class}")
+    status, said = run(*exciting, "--excite", "{class}", "--class_name", "dog", "--name", "excited")
+    assert status == 0, said
+    composing = ("--prompt_method", "composable_diffusion", "--prompt", "a dog AND NOT rain")
+    status, said = run(*composing, "--name", "composed")
+    assert status == 0, said
+    assert len(list((tmp_path / "measured" / "drawn").rglob("*.png"))) == 3 * 3
+    for arguments, sentence in (
+        (exciting, "--excite is missing: the words that must show"),
+        (
+            (*exciting, *("--excite", "a") * 3),
+            "--excite is given 3 times for 2 prompts: give it once, or once for each.",
+        ),
+        ((*exciting, "--excite", '"sad'), "A quote has no end"),
+        (
+            (*exciting, "--excite", "sad"),
+            '"a person on a beach": "sad" is not in the prompt, whose words are: a, person, on',
+        ),
+        (
+            (*composing, "--excite", "dog"),
+            "--excite is for --prompt_method attend_and_excite, not composable_diffusion.",
+        ),
+        ((*composing, "--prompt", "a AND"), "has no text: write words on both sides"),
+    ):
+        status, said = run(*arguments, "--name", "refused")
+        assert status == 1
+        assert sentence in said
+    assert not (tmp_path / "measured" / "drawn" / "refused").exists()
 
 
 def test_evaluate_draws_first(root, people, tmp_path, capsys):
