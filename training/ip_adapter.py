@@ -123,6 +123,7 @@ class IPAdapterMethod:
             self.settings.training.seed,
             {"adapter to start from": self.started, "image encoder": self.features.digest},
             lesson,
+            options.warmup_loss_weight,
         )
 
     def spoken(self, text: str) -> str:

@@ -93,6 +93,7 @@ class LeaveOneOut:
         seed: int,
         material: Mapping[str, str],
         lesson: Distillation | None = None,
+        beside: float = 0.0,
     ):
         """Args:
         adapter: which trains, on its device.
@@ -106,10 +107,11 @@ class LeaveOneOut:
         seed: of the run.
         material: digests of what the training depends on beside base and pictures, by what it is.
         lesson: for the first batches.
+        beside: weight of the warm-up's loss in later batches.
         """
         self.adapter, self.unet, self.features, self.sets = adapter, unet, features, sets
         self.most, self.dropout, self.early, self.seed = most, dropout, early, seed
-        self.material, self.lesson = dict(material), lesson
+        self.material, self.lesson, self.beside = dict(material), lesson, beside
 
     def told(self, example: Example, number: int, place: int) -> Told:
         """About the picture at a place of batch `number`."""
@@ -138,6 +140,12 @@ class LeaveOneOut:
         if self.adapter.aggregator is not None and 0 <= number - distil < warm:
             return self.warm_up(examples, number, places)
         return None
+
+    def loss_beside(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor | None:
+        """What is added to the noise's loss, if anything: the self-attention's alone, the projection has no part in it."""
+        if self.beside == 0 or self.adapter.aggregator is None:
+            return None
+        return self.beside * self.warm_up(examples, number, places)
 
     def warm_up(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor:
         """‖G(references) - mean features of the identity's other pictures‖² / their variance.

@@ -166,7 +166,9 @@ class Trainer:
                 self.base.pipeline.vae_scale_factor,
                 self.weighting,
             )
-        return total_loss(losses, [example.is_prior for example in examples], self.weighting)
+            beside = None if conditioning is None else conditioning.loss_beside(examples, number, places)
+        total = total_loss(losses, [example.is_prior for example in examples], self.weighting)
+        return total if beside is None else total + beside
 
     def text(self, captions: Sequence[str]) -> TextStates:
         """The captions as the UNet reads them, on its device."""

@@ -275,6 +275,11 @@ class IPAdapter:
         "of the steps, so many next ones predict the features of the identity's other pictures, which is fast",
         least=0,
     )
+    warmup_loss_weight: float = option(
+        0.0,
+        "weight of that prediction's loss beside the noise's in all later steps; for the self-attention alone",
+        least=0,
+    )
     validation_identities: int | None = option(
         None, "identities to hold out for the validation loss and samples; one in ten, four at most", least=0
     )

@@ -174,7 +174,7 @@ def _without_effect(settings: Settings) -> list[str]:
         text += ["with_prior_preservation"] * settings.data.with_prior_preservation
         text += ["caption_dropout"] * (settings.data.caption_dropout > 0)
         if method.aggregation != SELF_ATTENTION:
-            text += ["warmup_steps"] * (method.warmup_steps > 0)
+            text += [name for name in ("warmup_steps", "warmup_loss_weight") if getattr(method, name) > 0]
         why = "an IP-Adapter trains beside a base that does not change, and has dropouts of its own"
     else:
         off = training.train_text_encoder is False or (isinstance(method, Lora) and not training.train_text_encoder)

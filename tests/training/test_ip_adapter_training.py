@@ -189,6 +189,28 @@ def test_the_warm_up_predicts_the_identitys_other_pictures(monkeypatch, root, pe
     assert all(after < before for before, after in zip(losses[:5], losses[-5:], strict=True))
 
 
+@pytest.mark.parametrize("stage", ["features", "tokens"])
+def test_the_warm_ups_loss_beside_the_noises(monkeypatch, root, people, tmp_path, stage):
+    options = {"train_adapter": True, "aggregation_stage": stage, "validation_identities": 0}
+    plain = prepared(monkeypatch, root, people, tmp_path / "plain", **options)
+    both = prepared(monkeypatch, root, people, tmp_path / "both", warmup_loss_weight=3.0, **options)
+    batch, places = [both.examples[i] for i in both.order(0)], [0, 1]
+    assert plain.method.conditioning.loss_beside(batch, 0, places) is None
+    beside = both.method.conditioning.warm_up(batch, 0, places)
+    assert beside > 0
+    one, other = plain.loss(0), both.loss(0)
+    assert (other - one).item() == pytest.approx(3 * beside.item(), rel=1e-4)
+    one.backward()
+    other.backward()
+    gradients = [
+        {name: p.grad for name, p in trainer.method.adapter.named_parameters() if p.grad is not None}
+        for trainer in (plain, both)
+    ]
+    for name, gradient in gradients[0].items():
+        same = torch.allclose(gradient, gradients[1][name], rtol=1e-4, atol=1e-7)
+        assert same == (not name.startswith("aggregator.") or gradient.abs().max() == 0), name
+
+
 def test_references_are_shown_through_squares_and_what_is_predicted_is_whole(monkeypatch, root, people, tmp_path):
     options = {"reference_crops": 2, "smallest_crop": 0.5, "warmup_steps": 5, "validation_identities": 0}
     trainer = prepared(monkeypatch, root, people, tmp_path, **options)
