@@ -44,10 +44,14 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "single": {"aggregation": "average", "max_references": 1},
     "max": {"aggregation": "max"},
     "average": {"aggregation": "average"},
-    "self_attention": {"aggregation": SELF_ATTENTION, "aggregation_stage": "tokens", "aggregator_lr": 2e-3},
+    "self_attention": {
+        "aggregation": SELF_ATTENTION,
+        "aggregation_stage": "tokens",
+        "aggregator_lr": 2e-3,
+        "warmup_loss_weight": 1.0,
+    },
 }
 """What differs between the four: pooling is over the image encoder's features, self-attention over the tokens."""
-WARMUP = 0.6  # of the self-attention's steps, which are as many as the others'
 ROWS = (
     Row("IP-Adapter", "single", "average", single=True),
     Row("IP-Adapter + max pooling", "max", "max"),
@@ -95,13 +99,8 @@ def find_adapters(options: "Benchmark", material: Material, folder: Path, shippe
     start = material.ip_adapter
     if material.start is not None:
         start = str(_trained("start", material, folder, {**material.training, **material.start}))
-    paths = {}
-    for name, own in TRAININGS.items():
-        values = {"ip_adapter": start, **material.training, **own}
-        if own["aggregation"] == SELF_ATTENTION:
-            values["warmup_steps"] = round(WARMUP * material.training["max_train_steps"])
-        paths[name] = _trained(name, material, folder, values)
-    return paths
+    common = {"ip_adapter": start, **material.training}
+    return {name: _trained(name, material, folder, common | own) for name, own in TRAININGS.items()}
 
 
 def _trained(name: str, material: Material, folder: Path, values: Mapping[str, Any]) -> Path:
