@@ -31,13 +31,13 @@ class Concept:
     """On the guidance scale; negative is NOT."""
 
 
-def compose(negative: Tensor, concepts: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+def compose(negative: Tensor, concepts: Sequence[Tensor], scales: Sequence[float | Tensor]) -> Tensor:
     """eps_u + sum_i w_i (eps_i - eps_u), of noise or of denoised latents; all of one shape.
 
     Args:
         negative: of the negative prompt, or of none.
         concepts: of each concept.
-        scales: w_i, guidance included.
+        scales: w_i, guidance included; tensors where the pictures of a batch differ, [B, 1, 1, 1].
     """
     out = negative
     for concept, scale in zip(concepts, scales, strict=True):

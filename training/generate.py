@@ -135,7 +135,7 @@ def _draw(
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
     latents, arguments = noise.to(device, dtype), dict[str, Any]()
     negative = stack_texts([texts[""]] * n).to(device, dtype)
-    sides = (False, True) if sampling.guidance > 1 else (True,)  # as the pipeline has it
+    sides: tuple[bool, ...] = (False, True) if sampling.guidance > 1 else (True,)  # as the pipeline has it
     pipeline.scheduler = scheduler = SOLVERS[sampling.solver].from_config(before.config)
     pipeline.set_progress_bar_config(disable=True)
     try:
