@@ -116,11 +116,11 @@ def _unseen(_jobs: Sequence[Job], _sees: Sequence[bool]) -> AbstractContextManag
 
 
 def _texts_of(job: Job, sampling: Sampling) -> list[str]:
-    return [concept.text for concept in _concepts_of(job)] if sampling.prompts == COMPOSABLE_DIFFUSION else [job.prompt]
-
-
-def _concepts_of(job: Job) -> list[Concept]:
-    return parse_concepts(job.prompt)
+    return (
+        [concept.text for concept in parse_concepts(job.prompt)]
+        if sampling.prompts == COMPOSABLE_DIFFUSION
+        else [job.prompt]
+    )
 
 
 def _draw(
@@ -187,7 +187,7 @@ def _draw(
 
 def _composition(jobs: Sequence[Job], texts: Mapping[str, TextStates]) -> tuple[list[TextStates], list[list[float]]]:
     """The first concepts of all pictures, the second ones...; who has fewer gets empty ones of weight 0."""
-    own = [_concepts_of(job) for job in jobs]
+    own = [parse_concepts(job.prompt) for job in jobs]
     padded = list(itertools.zip_longest(*own, fillvalue=Concept("", 0.0)))
     return [stack_texts([texts[concept.text] for concept in row]) for row in padded], [
         [concept.weight for concept in row] for row in padded
