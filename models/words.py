@@ -27,6 +27,11 @@ def parse_words(text: str) -> list[str]:
     return list(dict.fromkeys(words))
 
 
+def words_in(prompt: str) -> list[str]:
+    """A prompt's words, without the marks around them."""
+    return [word for word in (part.strip(".,;:!?\"'()") for part in prompt.split()) if word]
+
+
 def parse_numbers(text: str, example: str) -> list[float]:
     """Weights parted by commas, semicolons or blanks.
 

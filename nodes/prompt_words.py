@@ -7,6 +7,7 @@ from comfy.sd1_clip import escape_important, token_weights, unescape_important
 
 from ..models.attend_and_excite import WINDOW
 from ..models.errors import PersonalizeError
+from ..models.words import words_in
 
 
 def tokens_of(tokenized: Mapping[str, Sequence[Sequence[tuple]]]) -> list[Any]:
@@ -37,4 +38,4 @@ def phrases_of(clip, phrases: Sequence[str]) -> dict[str, list[Any]]:
 def words_of(prompt: str) -> list[str]:
     """A prompt's words, without weights and brackets."""
     plain = "".join(text for text, _ in token_weights(escape_important(prompt), 1.0))
-    return [word for word in (part.strip(".,;:!?\"'()") for part in unescape_important(plain).split()) if word]
+    return words_in(unescape_important(plain))

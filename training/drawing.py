@@ -149,11 +149,7 @@ def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
         adapter = IPAdapter.from_state(read_ip_adapter(Path(drawing.ip_adapter).expanduser()))
         encoder = load_image_encoder(drawing.image_encoder or "").to(accelerator.device)
         showing = ReferencePrompts(base, adapter, encoder, drawing.aggregation, "before projection", drawing.weight)
-    excite = (
-        drawing.excite * len(drawing.prompt)
-        if len(drawing.excite) == 1
-        else drawing.excite or [""] * len(drawing.prompt)
-    )
+    excite = drawing.excite if len(drawing.excite) > 1 else (drawing.excite or [""]) * len(drawing.prompt)
     jobs = [
         Job(
             folder / name / f"p{i:02}-s{number}.png",

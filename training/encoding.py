@@ -131,6 +131,20 @@ class TextStates:
         return TextStates(self.states.to(device, dtype), pooled)
 
 
+def stack_texts(rows: Sequence[TextStates]) -> TextStates:
+    """Rows below each other."""
+    pooled = [row.pooled for row in rows if row.pooled is not None]
+    return TextStates(torch.cat([row.states for row in rows]), torch.cat(pooled) if pooled else None)
+
+
+def guiding(positive: TextStates, negative: TextStates) -> dict[str, Tensor]:
+    """Both sides of a guided batch as a diffusers pipeline is given them."""
+    given = {"prompt_embeds": positive.states, "negative_prompt_embeds": negative.states}
+    if positive.pooled is not None and negative.pooled is not None:
+        given |= {"pooled_prompt_embeds": positive.pooled, "negative_pooled_prompt_embeds": negative.pooled}
+    return given
+
+
 def read_text(base: BaseModel, texts: Sequence[str], clip_skip: int = 1) -> TextStates:
     """Captions through the text encoders, with gradients where those train.
 

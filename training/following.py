@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from .base_model import BaseModel
-from .encoding import TextStates
-from .shared import WINDOW, PersonalizeError, compose, find_words, parse_words
+from .encoding import TextStates, stack_texts
+from .shared import WINDOW, PersonalizeError, compose, find_words, parse_words, words_in
 
 PLAIN, ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION = "plain", "attend_and_excite", "composable_diffusion"
 PROMPT_METHODS = (PLAIN, ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION)
@@ -28,17 +28,10 @@ def excited_places(base: BaseModel, prompt: str, words: str) -> list[list[int]]:
         return tokenizer(convert(text, tokenizer)).input_ids[1:-1]
 
     said = [None, *tokens(prompt)[: WINDOW - 2]]
-    listed = [word for word in (part.strip(".,;:!?\"'()") for part in prompt.split()) if word]
     try:
-        return find_words(said, {word: tokens(word) for word in parse_words(words)}, listed)
+        return find_words(said, {word: tokens(word) for word in parse_words(words)}, words_in(prompt))
     except PersonalizeError as error:
         raise PersonalizeError(f'"{prompt}": {error}') from None
-
-
-def stack_texts(rows: Sequence[TextStates]) -> TextStates:
-    """Rows below each other."""
-    pooled = [row.pooled for row in rows if row.pooled is not None]
-    return TextStates(torch.cat([row.states for row in rows]), torch.cat(pooled) if pooled else None)
 
 
 @contextmanager

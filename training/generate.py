@@ -22,9 +22,10 @@ from transformers import CLIPVisionModelWithProjection
 
 from .attend_and_excite import AttendAndExcite
 from .base_model import BaseModel
+from .denoising import picture_sizes
 from .diffusers_attention import apply_image_prompts
-from .encoding import TextStates, read_text
-from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, composed, excited_places, stack_texts
+from .encoding import TextStates, guiding, read_text, stack_texts
+from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, composed, excited_places
 from .image_encoder import encode_references
 from .shared import Concept, Excitement, ImagePrompt, IPAdapter, parse_concepts
 from .watch import decode, resting
@@ -141,11 +142,10 @@ def _draw(
     try:
         with ExitStack() as stack:
             if sampling.prompts == COMPOSABLE_DIFFUSION:
-                concepts, weights = _composition(jobs, texts)
-                positive = concepts[0].to(device, dtype)
-                sides = (False, *(True for _ in concepts))
-                parts = [concept.to(device, dtype) for concept in concepts]
-                stack.enter_context(composed(pipeline.unet, negative, parts, weights))
+                rows, weights = _composition(jobs, texts)
+                concepts = [row.to(device, dtype) for row in rows]
+                positive, sides = concepts[0], (False, *(True for _ in concepts))
+                stack.enter_context(composed(pipeline.unet, negative, concepts, weights))
             else:
                 positive = stack_texts([texts[job.prompt] for job in jobs]).to(device, dtype)
             stack.enter_context(showing(jobs, sides))
@@ -157,20 +157,14 @@ def _draw(
                     positive.states,
                     [excited_places(base, job.prompt, job.excite) for job in jobs],
                     sampling.excitement,
-                    added=_added(base, positive, height, width),
+                    added=_added(base, positive, latents),
                     showing=lambda pictures: showing([jobs[i] for i in pictures], (True,)),
                 )
                 first = scheduler.init_noise_sigma
                 latents = exciting.before_first(latents * first) / first
                 arguments["callback_on_step_end"] = exciting.callback
-            if positive.pooled is not None:
-                arguments |= {
-                    "pooled_prompt_embeds": positive.pooled,
-                    "negative_pooled_prompt_embeds": negative.pooled,
-                }
             drawn = pipeline(
-                prompt_embeds=positive.states,
-                negative_prompt_embeds=negative.states,
+                **guiding(positive, negative),
                 latents=latents,
                 height=height,
                 width=width,
@@ -194,12 +188,11 @@ def _composition(jobs: Sequence[Job], texts: Mapping[str, TextStates]) -> tuple[
     ]
 
 
-def _added(base: BaseModel, text: TextStates, height: int, width: int) -> dict[str, Tensor] | None:
+def _added(base: BaseModel, text: TextStates, latents: Tensor) -> dict[str, Tensor] | None:
     """What SDXL is told beside the text."""
     if text.pooled is None:
         return None
-    size = torch.tensor([height, width, 0, 0, height, width]).to(text.pooled)
-    return {"text_embeds": text.pooled, "time_ids": size.expand(len(text.pooled), -1)}
+    return {"text_embeds": text.pooled, "time_ids": picture_sizes(latents, base.pipeline.vae_scale_factor)}
 
 
 def _save(job: Job, picture: Image.Image) -> None:

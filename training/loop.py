@@ -22,7 +22,7 @@ from .base_model import BaseModel
 from .checkpoint import load_checkpoint, read_settings_of, save_checkpoint
 from .dataset import Example, Order
 from .denoising import Weighting, draw, total_loss, training_losses
-from .encoding import Latent, TextStates, read_text
+from .encoding import Latent, TextStates, read_text, stack_texts
 from .methods import Method
 from .optimizers import make_optimizer
 from .record import Record, memory
@@ -176,9 +176,8 @@ class Trainer:
             spoken = [self.method.spoken(caption) for caption in captions]
             return read_text(self.base, spoken, self.settings.base.clip_skip)
         rows = [self.texts[caption] for caption in captions]
-        states = torch.cat([row.states for row in rows])
-        pooled = None if rows[0].pooled is None else torch.cat([row.pooled for row in rows if row.pooled is not None])
-        return TextStates(states, pooled).to(self.accelerator.device, states.dtype)
+        stacked = stack_texts(rows)
+        return stacked.to(self.accelerator.device, stacked.states.dtype)
 
     def step(self, number: int) -> Tensor:
         """One step of the optimiser; returns the loss, averaged over its batches."""

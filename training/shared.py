@@ -97,6 +97,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.weight_files import write_safetensors as write_safetensors
     from models.words import find_words as find_words
     from models.words import parse_words as parse_words
+    from models.words import words_in as words_in
 else:
     from ..models.aggregation import AGGREGATIONS as AGGREGATIONS
     from ..models.aggregation import SELF_ATTENTION as SELF_ATTENTION
@@ -191,6 +192,7 @@ else:
     from ..models.weight_files import write_safetensors as write_safetensors
     from ..models.words import find_words as find_words
     from ..models.words import parse_words as parse_words
+    from ..models.words import words_in as words_in
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "models" / "pocket"

@@ -16,7 +16,7 @@ from torch import Tensor
 from .base_model import BaseModel
 from .dataset import Example
 from .denoising import Weighting, draw, training_losses
-from .encoding import Latent, TextStates, read_text
+from .encoding import Latent, TextStates, guiding, read_text
 from .leave_one_out import LeaveOneOut
 from .methods import Method
 from .shared import PersonalizeError, cover_picture, read_picture
@@ -90,20 +90,15 @@ def draw_samples(
 def _one(accelerator, pipeline, row: TextStates, empty: TextStates, resolution: int, seed: int) -> Image.Image:
     device, dtype = accelerator.device, pipeline.unet.dtype
     text, nothing = row.to(device, dtype), empty.to(device, dtype)
-    pooled = {}
-    if text.pooled is not None:
-        pooled = {"pooled_prompt_embeds": text.pooled, "negative_pooled_prompt_embeds": nothing.pooled}
     with accelerator.autocast():
         latents = pipeline(
-            prompt_embeds=text.states,
-            negative_prompt_embeds=nothing.states,
+            **guiding(text, nothing),
             height=resolution,
             width=resolution,
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(seed),
             output_type="latent",
-            **pooled,
         ).images
     return decode(pipeline.vae, latents)[0]
 

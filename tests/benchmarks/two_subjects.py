@@ -52,9 +52,8 @@ def colour_of(kind):
 
 def phrase_of(subject):
     kind, colour = subject["kind"], next(value for name, value in subject.items() if name != "kind")
-    if kind in PEOPLE:
-        return f"a {kind} in {'an' if colour[0] in 'aeiou' else 'a'} {colour} shirt"
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {kind}"
+    coloured = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour}"
+    return f"a {kind} in {coloured} shirt" if kind in PEOPLE else f"{coloured} {kind}"
 
 
 def pairs(count):
