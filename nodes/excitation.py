@@ -243,7 +243,21 @@ class _Unwatched:
     ) -> Any:
         own = {**options, "patches_replace": self.replaced}
         with torch.no_grad():
-            return self.control.get_control(x.detach(), t, {**cond, "transformer_options": own}, batched_number, own)
+            out = self.control.get_control(x.detach(), t, {**cond, "transformer_options": own}, batched_number, own)
+        return {
+            place: [None if one is None else one.as_subclass(_Added) for one in parts]
+            for place, parts in (out or {}).items()
+        }
+
+
+class _Added(Tensor):
+    """What the host adds in place, to a tensor that the gradient needs as it was: it is added out of place."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        own = Tensor.add if func is Tensor.add_ else func
+        with torch._C.DisableTorchFunctionSubclass():
+            return own(*args, **(kwargs or {}))
 
 
 @contextmanager

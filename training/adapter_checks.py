@@ -40,6 +40,11 @@ def check_adapter(options: Options, family: str | None) -> None:
         problems.append(
             f"--text_dropout, --reference_dropout and --both_dropout are {dropped:g} together: less than 1."
         )
+    if not options.smallest_crop <= options.largest_crop <= 1:
+        problems.append(
+            f"--smallest_crop {options.smallest_crop:g} and --largest_crop {options.largest_crop:g} are not the smaller "
+            "first, and at most 1."
+        )
     width, heads = options.aggregator_width, options.aggregator_heads
     if options.aggregation == SELF_ATTENTION and width is not None and width % heads:
         problems.append(f"--aggregator_width {width} does not divide into --aggregator_heads {heads}.")

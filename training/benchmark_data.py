@@ -40,9 +40,9 @@ CLASS = "person"
 NEEDED = 10
 """Pictures of a person in the original experiment."""
 FIRST_OF_TRAINING, REAL_HATS = 1000, 0.35
-SMALLEST_CROP, CROPS = 0.35, 4
-"""Pocket references are random squares of portraits, with a side from this share of the portrait's: a face's corner, a
-hat, the clothes, as photographs of people show now this and now that. Whole portraits, each in the same place, hide so
+CROP, CROPS = (0.2, 0.6), 2
+"""Pocket references are random squares of portraits, with a side between these shares of the portrait's: a face's corner,
+a hat, the clothes, as photographs of people show now this and now that. Whole portraits, each in the same place, hide so
 little that the mean of ten is as good as anything. In training, so many squares of each picture are shown beside it."""
 START = {
     "adapter_kind": "plus",
@@ -112,7 +112,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
     from .pocket.photos import ATTRIBUTES, SUBJECTS, write_identities
 
     held = folder / "held_out"
-    folders = write_identities(held, 0, options.identities, options.references, SMALLEST_CROP)
+    folders = write_identities(held, 0, options.identities, options.references, CROP)
     wishes = [dict(zip(("pose", "expression", "background"), wish, strict=True)) for wish in POSES_AND_PLACES]
     texts = []
     for wish in wishes:
@@ -158,7 +158,8 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
             "ema_decay": 0.999,
             "validation_identities": 8,
             "reference_crops": CROPS,
-            "smallest_crop": SMALLEST_CROP,
+            "smallest_crop": CROP[0],
+            "largest_crop": CROP[1],
         },
         measures={"features": "judge", "clip": "pocket"},
         ships=not options.train,

@@ -140,16 +140,16 @@ def as_seen(path: Path, size: int, square: Sequence[float] | None = None) -> Ten
     return ((framed - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(2, 0, 1)
 
 
-def square_of(digest: str, crop: int, smallest: float) -> list[float]:
-    """The same for the same picture: the side is uniform from `smallest` to 1, the place uniform within the picture.
+def square_of(digest: str, crop: int, sides: tuple[float, float]) -> list[float]:
+    """The same for the same picture: the side is uniform, the place uniform within the picture.
 
     Args:
         digest: of the picture, hexadecimal.
         crop: which square, from 1.
-        smallest: side, as a share of the picture's shorter one.
+        sides: least and greatest side, as shares of the picture's shorter one.
     """
     rng = np.random.default_rng([int(digest, 16), crop])
-    return [float(rng.uniform(smallest, 1)), float(rng.random()), float(rng.random())]
+    return [float(rng.uniform(*sides)), float(rng.random()), float(rng.random())]
 
 
 @torch.no_grad()
@@ -182,17 +182,17 @@ class Features:
         encoder: CLIPVisionModelWithProjection,
         pooled: bool,
         crops: int = 0,
-        smallest_crop: float = 1,
+        sides: tuple[float, float] = (1, 1),
     ):
         """Args:
         cache: on disk.
         encoder: on its device; it is not kept.
         pooled: whether the adapter takes the pooled embedding, else the patch tokens.
         crops: random squares of every picture, beside the picture.
-        smallest_crop: least side of these, as a share of the picture's shorter one.
+        sides: least and greatest side of these, as shares of the picture's shorter one.
         """
         self.cache, self.pooled, self.digest = cache, pooled, digest_of(encoder)
-        self.crops, self.smallest_crop = crops, smallest_crop
+        self.crops, self.sides = crops, sides
         self.keys: dict[View, dict] = {}
         self.memory: dict[View, Tensor] = {}
         width = encoder.config.projection_dim
@@ -212,7 +212,7 @@ class Features:
             }
             for crop in range(self.crops + 1):
                 view = View(path, crop)
-                square = {"square": square_of(digest, crop, self.smallest_crop)} if crop else {}
+                square = {"square": square_of(digest, crop, self.sides)} if crop else {}
                 self.keys[view] = whole | square
                 stored = self.cache.get(self.keys[view])
                 if stored is None:

@@ -94,7 +94,7 @@ class IPAdapterMethod:
         if self.features is None:
             options: Options = self.settings.method
             pooled, crops = self.adapter.variant.pooled, options.reference_crops
-            self.features = Features(cache, self.encoder, pooled, crops, options.smallest_crop)
+            self.features = Features(cache, self.encoder, pooled, crops, (options.smallest_crop, options.largest_crop))
             if self.teacher is not None:
                 self.taught = Features(cache, self.encoder, self.teacher.variant.pooled)
         paths = list(paths) if self.taught is not None else paths

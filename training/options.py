@@ -265,6 +265,7 @@ class IPAdapter:
         least=0,
     )
     smallest_crop: float = option(0.35, "of those squares: least side, as a share of the picture's", above=0, below=1)
+    largest_crop: float = option(1.0, "of those squares: greatest side, as a share of the picture's", above=0)
     text_dropout: float = option(0.05, "share of steps without the caption", least=0, below=1)
     reference_dropout: float = option(
         0.05, "share of steps without the references, where the adapter trains", least=0, below=1

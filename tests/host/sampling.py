@@ -24,3 +24,21 @@ def sample(
 def pixels(loaded, latent):
     with torch.inference_mode():
         return loaded[2].decode(latent).float().clone()
+
+
+def controlled(host, loaded, conditioning, strength=1.0):
+    """A conditioning with a ControlNet of random weights for the pocket model."""
+    import comfy.cldm.cldm
+    import comfy.controlnet
+
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        own = {key: value for key, value in loaded[0].model.model_config.unet_config.items() if key != "out_channels"}
+        network = comfy.cldm.cldm.ControlNet(**own, hint_channels=3)
+        with torch.no_grad():
+            for weight in network.parameters():
+                torch.nn.init.normal_(weight, std=0.05)
+    control = comfy.controlnet.ControlNet(network.eval(), load_device=torch.device("cpu"))
+    hint = torch.rand(1, 64, 96, 3, generator=torch.Generator().manual_seed(6))
+    positive, _ = host.nodes.ControlNetApplyAdvanced().apply_controlnet(conditioning, [], control, hint, strength, 0, 1)
+    return positive

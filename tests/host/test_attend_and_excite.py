@@ -7,7 +7,7 @@ from inprocess import HostError, node
 from narrow import SD15, comfy_model, conditionings, diffusers_unet
 from pack.training.attend_and_excite import AttendAndExcite
 from pack.training.shared import Excitement
-from sampling import encode
+from sampling import controlled, encode
 
 STEPS = 6
 PROMPT = "a cat and a dog, on the beach"
@@ -171,6 +171,19 @@ def test_with_ip_adapter_in_either_order(host, loaded, empty, noise, models, cli
     one, two = run(first, positive, empty, noise), run(adapted(second), other, empty, noise)
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
     assert (one - run(second, other, empty, noise)).abs().max() > 0.01
+
+
+def test_with_a_control_net(host, loaded, empty, noise):
+    model, positive = excited(host, loaded)
+    with_control = controlled(host, loaded, positive)
+    moved = run(model, with_control, empty, noise)
+    assert torch.equal(moved, run(model, with_control, empty, noise)), "queued again it is the same picture"
+    assert (moved - run(model, positive, empty, noise)).abs().max() > 0.01
+    told = encode(host, loaded[1], PROMPT)
+    assert (moved - run(loaded[0], controlled(host, loaded, told), empty, noise)).abs().max() > 0.01
+    without = run(model, controlled(host, loaded, positive, 1e-9), empty, noise)
+    torch.testing.assert_close(without, run(model, positive, empty, noise), rtol=1e-3, atol=1e-3)
+    assert not any(weight.grad is not None for weight in with_control[0][1]["control"].control_model.parameters())
 
 
 def test_inside_and_headless_agree(host):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from inprocess import HostError, node
-from sampling import encode
+from sampling import controlled, encode
 
 STEPS = 4
 
@@ -138,6 +138,24 @@ def test_a_concept_counts_only_in_its_steps(host, loaded, conds, noise):
     differences = [(seen[i] - seen[i + STEPS]).abs().max().item() for i in range(STEPS)]
     assert max(differences[:2]) < 1e-4
     assert differences[3] > 1e-2
+
+
+def test_a_concept_may_have_a_control_net_of_its_own(host, loaded, conds, noise):
+    cat, dog, empty = conds
+    model, seen = watched(loaded[0])
+    run(cfg(model, dog, empty, 1.0), noise)
+    run(cfg(model, controlled(host, loaded, dog), empty, 1.0), noise)
+    run(composed(host, model, [cat], empty), noise)
+    run(composed(host, model, [cat, dog], empty), noise)
+    run(composed(host, model, [cat, controlled(host, loaded, dog)], empty), noise)
+    plain, steered, one, both, own = (seen[i * STEPS] for i in range(5))
+    assert (steered - plain).abs().max() > 0.01
+    torch.testing.assert_close(own - both, 4 * (steered - plain), rtol=1e-3, atol=1e-3)
+    assert (both - one).abs().max() > 0.01
+    alone = controlled(host, loaded, cat)
+    assert torch.equal(
+        run(composed(host, loaded[0], [alone], empty), noise), run(cfg(loaded[0], alone, empty, 4.0), noise)
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,12 +37,14 @@ def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
         aggregator_heads=4,
         text_dropout=0.5,
         both_dropout=0.5,
+        largest_crop=0.2,
     )
     for sentence in (
         "--image_encoder is missing",
         "gone.safetensors",
         "--aggregator_width 10 does not divide into --aggregator_heads 4",
         "are 1.05 together: less than 1",
+        "--smallest_crop 0.35 and --largest_crop 0.2 are not the smaller first, and at most 1.",
         f"{broken.name} in {broken.parent} cannot be read as a picture",
     ):
         assert sentence in message

@@ -212,7 +212,13 @@ def test_the_warm_ups_loss_beside_the_noises(monkeypatch, root, people, tmp_path
 
 
 def test_references_are_shown_through_squares_and_what_is_predicted_is_whole(monkeypatch, root, people, tmp_path):
-    options = {"reference_crops": 2, "smallest_crop": 0.5, "warmup_steps": 5, "validation_identities": 0}
+    options = {
+        "reference_crops": 2,
+        "smallest_crop": 0.5,
+        "largest_crop": 0.8,
+        "warmup_steps": 5,
+        "validation_identities": 0,
+    }
     trainer = prepared(monkeypatch, root, people, tmp_path, **options)
     conditioning, encoder = trainer.method.conditioning, load_image_encoder(root / ENCODER)
     told = [conditioning.told(trainer.examples[0], number, 0) for number in range(40)]
@@ -221,8 +227,8 @@ def test_references_are_shown_through_squares_and_what_is_predicted_is_whole(mon
     for view in {view for one in told for view in one.references}:
         picture = Image.open(view.path)
         if view.crop:
-            side, across, down = square_of(digest_of_path(view.path), view.crop, 0.5)
-            assert 0.5 <= side <= 1
+            side, across, down = square_of(digest_of_path(view.path), view.crop, (0.5, 0.8))
+            assert 0.5 <= side <= 0.8
             pixels = round(side * 64)
             left, top = round(across * (64 - pixels)), round(down * (64 - pixels))
             picture = picture.crop((left, top, left + pixels, top + pixels)).resize((64, 64), Image.Resampling.BICUBIC)

@@ -260,7 +260,16 @@ def test_a_part_that_is_not_trained_yet(root, tmp_path):
         ("vae", ("--batch", "x"), "argument --batch: invalid whole number value: 'x'"),
         ("sheet", ("--output", "sheet"), "--output sheet is no picture: give it a name that ends with .png or .jpg."),
         ("photos", ("--count", "0"), "argument --count: 0 is less than 1"),
-        ("identities", ("--smallest-crop", "1.5"), "--smallest-crop 1.5 is no share of a picture: above 0, at most 1."),
+        (
+            "identities",
+            ("--crop", "0.5", "1.5"),
+            "--crop 0.5 1.5 are no two shares: above 0, at most 1, the smaller first.",
+        ),
+        (
+            "identities",
+            ("--crop", "0.5", "0.2"),
+            "--crop 0.5 0.2 are no two shares: above 0, at most 1, the smaller first.",
+        ),
         ("photos", ("--identity", "-1"), "argument --identity: -1 is less than 0"),
         (
             "photos",

@@ -67,9 +67,11 @@ def main() -> None:
     parser.add_argument("--count", type=_at_least(1), default=10, help="photos, identities: how many of each subject")
     parser.add_argument("--identities", type=_at_least(1), default=100, help="identities: how many")
     parser.add_argument(
-        "--smallest-crop",
+        "--crop",
+        nargs=2,
         type=_at_least(0, float),
-        help="identities: keep a random square of each picture, with a side from this share of it to the whole",
+        metavar=("SMALLEST", "LARGEST"),
+        help="identities: keep a random square of each picture, with a side between these shares of the picture's",
     )
     parser.add_argument("--style", choices=(*STYLES, *NEW_STYLES), help="photos: many subjects in one style")
     parser.add_argument("--logo", help="photos: many subjects with one mark, as shape:colour:place, moon:red:shirt")
@@ -93,9 +95,10 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         return
     if part == "identities":
         output = output or Path("identities")
-        if options.smallest_crop is not None and not 0 < options.smallest_crop <= 1:
-            parser.error(f"--smallest-crop {options.smallest_crop:g} is no share of a picture: above 0, at most 1.")
-        written = write_identities(output, options.identity, options.identities, options.count, options.smallest_crop)
+        crop = None if options.crop is None else (options.crop[0], options.crop[1])
+        if crop is not None and not 0 < crop[0] <= crop[1] <= 1:
+            parser.error(f"--crop {crop[0]:g} {crop[1]:g} are no two shares: above 0, at most 1, the smaller first.")
+        written = write_identities(output, options.identity, options.identities, options.count, crop)
         print(f"{len(written)} folders of {options.count} pictures in {output}")
         return
     needed = ("timm", "torch_fidelity") if part in ("measure", "sheet") else ("timm",)

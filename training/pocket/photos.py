@@ -63,7 +63,7 @@ def write_photos(
 
 
 def write_identities(
-    folder: Path, first: int, identities: int, count: int, smallest_crop: float | None = None
+    folder: Path, first: int, identities: int, count: int, crop: tuple[float, float] | None = None
 ) -> list[Path]:
     """Write `count` pictures of each of so many subjects, a folder each, as LFW has them: `cat_0007/cat_0007_0001.png`.
 
@@ -75,7 +75,7 @@ def write_identities(
         first: the number of the first subject.
         identities: how many.
         count: pictures of each.
-        smallest_crop: least side, as a share of the picture's, of the random square of each picture that is kept, as
+        crop: least and greatest side, as shares of the picture's, of the random square of each picture that is kept, as
             snapshots have subjects cut off and off centre; None for whole portraits.
 
     Returns:
@@ -99,8 +99,8 @@ def write_identities(
             path = own / f"{name}_{i + 1:04}.png"
             picture = draw(scene)
             words = learning_caption(scene, rng, None).replace("{trigger} {class}", who.kind)
-            if smallest_crop is not None:
-                picture = _cut(picture, smallest_crop, np.random.default_rng([SUBJECTS, number, i, 3]))
+            if crop is not None:
+                picture = _cut(picture, crop, np.random.default_rng([SUBJECTS, number, i, 3]))
             picture.save(path)
             path.with_suffix(".txt").write_text(words + "\n")
         known = {attribute: value for attribute, value in asdict(who).items() if value is not None}
@@ -108,10 +108,10 @@ def write_identities(
     return folders
 
 
-def _cut(picture: Image.Image, smallest: float, rng: np.random.Generator) -> Image.Image:
+def _cut(picture: Image.Image, sides: tuple[float, float], rng: np.random.Generator) -> Image.Image:
     """A random square of a square picture, brought to its size."""
     whole = picture.width
-    side = round(whole * rng.uniform(smallest, 1))
+    side = round(whole * rng.uniform(*sides))
     left, top = (int(x) for x in rng.integers(0, whole - side + 1, 2))
     return picture.crop((left, top, left + side, top + side)).resize((whole, whole), Image.Resampling.BICUBIC)
 
