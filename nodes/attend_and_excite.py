@@ -47,14 +47,14 @@ class AttendAndExcite(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip="The latent is moved before the first so many steps.",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
                 io.String.Input(
                     "thresholds",
                     default=", ".join(f"{step}:{value:g}" for step, value in PAPER.thresholds.items()),
                     tooltip="At step 0 every word's attention must reach 0.05, at 10 0.5, at 20 0.8: there the latent is moved "
                     "again and again.",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
                     "scale",
@@ -63,7 +63,7 @@ class AttendAndExcite(io.ComfyNode):
                     max=1000.0,
                     step=0.5,
                     tooltip="How far a move goes.",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
                     "refinements",
@@ -71,7 +71,7 @@ class AttendAndExcite(io.ComfyNode):
                     min=0,
                     max=200,
                     tooltip="Moves at a threshold, at most.",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
                 io.Combo.Input(
                     "resolution",
@@ -79,13 +79,13 @@ class AttendAndExcite(io.ComfyNode):
                     default="auto",
                     tooltip="Of the attention maps, as a share of the latent's sides. Auto: 1/4, as in the paper, or the "
                     "smallest that the model has.",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
                 io.Boolean.Input(
                     "low_memory",
                     default=False,
                     tooltip="Computes parts of the model twice instead of keeping them: slower, the same picture.",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[

@@ -124,7 +124,7 @@ class RecordAttentionMaps(io.ComfyNode):
                     options=list(LEVELS),
                     default="auto",
                     tooltip="Of the maps, as a share of the latent's sides. Auto: 1/4, or the smallest that the model has.",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[
@@ -174,7 +174,7 @@ class ShowAttentionMaps(io.ComfyNode):
                     min=1,
                     max=100,
                     tooltip="Which, where the sampler gets several (combined, or concepts).",
-                    **ADVANCED,
+                    extra_dict=ADVANCED,
                 ),
             ],
             outputs=[
