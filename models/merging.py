@@ -35,7 +35,9 @@ class Merging:
 
     def __init__(self, everyday: Tensor, words: Sequence[Tensor]):
         if not words or any(not len(one) for one in words):
-            raise PersonalizeError("A concept has no words: give each the words that call it, such as its trigger and class.")
+            raise PersonalizeError(
+                "A concept has no words: give each the words that call it, such as its trigger and class."
+            )
         widths = {one.shape[1] for one in (everyday, *words)}
         if len(widths) > 1:
             raise PersonalizeError(f"The features have widths {sorted(widths)}: they are of different text encoders.")

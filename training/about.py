@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .base_model import BaseModel
+from .concepts import concepts_of
 from .dataset import Example
 from .settings import Settings
 from .shared import About
@@ -21,7 +22,13 @@ ARCHITECTURES = {
     "sdxl": "stable-diffusion-xl-v1-base",
     "pocket": "pocket-portraits",
 }
-KINDS = {"lora": "/lora", "textual_inversion": "/textual-inversion", "dreambooth": "", "ip_adapter": "/ip-adapter"}
+KINDS = {
+    "lora": "/lora",
+    "textual_inversion": "/textual-inversion",
+    "dreambooth": "",
+    "custom_diffusion": "/custom-diffusion",
+    "ip_adapter": "/ip-adapter",
+}
 VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
@@ -42,6 +49,8 @@ def about(
     kept = {k: v for k, v in flat.items() if k not in PLACES and v is not None and v != []}
     kept["pretrained_model_name_or_path"] = base.name
     kept |= {name: Path(kept[name]).name for name in OTHER_FILES if name in kept}
+    if "concept" in kept:
+        kept["concept"] = [f"{one.trigger}:{one.class_name}" for one in concepts_of(settings)]
     trigger = "" if method == "ip_adapter" else settings.data.trigger
     if method == "textual_inversion":
         trigger = f"embedding:{settings.output.output_name}"

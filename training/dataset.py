@@ -24,6 +24,17 @@ CAPTION = ".txt"
 
 
 @dataclass(frozen=True)
+class Framing:
+    """A picture smaller than its frame, on an empty canvas, or larger, cut to it."""
+
+    side: float
+    """Of the frame's sides, the picture's: 0.5 is half as high and half as wide."""
+    across: float
+    down: float
+    """Where: from 0, at the left and top, to 1."""
+
+
+@dataclass(frozen=True)
 class Example:
     """One picture with its caption, as the training will see it."""
 
@@ -35,6 +46,7 @@ class Example:
     is_prior: bool = False
     """A picture of the class, for prior preservation."""
     mirrored: bool = False
+    framing: Framing | None = None
 
 
 @dataclass(frozen=True)
@@ -131,13 +143,27 @@ def find_priors(folder: Path, data: Data, sizes: Sequence[tuple[int, int]]) -> l
 
 
 def load_pixels(example: Example) -> tuple[Tensor, Tensor | None]:
-    """What the VAE encodes, [3, H, W] in -1..1, and the mask [1, H, W] in 0..1, if any."""
+    """What the VAE encodes, [3, H, W] in -1..1, and the mask [1, H, W] in 0..1, if any; before it is framed."""
     picture = visible_picture(example.path)
     planes = picture.pixels if picture.mask is None else torch.cat([picture.pixels, picture.mask[..., None]], -1)
     framed = cover_picture(planes, *example.size).permute(2, 0, 1)
     if example.mirrored:
         framed = framed.flip(-1)
     return framed[:3] * 2 - 1, framed[3:] if picture.mask is not None else None
+
+
+def reframe(planes: Tensor, framing: Framing) -> tuple[Tensor, Tensor]:
+    """Planes [C, H, W] in their frame, zero around, and where they are, [1, H, W] of 0 and 1."""
+    height, width = planes.shape[1:]
+    h, w = max(1, round(height * framing.side)), max(1, round(width * framing.side))
+    sized = torch.nn.functional.interpolate(planes[None], (h, w), mode="bilinear", antialias=True)[0]
+    top, left = round(abs(height - h) * framing.down), round(abs(width - w) * framing.across)
+    if framing.side > 1:
+        return sized[:, top : top + height, left : left + width], torch.ones(1, height, width)
+    canvas, inside = torch.zeros_like(planes), torch.zeros(1, height, width)
+    canvas[:, top : top + h, left : left + w] = sized
+    inside[:, top : top + h, left : left + w] = 1
+    return canvas, inside
 
 
 def visible_picture(path: Path) -> Picture:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from .concepts import concepts_of
 from .settings import Settings
-from .shared import title_of
+from .shared import PersonalizeError, title_of
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ LARGE = {
     "lora": Suits(1e-4, 5e-5, 1000, False),
     "textual_inversion": Suits(5e-3, 0.0, 2000, False),
     "dreambooth": Suits(2e-6, 1e-6, 800, True),
+    "custom_diffusion": Suits(1e-5, 1e-5, 250, False),
     "ip_adapter": Suits(1e-4, 0.0, 20_000, False),
 }
 POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
     "textual_inversion": Suits(1e-2, 0.0, 600, False),
     "dreambooth": Suits(2e-4, 3e-4, 400, True),
+    "custom_diffusion": Suits(1e-3, 1e-3, 600, False),
     "ip_adapter": Suits(1e-3, 0.0, 3000, False),
 }
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
@@ -71,8 +74,16 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
 
 
 def default_name(settings: Settings) -> str:
-    """Of the result: what calls it; an IP-Adapter has no word for that."""
-    return settings.method.name if settings.method.name == "ip_adapter" else settings.data.trigger
+    """Of the result: what calls it; an IP-Adapter has no word for that, and Custom Diffusion has words of its own."""
+    if settings.method.name == "ip_adapter":
+        return settings.method.name
+    if settings.method.name != "custom_diffusion":
+        return settings.data.trigger
+    try:
+        classes = dict.fromkeys(concept.class_name for concept in concepts_of(settings))
+    except PersonalizeError:  # which the preflight tells
+        return settings.method.name
+    return "_".join("_".join(name.split()) for name in classes)
 
 
 def hints(method: str) -> dict[str, str]:

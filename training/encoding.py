@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from .base_model import BaseModel
-from .dataset import Example, load_pixels, mask_file
+from .dataset import Example, load_pixels, mask_file, reframe
 from .shared import PersonalizeError, read_safetensors, write_safetensors
 
 VERSION = 2  # of how things are encoded: a change here makes old caches useless
@@ -62,6 +62,8 @@ class Latent:
     """[C, h, w]; None for a VAE without (TAESD)."""
     mask: Tensor | None
     """[1, h, w], 0..1."""
+    inside: Tensor | None = None
+    """[1, h, w], 0 or 1: where the picture is in its frame, if not everywhere."""
 
 
 def latent_key(example: Example, vae: str) -> dict:
@@ -73,7 +75,7 @@ def latent_key(example: Example, vae: str) -> dict:
         "size": example.size,
         "mirrored": example.mirrored,
         "vae": vae,
-    }
+    } | ({} if example.framing is None else {"framing": asdict(example.framing)})
 
 
 def digest_of_path(path: Path) -> str:
@@ -95,12 +97,17 @@ def encode_pictures(
         if stored is None:
             stored = _encode(vae, example, device)
             cache.put(key, stored)
-        latents[example] = Latent(stored["mean"], stored.get("deviation"), stored.get("mask"))
+        latents[example] = Latent(stored["mean"], stored.get("deviation"), stored.get("mask"), stored.get("inside"))
     return latents
 
 
 def _encode(vae: AutoencoderKL | AutoencoderTiny, example: Example, device: torch.device) -> dict[str, Tensor]:
     pixels, mask = load_pixels(example)
+    inside = None
+    if example.framing is not None:
+        mask = None if mask is None else reframe(mask, example.framing)[0]
+        pixels, inside = reframe(pixels, example.framing)
+        inside = inside if example.framing.side < 1 else None
     x = pixels[None].to(device, torch.float32)
     if isinstance(vae, AutoencoderTiny):
         stored = {"mean": vae.encoder(x)[0] * vae.config.scaling_factor}
@@ -113,7 +120,16 @@ def _encode(vae: AutoencoderKL | AutoencoderTiny, example: Example, device: torc
     if mask is not None:
         size = stored["mean"].shape[-2:]
         stored["mask"] = nn.functional.interpolate(mask[None], size, mode="area")[0]
+    if inside is not None:
+        stored["inside"] = _within(inside, stored["mean"].shape[-2:])
     return {name: value.float().cpu().contiguous() for name, value in stored.items()}
+
+
+def _within(inside: Tensor, size: Sequence[int]) -> Tensor:
+    """The cells of a latent that lie in a picture [1, H, W] and see nothing of its border, unless those are none."""
+    cells = (nn.functional.interpolate(inside[None], tuple(size), mode="area") > 0.999).float()
+    inner = -nn.functional.max_pool2d(nn.functional.pad(-cells, (1, 1, 1, 1)), 3, stride=1)
+    return (inner if bool(inner.any()) else cells if bool(cells.any()) else torch.ones_like(cells))[0]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ ANYWAY = {  # settings that may differ when a run goes on: what it trains stays 
     "vae_path",
     "ip_adapter",
     "distil_from",
+    "concept",
+    "compression",
     "image_encoder",
 }
 SHAPING = {  # settings that other weights come from, which a checkpoint has not
@@ -52,6 +54,7 @@ SHAPING = {  # settings that other weights come from, which a checkpoint has not
     "aggregator_width",
     "aggregator_heads",
     "aggregator_depth",
+    "train_layers",
 }
 
 

@@ -154,7 +154,7 @@ class Trainer:
             with self.accelerator.autocast():
                 spoken = conditioning.tell(examples, number, places)
             captions = [caption if said else "" for caption, said in zip(captions, spoken, strict=True)]
-        mask = stack_masks(latents) if self.settings.data.masked_loss else None
+        mask = stack_masks(latents, self.settings.data.masked_loss)
         with self.accelerator.autocast():
             text = self.text(captions)
             losses = training_losses(
@@ -389,6 +389,12 @@ class Trainer:
         return PersonalizeError(f"There is not enough memory for a step. These need less: {options}.")
 
 
-def stack_masks(latents: Sequence[Latent]) -> Tensor:
-    """[n, 1, h, w]; a picture without a mask counts everywhere."""
-    return torch.stack([torch.ones_like(x.mean[:1]) if x.mask is None else x.mask for x in latents])
+def stack_masks(latents: Sequence[Latent], masked: bool) -> Tensor | None:
+    """Where each picture counts, [n, 1, h, w]: in its frame, and if `masked` where its mask says; None: everywhere."""
+    parts = [[x.inside, x.mask if masked else None] for x in latents]
+    if not masked and all(inside is None for inside, _ in parts):
+        return None
+    ones = [torch.ones_like(x.mean[:1]) for x in latents]
+    return torch.stack(
+        [math.prod((p for p in part if p is not None), start=one) for part, one in zip(parts, ones, strict=True)]
+    )

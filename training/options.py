@@ -217,6 +217,37 @@ class DreamBooth:
 
 
 @dataclass
+class CustomDiffusion:
+    """Custom Diffusion"""
+
+    name: ClassVar[str] = "custom_diffusion"
+    concept: list[str] = option(  # noqa: RUF009 - a list of its own for each
+        [],
+        "FOLDER:TRIGGER:CLASS, pictures, word and class of a concept, instead of --instance_data_dir, --trigger and "
+        "--class_name; may be given several times, and all are learned together",
+    )
+    train_layers: str = option(
+        "kv", "of every cross-attention: keys and values, or queries and outputs, too", ("kv", "all")
+    )
+    size_variants: int = option(
+        12,
+        "sizes at which each picture is shown: on an empty canvas as 'far away', cut as 'zoomed in', or as it is; 0 shows "
+        "all as they are",
+        least=0,
+    )
+    initializer_token: str | None = option(
+        None,
+        "what the concepts' words start as, with commas between, a token each; rare ones by default: ktn, pll, ucd",
+    )
+    compression: float | None = option(
+        None,
+        "cut the result to the singular values that make up this share of their sum, such as 0.6",
+        above=0,
+        below=1,
+    )
+
+
+@dataclass
 class IPAdapter:
     """IP-Adapter"""
 

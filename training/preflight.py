@@ -5,8 +5,8 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,13 +16,15 @@ from .adapter_checks import bytes_of_adapter, check_adapter
 from .base_checks import check_family, check_layers, check_size, check_vae, family_at
 from .base_model import OFFLINE, size_step_of
 from .checkpoint import find_checkpoint
+from .concepts import Concept, concepts_of
+from .custom_diffusion import word_names
 from .dataset import call_of, captions_of
 from .defaults import default_name, fill_defaults
 from .going_on import changed_settings, processes
 from .identities import find_identities, hold_out
 from .lora import unet_config
 from .methods import templates_of
-from .options import DreamBooth, IPAdapter, Lora, TextualInversion, Training
+from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, TextualInversion, Training
 from .settings import Settings
 from .shared import (
     SELF_ATTENTION,
@@ -72,6 +74,7 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
             return None
 
     told(_options, settings)
+    concepts = told(concepts_of, settings) or []
     family = told(family_at, settings.base.pretrained_model_name_or_path, settings.base.vae_path)
     filled = settings
     if family is not None:
@@ -88,6 +91,8 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         folder = getattr(settings.data, option)
         if folder is None or (is_prior and not settings.data.with_prior_preservation):
             continue
+        if isinstance(settings.method, CustomDiffusion) and option != "validation_data_dir":
+            continue  # below
         path = Path(folder).expanduser()
         if isinstance(settings.method, IPAdapter):
             found, wrong, odd = look_at_identities(path, settings, quiet)
@@ -101,6 +106,11 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         problems += wrong
         warnings += odd
         counts[option] = found
+    if isinstance(settings.method, CustomDiffusion):
+        found, wrong, odd = look_at_concepts(concepts, settings, quiet)
+        problems += wrong
+        warnings += odd
+        counts["instance_data_dir"] = found * max(1, settings.method.size_variants)
     pictures = counts.get("instance_data_dir", 0)
     told(_output, filled, family is not None, pictures)
     if problems:
@@ -115,6 +125,8 @@ def _options(settings: Settings) -> None:
         "instance_data_dir": (settings.data.instance_data_dir, "the folder with your pictures"),
         "output_dir": (settings.output.output_dir, "the folder for the result"),
     }
+    if isinstance(settings.method, CustomDiffusion) and settings.method.concept:
+        del needed["instance_data_dir"]
     problems += [f"--{name} is missing: {what}." for name, (value, what) in needed.items() if not value]
     if settings.data.with_prior_preservation and not settings.data.class_data_dir:
         problems.append(
@@ -149,7 +161,7 @@ def _options(settings: Settings) -> None:
         problems.append(f"--output_name {name} is without ending: write {name.removesuffix('.safetensors')}.")
     if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
         problems.append(f"{name!r} is no file name: set --output_name.")
-    if isinstance(settings.method, TextualInversion) and re.search(r"[\s():,]", name):
+    if isinstance(settings.method, TextualInversion | CustomDiffusion) and re.search(r"[\s():,]", name):
         problems.append(f"{name!r} cannot be called in ComfyUI's prompts, which take one word: set --output_name.")
     if isinstance(settings.method, Lora):
         try:
@@ -169,6 +181,9 @@ def _without_effect(settings: Settings) -> list[str]:
     if isinstance(method, TextualInversion):
         text += ["train_text_encoder"] * (training.train_text_encoder is not None)
         why = "Textual Inversion trains the word's vectors only, at --learning_rate"
+    elif isinstance(method, CustomDiffusion):
+        text = ["train_text_encoder"] * (training.train_text_encoder is not None)
+        why = "Custom Diffusion trains the concepts' words only, at --text_encoder_lr"
     elif isinstance(method, IPAdapter):
         text += ["train_text_encoder"] * bool(training.train_text_encoder)
         text += ["with_prior_preservation"] * settings.data.with_prior_preservation
@@ -251,6 +266,25 @@ def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bo
     return good, wrong, odd
 
 
+def look_at_concepts(concepts: Sequence[Concept], settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
+    """Read every picture and caption of every concept and its class: how many are good of the concepts, what is wrong or odd."""
+    good, wrong, odd = 0, list[str](), list[str]()
+    classes = {one.class_folder: one for one in concepts if one.class_folder and settings.data.with_prior_preservation}
+    looked = [(one, one.folder, False) for one in concepts if one.folder]
+    looked += [(one, folder, True) for folder, one in classes.items() if folder]
+    for one, folder, is_prior in looked:
+        path = Path(folder).expanduser()
+        try:
+            if is_prior and not _class_folder(path):
+                continue  # the base fills it
+        except PersonalizeError as error:
+            wrong.append(str(error))
+            continue
+        found, bad, strange = look_at_pictures(path, replace(settings, data=one.of(settings.data)), is_prior, quiet)
+        good, wrong, odd = good + found * (not is_prior), wrong + bad, odd + strange
+    return good, wrong, odd
+
+
 def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
     """Read every picture and caption of every identity: how many are good, what is wrong, and what is odd."""
     good, wrong = 0, list[str]()
@@ -287,6 +321,12 @@ def _output(settings: Settings, whole: bool, pictures: int) -> None:
     folder, problems = settings.folder, []
     check_writable(folder, "--output_dir")
     places = settings.flat() | ({} if settings.data.with_prior_preservation else {"class_data_dir": None})
+    for concept in concepts_of(settings) if getattr(settings.method, "concept", []) else []:
+        for option, place in (("output_dir", settings.output.output_dir), ("class_data_dir", places["class_data_dir"])):
+            if place and _real(place) == _real(concept.folder):
+                problems.append(
+                    f"--{option} is {concept.trigger}'s folder of --concept, too: what is written would be trained on."
+                )
     for one, two in WRITTEN_AND_READ:
         if places[one] and places[two] and _real(places[one]) == _real(places[two]):
             problems.append(f"--{one} and --{two} are the same folder: what is written would be trained on.")
@@ -318,6 +358,8 @@ def _real(path: str) -> Path:
 def _results(settings: Settings) -> list[Path]:
     """The files that will be written."""
     name, kind = settings.output.output_name or default_name(settings), getattr(settings.method, "save_as", "full")
+    if isinstance(settings.method, CustomDiffusion):
+        return [settings.folder / f"{one}.safetensors" for one in (name, *word_names(name, concepts_of(settings)))]
     endings = {"full": [""], "delta": [".delta"], "both": ["", ".delta"]}[kind]
     return [settings.folder / f"{name}{ending}.safetensors" for ending in endings]
 

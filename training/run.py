@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,8 +21,8 @@ from .about import about, digest_of_file
 from .base_checks import check_family, check_size
 from .base_model import BaseModel, load_base
 from .checkpoint import checkpoints_in, find_checkpoint, read_settings_of, set_aside
-from .class_images import draw_class_images
-from .dataset import Example, Order, Sizes, fill_in, find_examples, find_priors
+from .custom_diffusion import CustomDiffusionMethod
+from .dataset import Example, Order, Sizes, fill_in
 from .defaults import fill_defaults, hints
 from .dreambooth import DreamBoothMethod
 from .encoding import Cache, Latent, TextStates, digest_of, encode_captions, encode_pictures, latent_key
@@ -32,12 +31,13 @@ from .identities import Held, find_sets
 from .ip_adapter import IPAdapterMethod
 from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
-from .methods import PRECISIONS, Method, templates_of
-from .options import DreamBooth, IPAdapter, Lora, TextualInversion
+from .methods import PRECISIONS, Method
+from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, TextualInversion
 from .preflight import preflight
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
+from .subjects import find_pictures
 from .textual_inversion import TextualInversionMethod
 from .watch import draw_samples, read_rows, resting, validation_loss, views, write_samples
 
@@ -48,6 +48,7 @@ METHODS: dict[str, tuple[type, Callable[[BaseModel, Settings], Method]]] = {
     "lora": (Lora, LoraMethod),
     "textual_inversion": (TextualInversion, TextualInversionMethod),
     "dreambooth": (DreamBooth, DreamBoothMethod),
+    "custom_diffusion": (CustomDiffusion, CustomDiffusionMethod),
     "ip_adapter": (IPAdapter, IPAdapterMethod),
 }
 
@@ -277,26 +278,6 @@ def prepare(
     )
     trainer.watch = _watch(trainer, prompts, kept_out, held)
     return trainer
-
-
-def find_pictures(
-    settings: Settings, sizes: Sizes, accelerator: Accelerator, base: BaseModel
-) -> tuple[list[Example], list[Example]]:
-    """Pictures of the subject and of its class, which are drawn if need be, and those that are kept out."""
-    data, templates = settings.data, templates_of(settings)
-    examples = find_examples(Path(data.instance_data_dir or "").expanduser(), data, sizes, templates)
-    if data.with_prior_preservation:
-        folder = Path(data.class_data_dir or "").expanduser()
-        prompt = fill_in(data.class_prompt, data.trigger, data.class_name)
-        count, seed = data.num_class_images, settings.training.seed
-        drawn = draw_class_images(accelerator, base, folder, prompt, count, sizes.resolution, seed)
-        if drawn:
-            accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
-        examples += find_priors(folder, data, [example.size for example in examples])
-    if not data.validation_data_dir:
-        return examples, []
-    plain = replace(data, repeats=1, random_flip=False)
-    return examples, find_examples(Path(data.validation_data_dir).expanduser(), plain, sizes, templates)
 
 
 def too_long(base: BaseModel, method: Method, examples: list[Example]) -> list[str]:

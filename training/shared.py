@@ -30,6 +30,13 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.composable_diffusion import Concept as Concept
     from models.composable_diffusion import compose as compose
     from models.composable_diffusion import parse_concepts as parse_concepts
+    from models.custom_diffusion import ALL as ALL
+    from models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
+    from models.custom_diffusion import RARE as RARE
+    from models.custom_diffusion import concept_changes as concept_changes
+    from models.custom_diffusion import concept_tensors as concept_tensors
+    from models.custom_diffusion import hold_first as hold_first
+    from models.custom_diffusion import is_trained as is_trained
     from models.delta import TEXT_MODELS as TEXT_MODELS
     from models.delta import check_budget as check_budget
     from models.delta import check_delta as check_delta
@@ -125,6 +132,13 @@ else:
     from ..models.composable_diffusion import Concept as Concept
     from ..models.composable_diffusion import compose as compose
     from ..models.composable_diffusion import parse_concepts as parse_concepts
+    from ..models.custom_diffusion import ALL as ALL
+    from ..models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
+    from ..models.custom_diffusion import RARE as RARE
+    from ..models.custom_diffusion import concept_changes as concept_changes
+    from ..models.custom_diffusion import concept_tensors as concept_tensors
+    from ..models.custom_diffusion import hold_first as hold_first
+    from ..models.custom_diffusion import is_trained as is_trained
     from ..models.delta import TEXT_MODELS as TEXT_MODELS
     from ..models.delta import check_budget as check_budget
     from ..models.delta import check_delta as check_delta

@@ -51,7 +51,7 @@ class TextualInversionMethod:
             ids = tokenizer.convert_tokens_to_ids(self.tokens)
             word = LearnedWord(table, ids, self._start(tokenizer, table, options))
             encoder.set_input_embeddings(word)
-            _find_the_end(encoder, tokenizer.eos_token_id)
+            find_the_end(encoder, tokenizer.eos_token_id)
             self.words.append(word)
         names = [f"{name}.vectors" for name, _ in text_modules(base)]
         vectors = [word.vectors for word in self.words]
@@ -83,7 +83,7 @@ class TextualInversionMethod:
         return [path]
 
 
-def _find_the_end(encoder, end: int) -> None:
+def find_the_end(encoder, end: int) -> None:
     """Old configurations let the encoder take the largest id for the end of the text, which a new word's would be."""
     encoder.config.eos_token_id = end
     for module in encoder.modules():

@@ -1,0 +1,309 @@
+"""Custom Diffusion: diffusers' processors on the same weights, what trains and what does not, and the files."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
+from finetuning import CHECKPOINT, photos, settings_of, train
+from narrow_models import narrow_folder
+from pack.models.custom_diffusion import ALL, KEYS_AND_VALUES, RARE, concept_changes, leading_rank
+from pack.models.errors import PersonalizeError
+from pack.models.lora import host_layers
+from pack.models.metadata import read_about
+from pack.models.weight_files import read_safetensors
+from pack.training import run as running
+from pack.training.base_model import load_base
+from pack.training.custom_diffusion import CustomDiffusionMethod
+from pack.training.dataset import Example, Framing, load_pixels, reframe
+from pack.training.encoding import Cache, encode_pictures
+from pack.training.preflight import preflight
+from pack.training.sizes import sized
+from safetensors.torch import load_file
+from test_finetuning_parity import STEPS, batches, read, reference, tokenizers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module", params=["pocket", "sd15", "sdxl"])
+def where(request, root, tmp_path_factory):
+    """A base model: its file, or its folder."""
+    if request.param == "pocket":
+        return root / CHECKPOINT
+    return narrow_folder(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def processors(unet, parts):
+    """diffusers' own, with the weights of the layers that they stand for."""
+    made, weights = {}, unet.state_dict()
+    for name in unet.attn_processors:
+        layer = name.removesuffix(".processor")
+        if "attn2" not in name:
+            made[name] = AttnProcessor2_0()
+            continue
+        shape = weights[f"{layer}.to_k.weight"].shape
+        made[name] = CustomDiffusionAttnProcessor(True, parts == ALL, shape[0], shape[1]).to(unet.dtype)
+        for part in ("to_k", "to_v", "to_q", "to_out.0") if parts == ALL else KEYS_AND_VALUES:
+            for kind in ("weight", "bias"):
+                if f"{layer}.{part}.{kind}" in weights:
+                    head, _, tail = part.partition(".")
+                    own = ".".join(filter(None, (f"{head}_custom_diffusion", tail, kind)))
+                    made[name].get_parameter(own).data.copy_(weights[f"{layer}.{part}.{kind}"])
+    return made
+
+
+def named(processor_parameter):
+    """Of a processor's parameter the name of the layer's."""
+    return processor_parameter.replace(".processor.", ".").replace("_custom_diffusion", "")
+
+
+@pytest.mark.parametrize("layers", ["kv", "all"])
+def test_loss_and_gradients_are_those_of_diffusers(root, where, tmp_path, layers):
+    """In float64: also that the token that begins the text learns nothing."""
+    options = {"pretrained_model_name_or_path": str(where), "train_layers": layers, "learning_rate": 1e-3}
+    settings = settings_of("custom_diffusion", root, tmp_path, tmp_path, text_encoder_lr=1e-3, **options)
+    results = []
+    generator = torch.Generator().manual_seed(0)
+    for ours in (True, False):
+        base = load_base(str(where))
+        unet = base.pipeline.unet
+        unet.requires_grad_(False)
+        if ours:
+            CustomDiffusionMethod(base, settings)
+            unet.double()
+        else:
+            unet.double()
+            unet.set_attn_processor(processors(unet, ALL if layers == "all" else KEYS_AND_VALUES))
+        if ours:
+            z = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator, dtype=torch.float64)
+            text = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator, dtype=torch.float64)
+        states, added = text.clone().requires_grad_(True), {}
+        if base.layout == "sdxl":
+            pooled = torch.ones(2, base.pipeline.text_encoder_2.config.projection_dim, dtype=torch.float64)
+            added = {"text_embeds": pooled, "time_ids": torch.ones(2, 6, dtype=torch.float64) * 64}
+        loss = unet(z, 500, states, added_cond_kwargs=added).sample.square().mean()
+        loss.backward()
+        gradients = {
+            named(name): p.grad for name, p in unet.named_parameters() if p.requires_grad and p.grad is not None
+        }
+        results.append((loss, gradients, states.grad))
+    (loss, gradients, own), (theirs, expected, other) = results
+    assert abs(loss / theirs - 1) < 1e-6
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) == (2 if layers == "kv" else 5) * sum("attn2" in n for n in unet.attn_processors)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+    torch.testing.assert_close(own, other, rtol=1e-6, atol=1e-12)
+    assert torch.equal(own[:, 0], torch.zeros_like(own[:, 0]))
+    assert (own[:, 1:].norm(dim=2) > 0).all()
+
+
+def test_five_steps_are_those_of_a_plain_loop_with_diffusers_processors(root, where, folder, tmp_path):
+    options = {"train_batch_size": 2, "max_train_steps": STEPS, "learning_rate": 1e-3, "text_encoder_lr": 1e-2}
+    options |= {"seed": 7, "resolution": 64, "size_variants": 0, "pretrained_model_name_or_path": str(where)}
+    settings = settings_of("custom_diffusion", root, folder, tmp_path, **options)
+    weights, word = (load_file(path) for path in train("custom_diffusion", root, folder, tmp_path, **options))
+    base = load_base(str(where))
+    unet = base.pipeline.unet
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    unet.requires_grad_(False)
+    unet.set_attn_processor(processors(unet, KEYS_AND_VALUES))
+    tables, began = [], []
+    for tokenizer, encoder in zip(tokenizers(base), base.text_encoders, strict=True):
+        encoder.requires_grad_(False)
+        tokenizer.add_tokens(["<a>"])
+        encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        tables.append(encoder.get_input_embeddings().weight)
+        with torch.no_grad():
+            tables[-1][-1] = tables[-1][tokenizer.convert_tokens_to_ids(RARE[0])]
+        began.append(tables[-1][-1:].detach().clone())
+        tables[-1].requires_grad_(True)
+
+    def masked():
+        for table in tables:
+            table.grad[:-1] = 0
+
+    trained = {named(name): p for name, p in unet.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": list(trained.values()), "lr": 1e-3, "weight_decay": 0.01},
+        {"params": tables, "lr": 1e-2, "weight_decay": 0.0},
+    ]
+    reference(base, groups, batches(base, settings, folder), read, "<a>", masked)
+    layers = host_layers({name: tuple(value.shape) for name, value in before.items()}, [])
+    changes = concept_changes(weights, layers, "ours")
+    assert len(changes) == len(weights) == len(trained)
+    pairs = [
+        (changes[f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}.weight"], p.detach() - before[name])
+        for name, p in trained.items()
+    ]
+    ours, theirs = (torch.cat([part.flatten() for part in parts]) for parts in zip(*pairs, strict=True))
+    assert (ours - theirs).norm() <= 1e-4 * theirs.norm(), "attention in two steps rounds otherwise"
+    names = ("clip_l", "clip_g") if base.layout == "sdxl" else ("emb_params",)
+    for name, table, start in zip(names, tables, began, strict=True):
+        change = (table[-1:] - start).detach().norm()
+        assert change > 0
+        assert (word[name] - table[-1:].detach()).norm() <= 1e-4 * change
+
+
+def test_nothing_else_moves(root, folder, tmp_path, monkeypatch):
+    kept = {}
+    write = CustomDiffusionMethod.write
+
+    def keep(self, *arguments):
+        kept["base"], kept["words"], kept["before"] = self.base, self.words, self.before
+        return write(self, *arguments)
+
+    monkeypatch.setattr(running.CustomDiffusionMethod, "write", keep)
+    train("custom_diffusion", root, folder, tmp_path, learning_rate=1e-3)
+    fresh = load_base(str(root / CHECKPOINT))
+    after = kept["base"].pipeline.unet.state_dict()
+    moved = {name for name, value in fresh.pipeline.unet.state_dict().items() if not torch.equal(value, after[name])}
+    assert moved == kept["before"].keys()
+    assert {name.partition(".attn2.")[2] for name in moved} == {"to_k.weight", "to_v.weight"}
+    (word,) = kept["words"]
+    old = fresh.text_encoders[0].get_input_embeddings().weight
+    assert torch.equal(word.table.weight, old)
+    assert not torch.equal(word.vectors[0], old[fresh.pipeline.tokenizer.convert_tokens_to_ids(RARE[0])])
+
+
+@pytest.fixture(scope="module")
+def two(folder, tmp_path_factory):
+    """--concept of two subjects."""
+    other = photos(tmp_path_factory.mktemp("other"), 2)
+    return [f"{folder}:ohwx:woman", f"{other}:zxcv:old man"]
+
+
+def test_several_concepts_have_a_word_each_and_one_file(root, two, tmp_path):
+    options = {"concept": two, "instance_data_dir": None, "size_variants": 2, "train_layers": "all"}
+    paths = train("custom_diffusion", root, None, tmp_path, with_prior_preservation=False, **options)
+    assert [path.name for path in paths] == [
+        "woman_old_man.safetensors", "woman_old_man_ohwx.safetensors", "woman_old_man_zxcv.safetensors",
+    ]  # fmt: skip
+    whole, *words = (read_about(read_safetensors(path)[1], path.name) for path in paths)
+    assert (whole.method, whole.class_name) == ("custom_diffusion", "woman, old man")
+    assert whole.trigger == "embedding:woman_old_man_ohwx woman, embedding:woman_old_man_zxcv old man"
+    assert [word.method for word in words] == ["textual_inversion"] * 2
+    assert [word.trigger for word in words] == [f"embedding:{path.stem}" for path in paths[1:]]
+    assert whole.settings["concept"] == ["ohwx:woman", "zxcv:old man"], "where pictures lie is nobody else's business"
+    first, second = (load_file(path)["emb_params"] for path in paths[1:])
+    assert first.shape == second.shape == (1, 64)
+    assert not torch.equal(first, second)
+    tensors = load_file(paths[0])
+    assert sum(key.endswith(".diff") for key in tensors) == 4 * 10
+    assert sum(key.endswith(".diff_b") for key in tensors) == 10
+
+
+def test_a_compressed_file_is_the_leading_part_of_the_whole_one(root, folder, tmp_path):
+    options = {"learning_rate": 1e-3, "output_name": "mine"}
+    (whole, _), (cut, _) = (
+        train("custom_diffusion", root, folder, tmp_path / str(share), compression=share, **options)
+        for share in (None, 0.6)
+    )
+    base = load_base(str(root / CHECKPOINT))
+    layers = host_layers({name: tuple(v.shape) for name, v in base.pipeline.unet.state_dict().items()}, [])
+    full, part = (concept_changes(load_file(path), layers, path.name) for path in (whole, cut))
+    assert full.keys() == part.keys()
+    for name, change in full.items():
+        values = torch.linalg.svdvals(change)
+        rank = leading_rank(values, 0.6)
+        assert values[:rank].sum() <= 0.6 * values.sum() < values[: rank + 1].sum()
+        torch.testing.assert_close((change - part[name]).norm(), values[rank:].norm(), rtol=1e-3, atol=1e-6)
+    assert cut.stat().st_size < whole.stat().st_size
+
+
+def test_sizes_and_the_words_that_say_them(folder):
+    paths = sorted(folder.glob("*.png"))
+    examples = [Example(path, ("A photo of ohwx cat", "ohwx"), (64, 64)) for path in paths]
+    examples.append(Example(paths[0], ("a cat",), (64, 64), is_prior=True))
+    assert sized(examples, 0, 3) == examples
+    found = sized(examples, 400, 3)
+    assert found == sized(examples, 400, 3)
+    assert found.count(examples[-1]) == 1, "pictures of the class stay as they are"
+    own = [one for one in found if not one.is_prior]
+    small = [one for one in own if one.framing and one.framing.side < 1]
+    large = [one for one in own if one.framing and one.framing.side > 1]
+    for some, share, low, high, words in (
+        (small, 2 / 3 * 0.4, 1 / 3, 0.6, {"a far away", "a very small"}),
+        (large, 1 / 3, 1.2, 1.4, {"a zoomed in", "a close up"}),
+    ):
+        assert len(some) / len(own) == pytest.approx(share, abs=0.04)
+        assert all(low <= one.framing.side <= high for one in some)
+        assert {" ".join(text.split()[:3]) for one in some for text in one.captions} == words
+        assert all(one.captions[0].endswith(("away photo of ohwx cat", "small photo of ohwx cat",
+                                             "in photo of ohwx cat", "up photo of ohwx cat")) for one in some)  # fmt: skip
+    assert len(own) - len(small) - len(large) == own.count(examples[0]) + sum(own.count(e) for e in examples[1:-1])
+
+
+def test_a_picture_in_its_frame_and_where_its_error_counts(root, folder, tmp_path):
+    path = sorted(folder.glob("*.png"))[0]
+    plain, _ = load_pixels(Example(path, (), (64, 64)))
+    small, inside = reframe(plain, Framing(0.5, 1.0, 0.0))
+    assert torch.equal(inside[0].nonzero().amin(0), torch.tensor([0, 32]))
+    assert inside.sum() == 32 * 32
+    assert (small[:, 32:] == 0).all()
+    assert (small[:, :32, :32] == 0).all()
+    shrunk = torch.nn.functional.avg_pool2d(plain, 2)
+    assert (small[:, :32, 32:] - shrunk).abs().mean() < 0.05
+    large, everywhere = reframe(plain, Framing(1.25, 0.5, 0.5))
+    assert large.shape == plain.shape
+    assert everywhere.all()
+    middle = torch.nn.functional.interpolate(plain[None, :, 6:58, 6:58], (64, 64), mode="bilinear")[0]
+    assert (large - middle).abs().mean() < 0.05
+    vae = load_base(str(root / CHECKPOINT)).pipeline.vae
+    frames = [None, Framing(0.59, 0.5, 0.5), Framing(1 / 3, 0, 0), Framing(1.3, 0, 0)]
+    examples = [Example(path, (), (64, 64), framing=framing) for framing in frames]
+    latents = encode_pictures(vae, examples, Cache(tmp_path), "vae")
+    whole, some, few, zoomed = (latents[example] for example in examples)
+    assert whole.inside is None
+    assert zoomed.inside is None
+    assert few.inside.sum() == 4, "cells without any that is not at the border keep those"
+    assert some.inside[0].nonzero().tolist() == [[y, x] for y in (3, 4) for x in (3, 4)]
+    again = encode_pictures(vae, examples, Cache(tmp_path), "vae")
+    assert all(torch.equal(again[e].mean, latents[e].mean) for e in examples)
+    assert len({latents[e].mean.sum().item() for e in examples}) == 4
+
+
+def refused(root, output, **values):
+    with pytest.raises(PersonalizeError) as caught:
+        preflight(settings_of("custom_diffusion", root, None, output, instance_data_dir=None, **values), quiet=True)
+    return str(caught.value)
+
+
+def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
+    said = refused(root, tmp_path / "out", concept=["photos:cat", ":a:b", two[0]], output_name="two words")
+    assert "--concept photos:cat is not FOLDER:TRIGGER:CLASS, such as photographs/rex:ohwx:dog." in said
+    assert "--concept :a:b is not FOLDER:TRIGGER:CLASS" in said
+    assert "'two words' cannot be called in ComfyUI's prompts, which take one word" in said
+    assert "--instance_data_dir is missing" in refused(root, tmp_path / "out")
+    said = refused(root, tmp_path / "out", concept=[*two, f"{folder}:ohwx:cat", f"{tmp_path / 'gone'}:x:cat"])
+    assert "the triggers 'ohwx' and 'ohwx' cannot be told apart" in said
+    said = refused(root, tmp_path / "out", concept=[*two, f"{tmp_path / 'gone'}:x:cat"])
+    assert f"The folder {tmp_path / 'gone'} does not exist" in said
+    said = refused(root, folder, concept=two)
+    assert "--output_dir is ohwx's folder of --concept, too" in said
+    said = refused(root, tmp_path / "out", concept=two, with_prior_preservation=True)
+    assert "--with_prior_preservation needs --class_data_dir" in said
+    with pytest.raises(PersonalizeError, match="--instance_data_dir and --concept say the same thing"):
+        preflight(settings_of("custom_diffusion", root, folder, tmp_path / "out", concept=two), quiet=True)
+    for words, sentence in (("ktn", "names 1 words for 2 concepts"), ("ktn, two words", "'two words' is 2 tokens")):
+        with pytest.raises(PersonalizeError, match=sentence):
+            train(
+                "custom_diffusion", root, None, tmp_path / "out", concept=two, instance_data_dir=None,
+                initializer_token=words,
+            )  # fmt: skip
+
+
+def test_each_class_has_a_folder_and_pictures_of_its_own(root, two, tmp_path, monkeypatch):
+    seen = []
+    prepare = running.prepare
+    monkeypatch.setattr(running, "prepare", lambda *a: seen.append(prepare(*a)) or seen[-1])
+    classes = tmp_path / "classes"
+    options = {"concept": two, "instance_data_dir": None, "class_data_dir": str(classes), "num_class_images": 2}
+    train("custom_diffusion", root, None, tmp_path / "out", with_prior_preservation=True, max_train_steps=1, **options)
+    assert {path.name: len(list(path.iterdir())) for path in classes.iterdir()} == {"woman": 2, "old man": 2}
+    examples = seen[0].examples
+    prior = {(one.path.parent.name, one.captions[0]) for one in examples if one.is_prior}
+    assert prior == {("woman", "a woman"), ("old man", "a old man")}
+    called = {text for one in examples if not one.is_prior for text in one.captions if one.framing is None}
+    assert called == {"a photo of ohwx woman", "a photo of zxcv old man"}

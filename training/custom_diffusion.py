@@ -1,0 +1,148 @@
+"""Learn one concept or several (Custom Diffusion): keys and values of the cross-attention, and a word for each concept.
+
+    python -m training.custom_diffusion --pretrained_model_name_or_path MODEL --output_dir FOLDER \\
+        --concept photographs/rex:ohwx:dog --concept photographs/mug:zxcv:mug
+
+Kumari et al. 2023: pictures of all concepts train W_k and W_v of every cross-attention layer together, with pictures of
+their classes (--with_prior_preservation) so that the classes stay what they were. Concepts that were trained apart are
+merged by `python -m training.merge_concepts`.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import cast_training_params
+
+from .base_model import BaseModel
+from .concepts import Concept, concepts_of
+from .dataset import call_of
+from .leave_one_out import LeaveOneOut
+from .methods import PRECISIONS, group_of, text_modules
+from .options import CustomDiffusion
+from .settings import Settings
+from .shared import (
+    ALL,
+    KEYS_AND_VALUES,
+    RARE,
+    About,
+    LearnedWord,
+    PersonalizeError,
+    concept_changes,
+    concept_tensors,
+    hold_first,
+    host_layers,
+    is_trained,
+    read_safetensors,
+    read_word,
+    title_of,
+    word_tensors,
+    write_safetensors,
+)
+from .textual_inversion import find_the_end
+
+
+class CustomDiffusionMethod:
+    """Some matrices of the cross-attention, and a learned word for each concept in each text encoder."""
+
+    name = "custom_diffusion"
+    conditioning: LeaveOneOut | None = None
+    trains_text, writes_all = True, False
+
+    def __init__(self, base: BaseModel, settings: Settings):
+        self.base, self.settings = base, settings
+        self.concepts = concepts_of(settings)
+        options: CustomDiffusion = settings.method
+        unet, parts = base.pipeline.unet, ALL if options.train_layers == "all" else KEYS_AND_VALUES
+        self.shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+        unet.requires_grad_(False)
+        for name, module in unet.named_modules():
+            if is_trained(name, parts):
+                module.requires_grad_(True)
+            if is_trained(name, KEYS_AND_VALUES):
+                module.register_forward_hook(lambda _, __, states: hold_first(states))
+        cast_training_params(unet, dtype=torch.float32)
+        self.before = {name: p.detach().cpu().clone() for name, p in unet.named_parameters() if p.requires_grad}
+        self.words, self.tokens = self._learned_words(options), [f"<concept-{i}>" for i in range(len(self.concepts))]
+        names = [f"{name}.vectors" for name, _ in text_modules(base)]
+        vectors = [word.vectors for word in self.words]
+        self.groups = [
+            group_of([("unet", unet)], settings.rate),
+            {"params": vectors, "lr": settings.text_rate, "names": names, "weight_decay": 0.0},
+        ]
+
+    def _learned_words(self, options: CustomDiffusion) -> list[LearnedWord]:
+        tokenizers = [self.base.pipeline.tokenizer, getattr(self.base.pipeline, "tokenizer_2", None)]
+        tokens, words = [f"<concept-{i}>" for i in range(len(self.concepts))], []
+        for tokenizer, (_, encoder) in zip(tokenizers, text_modules(self.base), strict=False):
+            encoder.requires_grad_(False)
+            table = encoder.get_input_embeddings()
+            rows = table.weight.detach()[_starts(tokenizer, options.initializer_token, len(tokens))]
+            tokenizer.add_tokens(tokens)
+            word = LearnedWord(table, tokenizer.convert_tokens_to_ids(tokens), rows)
+            encoder.set_input_embeddings(word)
+            find_the_end(encoder, tokenizer.eos_token_id)
+            words.append(word)
+        return words
+
+    def spoken(self, text: str) -> str:
+        """Each trigger becomes its concept's token."""
+        for concept, token in zip(self.concepts, self.tokens, strict=True):
+            text = call_of(concept.trigger).sub(token, text)
+        return text
+
+    def write(self, folder: Path, name: str, about: About) -> list[Path]:
+        """NAME.safetensors for models/loras, and for each concept NAME_TRIGGER.safetensors for models/embeddings."""
+        options: CustomDiffusion = self.settings.method
+        dtype = PRECISIONS[self.settings.output.save_precision]
+        state = self.base.pipeline.unet.state_dict()
+        changes = {key: state[key].detach().cpu().float() - value for key, value in self.before.items()}
+        tensors = {key: value.to(dtype) for key, value in concept_tensors(changes, options.compression).items()}
+        path, words = folder / f"{name}.safetensors", word_names(name, self.concepts)
+        called = [f"embedding:{word} {concept.class_name}" for word, concept in zip(words, self.concepts, strict=True)]
+        classes = ", ".join(concept.class_name for concept in self.concepts)
+        whole = replace(about, trigger=", ".join(called), class_name=classes)
+        write_safetensors(path, tensors, whole.as_metadata())
+        concept_changes(read_safetensors(path)[0], host_layers(self.shapes, []), path.name)
+        paths, widths = [path], [word.table.embedding_dim for word in self.words]
+        for i, (word, concept) in enumerate(zip(words, self.concepts, strict=True)):
+            paths.append(folder / f"{word}.safetensors")
+            vectors = [learned.vectors[i : i + 1].detach().cpu().to(dtype) for learned in self.words]
+            own = replace(about, method="textual_inversion", trigger=f"embedding:{word}", class_name=concept.class_name)
+            write_safetensors(paths[-1], word_tensors(vectors), own.as_metadata())
+            read_word(read_safetensors(paths[-1])[0], widths, paths[-1].name, title_of(self.base.family))
+        return paths
+
+
+def word_names(name: str, concepts: Sequence[Concept]) -> list[str]:
+    """Of the files of the concepts' words, without ending: what calls them in ComfyUI's prompts."""
+    return [f"{name}_{concept.trigger}" for concept in concepts]
+
+
+def _starts(tokenizer, initializer: str | None, count: int) -> list[int]:
+    """The ids of what the words start as: an entry of the vocabulary each.
+
+    Raises:
+        PersonalizeError: there are too few, or one is no single entry.
+    """
+    chosen = RARE if initializer is None else [word.strip() for word in initializer.split(",")]
+    if len(chosen) < count:
+        raise PersonalizeError(
+            f"--initializer_token names {len(chosen)} words for {count} concepts: name one for each, with commas between."
+        )
+    ids = []
+    for word in chosen[:count]:
+        parts = tokenizer(word, add_special_tokens=False).input_ids
+        entry = tokenizer.convert_tokens_to_ids(word)  # as it is in the vocabulary, rather than as a word of a text
+        if len(parts) != 1 and entry in (None, tokenizer.unk_token_id):
+            raise PersonalizeError(f"--initializer_token {word!r} is {len(parts)} tokens, but must be a single one.")
+        ids.append(parts[0] if len(parts) == 1 and initializer is not None else entry)
+    return ids
+
+
+if __name__ == "__main__":
+    from .run import main
+
+    sys.exit(main("custom_diffusion", __doc__))
