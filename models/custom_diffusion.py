@@ -36,7 +36,8 @@ def is_trained(module: str, parts: tuple[str, ...]) -> bool:
 
 def leading_rank(values: Tensor, share: float) -> int:
     """How many singular values, sorted and at least one, make up no more than a share of their sum."""
-    return max(1, int((values.cumsum(0) <= share * values.sum()).sum()))
+    sums = values.double().cumsum(0)
+    return max(1, int((sums <= share * (1 + 1e-9) * sums[-1]).sum()))
 
 
 def concept_tensors(changes: Mapping[str, Tensor], share: float | None = None) -> dict[str, Tensor]:
@@ -62,6 +63,16 @@ def concept_tensors(changes: Mapping[str, Tensor], share: float | None = None) -
             tensors[f"{name}.lora_down.weight"] = (v[:rank] * root[:, None]).contiguous()
             tensors[f"{name}.alpha"] = torch.tensor(float(rank))
     return tensors
+
+
+def file_tensors(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of changes as `concept_changes` gives them, whole."""
+    return {f"{name.removesuffix('.weight')}.diff": change.contiguous() for name, change in changes.items()}
+
+
+def calls_of(trigger: str) -> list[str]:
+    """How a file's concepts are called, of the trigger that it names: "embedding:a_ohwx dog, embedding:b_zxcv mug"."""
+    return [part.strip() for part in trigger.split(",") if part.strip()]
 
 
 def concept_changes(

@@ -9,7 +9,9 @@ K are the features of everyday captions, which shall stay what they were; T thos
 gives V, what the concept's W_n gives there. In float64: the features of one text are so alike that fp32 misses V.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from .errors import PersonalizeError
 
 RIDGE = 1e-10
 """Of the mean squared feature, added to the diagonal of K^T K: K may have fewer rows than columns."""
+EVERYDAY = Path(__file__).with_name("everyday_captions.txt")
+"""Two hundred captions, which came with the pack."""
 PASSES = 3
 """A solution's remaining error is solved for again."""
 
@@ -62,10 +66,77 @@ class Merging:
             W in float64, and the largest ‖W t - v‖ / ‖v‖ of all rows.
         """
         before = base.double()
-        told = torch.stack([matrix.double() for matrix in trained])
-        wanted = torch.einsum("soi,si->so", told[self.owner.to(told.device)], self.words.to(told))
         merged, words, reach = before, self.words.to(before), self.reach.to(before)
+        own = [words[(self.owner == n).to(words.device)] @ matrix.to(words).T for n, matrix in enumerate(trained)]
+        wanted = torch.cat(own)
         for _ in range(PASSES):
             merged = merged + (wanted - words @ merged.T).T @ reach
         missed = (words @ merged.T - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=torch.finfo(torch.double).tiny)
         return merged, float(missed.max())
+
+
+def prompts_of(called: str) -> tuple[str, str]:
+    """In which texts a concept shall be itself, of the words that call it."""
+    return called, f"a photo of {called}"
+
+
+def read_captions(path: Path = EVERYDAY) -> list[str]:
+    """A caption in each line.
+
+    Raises:
+        PersonalizeError: the file is missing, or has none.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise PersonalizeError(f"The captions {path} cannot be read ({error}).") from None
+    if not any(lines):
+        raise PersonalizeError(f"{path} has no captions: write one into each line.")
+    return [line for line in lines if line]
+
+
+def unique_rows(states: Tensor, ends: Sequence[int]) -> Tensor:
+    """The features of texts [n, T, width] from behind the token that begins each to the first that ends it, each once."""
+    return torch.unique(torch.cat([one[1 : end + 1] for one, end in zip(states, ends, strict=True)]), dim=0)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Several concepts in one."""
+
+    changes: dict[str, Tensor]
+    """W - W0 by the layer's name, in float64."""
+    missed: float
+    """The largest relative distance of a word's output from what its concept gives."""
+
+
+def merge_changes(
+    base: Callable[[str], Tensor],
+    concepts: Mapping[str, Mapping[str, Tensor]],
+    everyday: Tensor,
+    words: Sequence[Tensor],
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Merged:
+    """Args:
+        base: W0 [out, in] of a layer.
+        concepts: W_n - W0 by layer, of each file by its name.
+        everyday, words: see `Merging`; words of each file.
+        progress: wraps the layers' names.
+
+    Raises:
+        PersonalizeError: a file has a layer that reads something else than text.
+    """
+    layers = sorted({layer for changes in concepts.values() for layer in changes})
+    for name, changes in concepts.items():
+        if other := [layer for layer in changes if not layer.endswith(("_attn2_to_k.weight", "_attn2_to_v.weight"))]:
+            raise PersonalizeError(
+                f"{name} changes {other[0]}, which does not read the text, so that it cannot be merged: train it with "
+                "--train_layers kv."
+            )
+    merging, merged, missed = Merging(everyday, words), dict[str, Tensor](), 0.0
+    for layer in progress(layers):
+        before = base(layer).double()
+        trained = [before + changes[layer].to(before) if layer in changes else before for changes in concepts.values()]
+        weight, far = merging(before, trained)
+        merged[layer], missed = weight - before, max(missed, far)
+    return Merged(merged, missed)

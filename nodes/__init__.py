@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .attend_and_excite import AttendAndExcite
 from .attention_maps import RecordAttentionMaps, ShowAttentionMaps
 from .composable_diffusion import ComposeConcepts, ComposePrompt
+from .custom_diffusion import LoadCustomDiffusion, MergeCustomDiffusion
 from .folders import register_folders
 from .image_encoder import LoadImageEncoder
 from .ip_adapter import ApplyIPAdapter, LoadIPAdapter
@@ -29,6 +30,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadLora,
     LoadTextualInversion,
     LoadDreamBooth,
+    LoadCustomDiffusion,
+    MergeCustomDiffusion,
     LoadPersonalization,
 ]
 

@@ -256,7 +256,7 @@ class LoadPersonalization(io.ComfyNode):
         about = read_about_file(path)
         if about is None:
             raise PersonalizeError(f"{name} does not say how it was trained: use the loader of its method.")
-        if about.method not in ("dreambooth", "textual_inversion", "lora"):
+        if about.method not in ("dreambooth", "textual_inversion", "lora", "custom_diffusion"):
             raise PersonalizeError(f"{name} is no personalisation but a {about.method}, which has nodes of its own.")
         if about.method == "textual_inversion" and kind != "embeddings":
             raise PersonalizeError(

@@ -28,7 +28,6 @@ from .shared import (
     KEYS_AND_VALUES,
     RARE,
     About,
-    LearnedWord,
     PersonalizeError,
     concept_changes,
     concept_tensors,
@@ -41,7 +40,7 @@ from .shared import (
     word_tensors,
     write_safetensors,
 )
-from .textual_inversion import find_the_end
+from .textual_inversion import add_words
 
 
 class CustomDiffusionMethod:
@@ -65,27 +64,20 @@ class CustomDiffusionMethod:
                 module.register_forward_hook(lambda _, __, states: hold_first(states))
         cast_training_params(unet, dtype=torch.float32)
         self.before = {name: p.detach().cpu().clone() for name, p in unet.named_parameters() if p.requires_grad}
-        self.words, self.tokens = self._learned_words(options), [f"<concept-{i}>" for i in range(len(self.concepts))]
+        self.tokens = [f"<concept-{i}>" for i in range(len(self.concepts))]
+        self.words = add_words(
+            base,
+            self.tokens,
+            lambda tokenizer, table: table.weight.detach()[
+                _starts(tokenizer, options.initializer_token, len(self.tokens))
+            ],
+        )
         names = [f"{name}.vectors" for name, _ in text_modules(base)]
         vectors = [word.vectors for word in self.words]
         self.groups = [
             group_of([("unet", unet)], settings.rate),
             {"params": vectors, "lr": settings.text_rate, "names": names, "weight_decay": 0.0},
         ]
-
-    def _learned_words(self, options: CustomDiffusion) -> list[LearnedWord]:
-        tokenizers = [self.base.pipeline.tokenizer, getattr(self.base.pipeline, "tokenizer_2", None)]
-        tokens, words = [f"<concept-{i}>" for i in range(len(self.concepts))], []
-        for tokenizer, (_, encoder) in zip(tokenizers, text_modules(self.base), strict=False):
-            encoder.requires_grad_(False)
-            table = encoder.get_input_embeddings()
-            rows = table.weight.detach()[_starts(tokenizer, options.initializer_token, len(tokens))]
-            tokenizer.add_tokens(tokens)
-            word = LearnedWord(table, tokenizer.convert_tokens_to_ids(tokens), rows)
-            encoder.set_input_embeddings(word)
-            find_the_end(encoder, tokenizer.eos_token_id)
-            words.append(word)
-        return words
 
     def spoken(self, text: str) -> str:
         """Each trigger becomes its concept's token."""

@@ -33,8 +33,10 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.custom_diffusion import ALL as ALL
     from models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
     from models.custom_diffusion import RARE as RARE
+    from models.custom_diffusion import calls_of as calls_of
     from models.custom_diffusion import concept_changes as concept_changes
     from models.custom_diffusion import concept_tensors as concept_tensors
+    from models.custom_diffusion import file_tensors as file_tensors
     from models.custom_diffusion import hold_first as hold_first
     from models.custom_diffusion import is_trained as is_trained
     from models.delta import TEXT_MODELS as TEXT_MODELS
@@ -54,6 +56,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.ip_adapter import stack_prompts as stack_prompts
     from models.lora import UNET as UNET
     from models.lora import check_lora as check_lora
+    from models.lora import file_name as file_name
     from models.lora import host_layers as host_layers
     from models.lora import lora_tensors as lora_tensors
     from models.lora import text_prefixes as text_prefixes
@@ -73,6 +76,11 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.measures import paired_cosines as paired_cosines
     from models.measures import score_by_group as score_by_group
     from models.measures import uniform_score_by_group as uniform_score_by_group
+    from models.merging import EVERYDAY as EVERYDAY
+    from models.merging import merge_changes as merge_changes
+    from models.merging import prompts_of as prompts_of
+    from models.merging import read_captions as read_captions
+    from models.merging import unique_rows as unique_rows
     from models.metadata import About as About
     from models.metadata import read_about as read_about
     from models.pictures import CLIP_MEAN as CLIP_MEAN
@@ -135,8 +143,10 @@ else:
     from ..models.custom_diffusion import ALL as ALL
     from ..models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
     from ..models.custom_diffusion import RARE as RARE
+    from ..models.custom_diffusion import calls_of as calls_of
     from ..models.custom_diffusion import concept_changes as concept_changes
     from ..models.custom_diffusion import concept_tensors as concept_tensors
+    from ..models.custom_diffusion import file_tensors as file_tensors
     from ..models.custom_diffusion import hold_first as hold_first
     from ..models.custom_diffusion import is_trained as is_trained
     from ..models.delta import TEXT_MODELS as TEXT_MODELS
@@ -156,6 +166,7 @@ else:
     from ..models.ip_adapter import stack_prompts as stack_prompts
     from ..models.lora import UNET as UNET
     from ..models.lora import check_lora as check_lora
+    from ..models.lora import file_name as file_name
     from ..models.lora import host_layers as host_layers
     from ..models.lora import lora_tensors as lora_tensors
     from ..models.lora import text_prefixes as text_prefixes
@@ -175,6 +186,11 @@ else:
     from ..models.measures import paired_cosines as paired_cosines
     from ..models.measures import score_by_group as score_by_group
     from ..models.measures import uniform_score_by_group as uniform_score_by_group
+    from ..models.merging import EVERYDAY as EVERYDAY
+    from ..models.merging import merge_changes as merge_changes
+    from ..models.merging import prompts_of as prompts_of
+    from ..models.merging import read_captions as read_captions
+    from ..models.merging import unique_rows as unique_rows
     from ..models.metadata import About as About
     from ..models.metadata import read_about as read_about
     from ..models.pictures import CLIP_MEAN as CLIP_MEAN

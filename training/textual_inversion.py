@@ -7,9 +7,12 @@ Only the vectors of the new word train (Gal et al. 2022); in ComfyUI's prompts i
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .base_model import BaseModel
 from .dataset import call_of
@@ -40,19 +43,9 @@ class TextualInversionMethod:
     def __init__(self, base: BaseModel, settings: Settings):
         self.base, self.settings = base, settings
         options: TextualInversion = settings.method
-        tokenizers = [base.pipeline.tokenizer, *([base.pipeline.tokenizer_2] if base.layout == "sdxl" else [])]
         self.tokens = [f"<learned-{i}>" for i in range(options.num_vectors)]
         base.pipeline.unet.requires_grad_(False)
-        self.words: list[LearnedWord] = []
-        for tokenizer, (_, encoder) in zip(tokenizers, text_modules(base), strict=True):
-            encoder.requires_grad_(False)
-            table = encoder.get_input_embeddings()
-            tokenizer.add_tokens(self.tokens)
-            ids = tokenizer.convert_tokens_to_ids(self.tokens)
-            word = LearnedWord(table, ids, self._start(tokenizer, table, options))
-            encoder.set_input_embeddings(word)
-            find_the_end(encoder, tokenizer.eos_token_id)
-            self.words.append(word)
+        self.words = add_words(base, self.tokens, lambda tokenizer, table: self._start(tokenizer, table, options))
         names = [f"{name}.vectors" for name, _ in text_modules(base)]
         vectors = [word.vectors for word in self.words]
         self.trains_text, self.writes_all = True, False
@@ -83,7 +76,30 @@ class TextualInversionMethod:
         return [path]
 
 
-def find_the_end(encoder, end: int) -> None:
+def add_words(
+    base: BaseModel, tokens: Sequence[str], start: Callable[[Any, nn.Embedding], Tensor]
+) -> list[LearnedWord]:
+    """Give each text encoder, frozen, tokens with vectors that are learned.
+
+    Args:
+        base: whose tokenizers and text encoders are changed in place.
+        tokens: n new ones.
+        start: of a tokenizer and its encoder's embedding what the vectors start as, [n, width].
+    """
+    tokenizers = [base.pipeline.tokenizer, *([base.pipeline.tokenizer_2] if base.layout == "sdxl" else [])]
+    words = []
+    for tokenizer, (_, encoder) in zip(tokenizers, text_modules(base), strict=True):
+        encoder.requires_grad_(False)
+        table = encoder.get_input_embeddings()
+        rows = start(tokenizer, table)
+        tokenizer.add_tokens(list(tokens))
+        words.append(LearnedWord(table, tokenizer.convert_tokens_to_ids(list(tokens)), rows))
+        encoder.set_input_embeddings(words[-1])
+        _find_the_end(encoder, tokenizer.eos_token_id)
+    return words
+
+
+def _find_the_end(encoder, end: int) -> None:
     """Old configurations let the encoder take the largest id for the end of the text, which a new word's would be."""
     encoder.config.eos_token_id = end
     for module in encoder.modules():

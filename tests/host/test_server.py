@@ -21,6 +21,7 @@ WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
 NODES += ["ShowReferenceAttention", "LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
 NODES += ["ComposePrompt", "ComposeConcepts", "AttendAndExcite", "RecordAttentionMaps", "ShowAttentionMaps"]
+NODES += ["LoadCustomDiffusion", "MergeCustomDiffusion"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,202 @@
+"""Custom Diffusion: load a concept's file, or merge several in closed form on the loaded model."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..models.custom_diffusion import calls_of, concept_changes
+from ..models.errors import PersonalizeError
+from ..models.merging import merge_changes, prompts_of, read_captions, unique_rows
+from ..models.metadata import About
+from .folders import find_model
+from .personalization import TRIGGER, checked_word
+from .prompt_words import tokens_of
+from .schema import ADVANCED, schema
+from .trained_files import apply_patches, check_base, read_trained
+
+NONE = "none"
+MOST = 6
+"""Files that are merged at once."""
+
+
+def concept_file(model: Any, file: str) -> tuple[Path, dict[str, Tensor], About]:
+    """A file of Custom Diffusion, checked: it is for this model, and its words can be called.
+
+    Raises:
+        PersonalizeError: it is another file, for another base, or a word is not in models/embeddings.
+    """
+    path = find_model("loras", file)
+    tensors, about = read_trained(path)
+    if about is None or about.method != "custom_diffusion":
+        what = f"is a {about.method}" if about else "does not say that it is Custom Diffusion's"
+        raise PersonalizeError(f"{path.name} {what}: use the loader of its method.")
+    check_base(model, about, path.name, exactly=False)
+    there = {name.rsplit(".", 1)[0]: name for name in folder_paths.get_filename_list("embeddings")}
+    for word in re.findall(r"embedding:(\S+)", about.trigger):
+        if word not in there:
+            raise PersonalizeError(
+                f"The word {word}.safetensors of {path.name} is not in models/embeddings, where ComfyUI looks for it: put "
+                "it there and refresh."
+            )
+        checked_word(model, find_model("embeddings", there[word]), there[word], 1.0)
+    return path, tensors, about
+
+
+class LoadCustomDiffusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadCustomDiffusion",
+            display_name="Load Custom Diffusion",
+            description="Adds concepts that Custom Diffusion learned to a model, and gives the words that call them.",
+            search_aliases=["custom diffusion", "concept", "multi concept"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that the file was trained on, or one like it."),
+                io.Combo.Input(
+                    "file", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much the file changes the model: 0 not at all, 1 fully.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with the concepts."),
+                io.String.Output(display_name="trigger", tooltip=TRIGGER),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, file: str, strength: float) -> io.NodeOutput:
+        path, tensors, about = concept_file(model, file)
+        patched, _ = apply_patches(model, None, tensors, (strength, strength), path.name)
+        return io.NodeOutput(patched, about.trigger)
+
+
+class MergeCustomDiffusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        files = folder_paths.get_filename_list("loras")
+        return schema(
+            node_id="PersonalizeMergeCustomDiffusion",
+            display_name="Merge Custom Diffusion",
+            description="Brings concepts that were learned apart into one model, in closed form and without training.",
+            search_aliases=["custom diffusion", "merge concepts", "two subjects"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base model that all files were trained on."),
+                io.Clip.Input("clip", tooltip="Its text encoders, which read the concepts' words."),
+                *(
+                    io.Combo.Input(
+                        f"file{i + 1}",
+                        options=files if i < 2 else [NONE, *files],
+                        tooltip="A file of Custom Diffusion in models/loras.",
+                    )
+                    for i in range(MOST)
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="How much the merged concepts change the model: 1 gives each what its own file gives.",
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="Everyday captions, one in each line, on which the model shall stay as it is. Empty: two hundred "
+                    "that come with the pack.",
+                    extra_dict=ADVANCED,
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with all concepts."),
+                io.String.Output(display_name="trigger", tooltip=TRIGGER),
+                io.String.Output(
+                    display_name="report", tooltip="How exactly the merged model gives what each file gives."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, file1: str, file2: str, strength: float, captions: str = "", **others
+    ) -> io.NodeOutput:
+        chosen = [file1, file2, *(others.get(f"file{i + 1}", NONE) for i in range(2, MOST))]
+        read = [concept_file(model, file) for file in chosen if file != NONE]
+        keys = {f"{name}.weight": key for name, key in comfy.lora.model_lora_keys_unet(model.model, {}).items()}
+        weights = _Weights(model, keys)
+        concepts = {
+            f"{path.name} ({i})": concept_changes(tensors, weights.shapes, path.name)
+            for i, (path, tensors, _) in enumerate(read, 1)
+        }
+        texts = [line.strip() for line in captions.splitlines() if line.strip()] or read_captions()
+        calls = [calls_of(about.trigger) for _, _, about in read]
+        prompts = [[text for call in own for text in prompts_of(call)] for own in calls]
+        layers = {layer for changes in concepts.values() for layer in changes}
+        bar = comfy.utils.ProgressBar(len(texts) + sum(map(len, prompts)) + len(layers))
+        everyday, *words = (features(clip, own, bar) for own in (texts, *prompts))
+        merged = merge_changes(weights, concepts, everyday, words, lambda names: _counted(names, bar))
+        patched = model.clone()
+        patched.add_patches(
+            {keys[name]: ("diff", (change.float(),)) for name, change in merged.changes.items()}, strength
+        )
+        trigger = ", ".join(dict.fromkeys(call for own in calls for call in own))
+        report = (
+            f"{len(merged.changes)} layers merged; on the concepts' words they miss their own by {merged.missed:.1e}"
+        )
+        return io.NodeOutput(patched, trigger, report, ui={"text": (report,)})
+
+
+class _Weights:
+    """A MODEL's matrices by their names in LoRA files, as they were loaded: while it is in use, patches are in them."""
+
+    def __init__(self, model: Any, keys: Mapping[str, str]):
+        self.model, self.keys = model, keys
+        self.shapes = {
+            name.removesuffix(".weight"): tuple(comfy.utils.get_attr(model.model, key).shape)
+            for name, key in keys.items()
+            if isinstance(key, str) and name.startswith("lora_unet_") and "_attn2_to_" in name
+        }
+
+    def __call__(self, name: str) -> Tensor:
+        key = self.keys[name]
+        before = self.model.backup.get(key)
+        return (comfy.utils.get_attr(self.model.model, key) if before is None else before.weight).detach().cpu()
+
+
+def features(clip: Any, texts: Iterable[str], bar: Any) -> Tensor:
+    """What the UNet reads of texts, from behind the token that begins each to the first that ends it, [R, width]."""
+    end = tokens_of(clip.tokenize(""))[1]
+    states, ends = [], []
+    for text in _counted(texts, bar):
+        tokens = clip.tokenize(text)
+        ends.append(_first(tokens_of(tokens), end))
+        states.append(clip.encode_from_tokens(tokens)[0].float().cpu())
+    length = min(len(one) for one in states)
+    return unique_rows(torch.stack([one[:length] for one in states]), [min(one, length - 1) for one in ends])
+
+
+def _first(tokens: list[Any], end: Any) -> int:
+    return next(i for i, token in enumerate(tokens) if isinstance(token, int) and token == end)
+
+
+def _counted(things: Iterable[str], bar: Any) -> Iterator[str]:
+    for thing in things:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield thing
+        bar.update(1)
