@@ -8,6 +8,7 @@ only what trained differs from yours, or its difference from the base.
 """
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ class DreamBoothMethod:
         if source is None or source.suffix != ".safetensors":
             return
         known, _, _ = read_header(source)
-        missing = [name for name in self.trained() if name not in known]
+        missing = [name for name in trained_tensors(self.base, self.text) if name not in known]
         if missing:
             advice = "" if missing[0].startswith("model.") else ", or use --no-train_text_encoder"
             raise PersonalizeError(
@@ -92,17 +93,8 @@ class DreamBoothMethod:
             paths.append(self._write_delta(folder / f"{name}.delta.safetensors", about))
         return paths
 
-    def trained(self) -> dict[str, Tensor]:
-        """What trained, under its single-file names."""
-        state, names = self.base.pipeline.unet.state_dict(), self.base.unet_names()
-        tensors = {names[name]: value for name, value in state.items()}
-        prefixes = PREFIXES[self.base.layout]
-        for (prefix, open_clip), (_, encoder) in zip(prefixes, self.text, strict=False):
-            tensors |= text_tensors(encoder.state_dict(), prefix, open_clip)
-        return tensors
-
     def _write_full(self, path: Path, about: About) -> Path:
-        source, trained = self.base.file, self.trained()
+        source, trained = self.base.file, trained_tensors(self.base, self.text)
         if source is not None and source.suffix == ".safetensors":
             overwrite_tensors(source, path, trained, about.as_metadata())
         else:
@@ -114,12 +106,8 @@ class DreamBoothMethod:
         return path
 
     def _write_delta(self, path: Path, about: About) -> Path:
-        changes: dict[str, Tensor] = {}
-        unet = _difference(self.base.pipeline.unet, self.before["unet"])
-        names = host_unet_names(self.base.unet_names())
-        changes |= {names[name]: value for name, value in unet.items()}
-        for text_model, (name, encoder) in zip(TEXT_MODELS[self.base.layout], self.text, strict=False):
-            changes |= host_text_tensors(_difference(encoder, self.before[name]), text_model)
+        networks = {"unet": self.base.pipeline.unet, **dict(self.text)}
+        changes = host_changes(self.base, {k: _difference(net, self.before[k]) for k, net in networks.items()})
         megabytes = self.settings.method.delta_megabytes
         if megabytes is None:
             tensors = delta_tensors(changes)
@@ -131,6 +119,25 @@ class DreamBoothMethod:
         if megabytes is not None:
             print(f"{path.name} has {path.stat().st_size / 1e6:.1f} MB and {kept:.1%} of the change's squared length.")
         return path
+
+
+def trained_tensors(base: BaseModel, text: Sequence[tuple[str, torch.nn.Module]]) -> dict[str, Tensor]:
+    """The UNet's and some text encoders' weights under their single-file names."""
+    state, names = base.pipeline.unet.state_dict(), base.unet_names()
+    tensors = {names[name]: value for name, value in state.items()}
+    for (prefix, open_clip), (_, encoder) in zip(PREFIXES[base.layout], text, strict=False):
+        tensors |= text_tensors(encoder.state_dict(), prefix, open_clip)
+    return tensors
+
+
+def host_changes(base: BaseModel, changes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """W - W0 under ComfyUI's names, of the networks "unet", "text_encoder" and "text_encoder_2" where they changed."""
+    names = host_unet_names(base.unet_names())
+    found = {names[name]: value for name, value in changes["unet"].items()}
+    for text_model, (name, _) in zip(TEXT_MODELS[base.layout], text_modules(base), strict=False):
+        if name in changes:
+            found |= host_text_tensors(changes[name], text_model)
+    return found
 
 
 def _saved(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ W' = W + (alpha / rank) B A in the attention layers of the UNet, and if wanted o
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class LoraMethod:
         self.base, self.settings = base, settings
         options: Lora = settings.method
         unet = base.pipeline.unet
-        self.shapes = _shapes(unet), [_shapes(encoder) for encoder in base.text_encoders]
+        self.shapes = shapes_of(unet), [shapes_of(encoder) for encoder in base.text_encoders]
         for module in (unet, *base.text_encoders):
             module.requires_grad_(False)
         torch.manual_seed(settings.training.seed)
@@ -75,12 +76,7 @@ class LoraMethod:
         networks += [
             (prefix, module) for prefix, (_, module) in zip(text_prefixes(len(self.text)), self.text, strict=True)
         ]
-        tensors: dict[str, Tensor] = {}
-        for prefix, network in networks:
-            layers = {n: m for n, m in network.named_modules() if isinstance(m, LoraLayer)}
-            alphas = {n: float(m.lora_alpha["default"]) for n, m in layers.items() if "default" in m.lora_alpha}
-            weights = {f"{n}.weight": m.get_base_layer().get_parameter("weight") for n, m in layers.items()}
-            tensors |= lora_tensors(prefix, get_peft_model_state_dict(network), alphas, weights)
+        tensors = tensors_of(networks)
         dtype = PRECISIONS[self.settings.output.save_precision]
         path = folder / f"{name}.safetensors"
         write_safetensors(path, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, about.as_metadata())
@@ -88,7 +84,24 @@ class LoraMethod:
         return [path]
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def tensors_of(networks: Sequence[tuple[str, nn.Module]], adapter: str = "default") -> dict[str, Tensor]:
+    """The file's tensors of networks with peft's layers.
+
+    Args:
+        networks: each with the prefix of its names in files.
+        adapter: peft's name of it.
+    """
+    tensors: dict[str, Tensor] = {}
+    for prefix, network in networks:
+        layers = {n: m for n, m in network.named_modules() if isinstance(m, LoraLayer)}
+        alphas = {n: float(m.lora_alpha[adapter]) for n, m in layers.items() if adapter in m.lora_alpha}
+        weights = {f"{n}.weight": m.get_base_layer().get_parameter("weight") for n, m in layers.items()}
+        state = get_peft_model_state_dict(network, adapter_name=adapter)
+        tensors |= lora_tensors(prefix, state, alphas, weights)
+    return tensors
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 

@@ -30,6 +30,10 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.composable_diffusion import Concept as Concept
     from models.composable_diffusion import compose as compose
     from models.composable_diffusion import parse_concepts as parse_concepts
+    from models.concept_files import adobe_weights as adobe_weights
+    from models.concept_files import diffusers_weights as diffusers_weights
+    from models.concept_files import format_of as format_of
+    from models.concept_files import read_concepts as read_concepts
     from models.custom_diffusion import ALL as ALL
     from models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
     from models.custom_diffusion import RARE as RARE
@@ -140,6 +144,10 @@ else:
     from ..models.composable_diffusion import Concept as Concept
     from ..models.composable_diffusion import compose as compose
     from ..models.composable_diffusion import parse_concepts as parse_concepts
+    from ..models.concept_files import adobe_weights as adobe_weights
+    from ..models.concept_files import diffusers_weights as diffusers_weights
+    from ..models.concept_files import format_of as format_of
+    from ..models.concept_files import read_concepts as read_concepts
     from ..models.custom_diffusion import ALL as ALL
     from ..models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
     from ..models.custom_diffusion import RARE as RARE

@@ -1,0 +1,136 @@
+"""Converting what changes whole networks: LoRA by diffusers' own readers, DreamBooth by its difference from the base."""
+
+from pathlib import Path
+
+import torch
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from .base_model import BaseModel, load_base
+from .dreambooth import host_changes, trained_tensors
+from .lora import shapes_of, tensors_of
+from .methods import text_modules
+from .shared import (
+    UNET,
+    About,
+    PersonalizeError,
+    check_lora,
+    delta_tensors,
+    host_layers,
+    overwrite_tensors,
+    read_about,
+    read_header,
+    read_safetensors,
+    text_prefixes,
+    title_of,
+    write_safetensors,
+)
+
+ADAPTER = "converted"
+
+
+def convert_lora(path: Path, folder: Path, name: str, to: str, base: BaseModel, dtype: torch.dtype) -> Path:
+    """A LoRA of any trainer that diffusers reads, in kohya's naming or in diffusers'.
+
+    Raises:
+        PersonalizeError: diffusers cannot read it on this base, or not whole, or the target is the file itself.
+    """
+    if path.suffix == ".safetensors" and any("dora_scale" in key for key in read_header(path)[0]):
+        raise PersonalizeError(f"{path.name} is a DoRA, whose lengths diffusers does not read: it stays as it is.")
+    shapes = shapes_of(base.pipeline.unet), [shapes_of(encoder) for encoder in base.text_encoders]
+    try:
+        base.pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=ADAPTER)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise PersonalizeError(f"{path.name} is no LoRA that diffusers reads on {base.name}: {_line(error)}") from None
+    texts = [(n, encoder) for n, encoder in text_modules(base) if hasattr(encoder, "peft_config")]
+    target = folder / f"{name}.safetensors"
+    if target.exists() and target.samefile(path):
+        raise PersonalizeError(f"{target} is the file to convert: name another --output_dir or --output_name.")
+    metadata = read_header(path)[1] if path.suffix == ".safetensors" else {}
+    if to == "personalize":
+        prefixes = text_prefixes(len(base.text_encoders))
+        own = [(prefixes[0 if n == "text_encoder" else 1], encoder) for n, encoder in texts]
+        tensors = tensors_of([(UNET, base.pipeline.unet), *own], ADAPTER)
+        write_safetensors(target, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, metadata)
+        check_lora(read_safetensors(target)[0], host_layers(*shapes), target.name)
+        return target
+    networks = [("unet", base.pipeline.unet), *texts]
+    tensors = {f"{part}.{key}": value for part, network in networks for key, value in _scaled(network).items()}
+    write_safetensors(target, {k: v.detach().cpu().to(dtype) for k, v in tensors.items()}, {"format": "pt"})
+    return target
+
+
+def _scaled(network) -> dict[str, Tensor]:
+    """peft's tensors with alpha / rank in B: diffusers' files have no alpha."""
+    layers, out = dict(network.named_modules()), {}
+    for key, value in get_peft_model_state_dict(network, adapter_name=ADAPTER).items():
+        layer, found, _ = key.partition(".lora_B.")
+        out[key] = value * layers[layer].scaling[ADAPTER] if found else value
+    return out
+
+
+def convert_dreambooth(path: Path, folder: Path, name: str, to: str, base: BaseModel) -> Path:
+    """A whole checkpoint as its difference from the base, or the reverse.
+
+    Raises:
+        PersonalizeError: the two do not fit.
+    """
+    whole = any(key.startswith("model.diffusion_model.") for key in read_header(path)[0])
+    if whole == (to == "checkpoint"):
+        raise PersonalizeError(f"{path.name} is a {'checkpoint' if whole else 'delta'} already.")
+    networks = [("unet", base.pipeline.unet), *text_modules(base)]
+    if whole:
+        trained = load_base(str(path), torch.float32)
+        if trained.family != base.family:
+            raise PersonalizeError(
+                f"{path.name} is {title_of(trained.family)}, but {base.name} is {title_of(base.family)}: give its own base."
+            )
+        after = dict([("unet", trained.pipeline.unet), *text_modules(trained)])
+        changes = {n: _difference(after[n].state_dict(), net.state_dict()) for n, net in networks}
+        about = read_about(read_header(path)[1], path.name) or About("dreambooth", base.family, base.name)
+        target = folder / f"{name.removesuffix('.delta')}.delta.safetensors"
+        write_safetensors(target, delta_tensors(host_changes(base, changes)), about.as_metadata())
+        return target
+    if base.file is None or base.file.suffix != ".safetensors":
+        raise PersonalizeError(
+            "--to checkpoint needs the base as a .safetensors file, in which the trained weights go."
+        )
+    tensors, metadata = read_safetensors(path)
+    places = host_changes(base, {n: {k: (n, k) for k in net.state_dict()} for n, net in networks})  # type: ignore[misc]
+    states = {n: net.state_dict() for n, net in networks}
+    left = set(tensors)
+    for host, (network, key) in places.items():
+        module, _, kind = host.rpartition(".")
+        change = _change(tensors, module, kind, left)
+        if change is not None:
+            states[network][key].add_(change.reshape(states[network][key].shape))
+    if left:
+        raise PersonalizeError(f"{sorted(left)[0]} in {path.name} has no place in {base.name}: give its own base.")
+    target = folder / f"{name.removesuffix('.delta')}.safetensors"
+    overwrite_tensors(base.file, target, trained_tensors(base, text_modules(base)), metadata)
+    return target
+
+
+def _difference(after: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() - before[key].float() for key, value in after.items() if value.is_floating_point()}
+
+
+def _change(tensors: dict[str, Tensor], module: str, kind: str, left: set[str]) -> Tensor | None:
+    """What a delta adds to a parameter; its names are taken from those that are left."""
+    if kind == "bias":
+        names = [f"{module}.diff_b"]
+    elif f"{module}.diff" in tensors:
+        names = [f"{module}.diff"]
+    else:
+        names = [f"{module}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha")]
+    if names[0] not in tensors:
+        return None
+    left -= set(names)
+    if len(names) == 1:
+        return tensors[names[0]].float()
+    up, down = tensors[names[0]].float().flatten(1), tensors[names[1]].float().flatten(1)
+    return up @ down * (float(tensors[names[2]]) / len(down))
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
