@@ -55,6 +55,8 @@ METHODS = {  # name: (trainer, more options, the folder its files belong in)
     "LoRA": ("lora", [], "loras"),
     "DreamBooth": ("dreambooth", [], "checkpoints"),
     "DreamBooth, prior preserved": ("dreambooth", ["--with_prior_preservation"], "checkpoints"),
+    "Custom Diffusion": ("custom_diffusion", [], "loras"),
+    "Custom Diffusion, prior preserved": ("custom_diffusion", ["--with_prior_preservation"], "loras"),
 }
 BASE = "pocket_portraits.safetensors"
 PICTURES, BATCH, PHOTOS = 64, 16, 5
@@ -85,7 +87,7 @@ def train(method: str, photos: Path, kind: str, output: Path, options: list[str]
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed, see {log.name}.")
-    files = [path for path in output.glob("*.safetensors") if ".delta." not in path.name]
+    files = sorted(path for path in output.glob("*.safetensors") if ".delta." not in path.name)
     return files[0], (time.monotonic() - started) / 60, usage.ru_maxrss / 1e6
 
 
@@ -113,17 +115,18 @@ class Studio:
 
     def load(self, file: Path, kind: str) -> tuple:
         """MODEL, CLIP, VAE and the subject's words, by our node that takes any of our files."""
-        target = self.host.base / "models" / kind / file.name
-        target.parent.mkdir(exist_ok=True)
-        target.unlink(missing_ok=True)
-        target.symlink_to(file.resolve())
+        for path in (file, *file.parent.glob(f"{file.stem}_*.safetensors")):  # and the words of Custom Diffusion
+            target = self.host.base / "models" / (kind if path == file else "embeddings") / path.name
+            target.parent.mkdir(exist_ok=True)
+            target.unlink(missing_ok=True)
+            target.symlink_to(path.resolve())
         return self.host.node("PersonalizeLoadPersonalization").execute(f"{kind}/{file.name}", 1.0, *self.base).result
 
-    def sample(self, model, clip, vae, text: str, seed: int, count: int = 1) -> np.ndarray:
-        """[count, 64, 64, 3] uint8."""
+    def sample(self, model, clip, vae, text: str, seed: int, count: int = 1, width: int = 64) -> np.ndarray:
+        """[count, 64, width, 3] uint8."""
         nodes = self.host.nodes
         positive, negative = (nodes.CLIPTextEncode().encode(clip, words)[0] for words in (text, ""))
-        (latent,) = nodes.EmptyLatentImage().generate(64, 64, count)
+        (latent,) = nodes.EmptyLatentImage().generate(width, 64, count)
         options = (seed, 20, 4.0, "euler", "normal", positive, negative, latent, 1.0)
         (samples,) = nodes.KSampler().sample(model, *options)
         (pictures,) = nodes.VAEDecode().decode(vae, samples)
@@ -196,7 +199,8 @@ def main() -> None:
             )
             results[method] = {"minutes": minutes, "GB": memory, "MB of file": file.stat().st_size / 1e6}
             model, clip, vae, trigger = studio.load(file, METHODS[method][2])
-            made[method] = (model, clip, vae, f"{trigger} {who.kind}")
+            named = trigger if trigger.endswith(f" {who.kind}") else f"{trigger} {who.kind}"
+            made[method] = (model, clip, vae, named)
         for name, (model, clip, vae, subject) in made.items():
             pictures = np.concatenate(
                 [studio.sample(model, clip, vae, in_words(prompt, subject), 100 + i) for i, prompt in enumerate(wanted)]

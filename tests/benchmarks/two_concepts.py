@@ -1,0 +1,210 @@
+"""Two pocket subjects that the model has never seen, together in one picture, counted by the judge.
+
+    python tests/benchmarks/two_concepts.py --output FOLDER [--pairs 8] [--seeds 8] [--options "..."]
+
+Of each subject there are five pictures, of it alone. Each pair is learned
+
+- together by Custom Diffusion, in one training;
+- apart by Custom Diffusion, and merged in closed form by our node;
+- apart by LoRA, and both LoRAs loaded, one after the other.
+
+Each training is the command a user would run, with the defaults of its method. Then "a photo of a {one} and a {other}" is
+drawn at eight places, 96 x 64 pixels, with the stock KSampler (20 steps, euler, cfg 4), the same noise for all. Counted
+are, with the subjects in either order:
+
+- identity: attributes that each half can show of its subject, read as the subject's;
+- both: pictures in which that is so of two thirds of each subject's;
+- apart: how much nearer each half is to its own subject than to the other (cosine of the judge's identity features).
+
+Intervals (95 %) draw pairs again. The folder keeps everything; sheet.png has the first place and the first seeds of every
+pair, unchosen.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from conftest import ROOT
+from pack.models.bootstrap import bootstrap, bootstrap_difference
+from pack.training.pocket.attributes import Identity, Scene, Subject
+from pack.training.pocket.captions import PLACE_WORDS
+from pack.training.pocket.data import identity
+from pack.training.pocket.draw import draw
+from pack.training.pocket.judge import windows
+from pack.training.pocket.measure import VALUES, read
+from pack.training.pocket.photos import SUBJECTS, write_photos
+from pack.training.pocket.vae import to_tensor
+from personalization import BASE, PHOTOS, Studio
+
+JOINT, MERGED, STACKED = "Custom Diffusion, together", "Custom Diffusion, merged", "LoRA, both loaded"
+METHODS = (JOINT, MERGED, STACKED)
+TRIGGERS = ("ohwx", "zxcv")
+PLACES = ("beach", "forest", "city", "mountains", "blue", "yellow", "purple", "grey")
+FIRST = 200  # of the subjects, none of which anything else is measured on
+KNOWN, DRAWN = 2 / 3, 20
+
+
+def pairs(count):
+    """Numbers of so many pairs of subjects of different kinds."""
+    found, number = [], FIRST
+    while len(found) < count:
+        one, other = number, number + 1
+        while identity(SUBJECTS, other).kind == identity(SUBJECTS, one).kind:
+            other += 1
+        found.append((one, other))
+        number = other + 1
+    return found
+
+
+def train(method, output, name, *options):
+    """The minutes it took; a file that is there is kept."""
+    path = output / f"{name}.safetensors"
+    command = [sys.executable, "-m", f"training.{method}", "--output_dir", str(output), "--output_name", name, *options]
+    command += ["--pretrained_model_name_or_path", str(ROOT / "models" / "pocket" / "checkpoints" / BASE)]
+    if not path.exists():
+        started = time.monotonic()
+        with (output.parent / f"{output.name}.log").open("w") as log:
+            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True, env={**os.environ})
+        (output / "minutes.txt").write_text(str((time.monotonic() - started) / 60))
+    return float((output / "minutes.txt").read_text())
+
+
+def trained(folder, both, pair, options):
+    """Minutes of each method; the files lie in the folder."""
+    photos = [folder / name for name in "ab"]
+    for place, number in zip(photos, both, strict=True):
+        write_photos(place, number, PHOTOS)
+    whole = list(zip(photos, TRIGGERS, (identity(SUBJECTS, n).kind for n in both), strict=True))
+    concepts = [part for photo, trigger, kind in whole for part in ("--concept", f"{photo}:{trigger}:{kind}")]
+    minutes = {JOINT: train("custom_diffusion", folder / "joint", f"p{pair}_joint", *concepts, *options)}
+    for method, trainer in ((MERGED, "custom_diffusion"), (STACKED, "lora")):
+        minutes[method] = 0.0
+        for (photo, trigger, kind), letter in zip(whole, "ab", strict=True):
+            own = ["--instance_data_dir", str(photo), "--trigger", trigger, "--class_name", kind]
+            name = f"p{pair}_{trainer}_{letter}"
+            minutes[method] += train(
+                trainer, folder / f"{trainer}_{letter}", name, *own, *(options if method == MERGED else [])
+            )
+    return minutes
+
+
+def loaded(studio, folder, pair, kinds):
+    """Model, clip, VAE and what each subject is called, by method."""
+    base, host = studio.base, studio.host
+
+    def node(name, *arguments):
+        return host.node(f"Personalize{name}").execute(*arguments).result
+
+    for path in folder.glob("*/p*.safetensors"):
+        kind = "embeddings" if path.stem.endswith(TRIGGERS) else "loras"
+        target = host.base / "models" / kind / path.name
+        target.parent.mkdir(exist_ok=True)
+        target.unlink(missing_ok=True)
+        target.symlink_to(path.resolve())
+    made = {}
+    joint, trigger = node("LoadCustomDiffusion", base[0], f"p{pair}_joint.safetensors", 1.0)
+    made[JOINT] = joint, trigger.split(", ")
+    files = [f"p{pair}_custom_diffusion_{letter}.safetensors" for letter in "ab"]
+    merged, trigger, report = node("MergeCustomDiffusion", *base[:2], *files, 1.0)
+    made[MERGED] = merged, trigger.split(", ")
+    print(f"pair {pair}: {report}")
+    stacked = base[0]
+    for letter in "ab":
+        stacked, _, _ = node("LoadLoRA", stacked, f"p{pair}_lora_{letter}.safetensors", 1.0, 0.0)
+    made[STACKED] = stacked, [f"{trigger} {kind}" for trigger, kind in zip(TRIGGERS, kinds, strict=True)]
+    return made
+
+
+@torch.no_grad()
+def counted(studio, pictures, both, places):
+    """[n, 3]: identity, both, apart, of the better order."""
+    halves = read(studio.judge, pictures)
+    vectors = [studio.judge(window)[1] for window in windows(to_tensor(pictures))]
+    whose = [own_vectors(studio, who) for who in both]
+    rows = []
+    for i, place in enumerate(places):
+        best = None
+        for order in ((0, 1), (1, 0)):
+            shares = []
+            for half, k in zip(halves, order, strict=True):
+                shown = {
+                    name: VALUES[name][half[name][i]]
+                    for name in ("pose", "expression", "hat_worn", "framing", "obstacle")
+                }
+                subject = Subject(both[k], shown["pose"], shown["expression"], shown["hat_worn"] == "yes")
+                scene = Scene((subject,), place, framing=shown["framing"], obstacle=shown["obstacle"])
+                own = {f.name for f in fields(Identity)}
+                can = {name: value for name, value in scene.subject_values()[0].items() if name in own}
+                shares.append(np.mean([VALUES[name][half[name][i]] == value for name, value in can.items()]))
+            apart = np.mean([float(vectors[h][i] @ (whose[k] - whose[1 - k])) for h, k in enumerate(order)])
+            row = (np.mean(shares), float(min(shares) >= KNOWN), apart)
+            best = row if best is None or row[0] > best[0] else best
+        rows.append(best)
+    return torch.tensor(rows, dtype=torch.double)
+
+
+def own_vectors(studio, who):
+    """The judge's identity features of drawings of a subject, in the mean."""
+    drawn = [draw(Scene((Subject(who, "front", "smiling", bool(i % 3 == 0)),), "blue", seed=i)) for i in range(DRAWN)]
+    return studio.judge(to_tensor(np.stack([np.asarray(one) for one in drawn])))[1].mean(0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--options", default="", help="more options of Custom Diffusion's trainings, in quotes")
+    arguments = parser.parse_args()
+    studio = Studio(arguments.output / "comfyui")
+    scores, minutes, tiles = {name: [] for name in METHODS}, {name: [] for name in METHODS}, []
+    names = [f"pair {i}" for i in range(arguments.pairs)]
+    for pair, numbers in enumerate(pairs(arguments.pairs)):
+        folder = arguments.output / f"pair{pair}"
+        folder.mkdir(parents=True, exist_ok=True)
+        both = [identity(SUBJECTS, number) for number in numbers]
+        for name, took in trained(folder, numbers, pair, arguments.options.split()).items():
+            minutes[name].append(took)
+        for name, (model, calls) in loaded(studio, folder, pair, [who.kind for who in both]).items():
+            pictures, places = [], []
+            for i, place in enumerate(PLACES):
+                where = PLACE_WORDS.get(place, (f"on a {place} background",))[0]
+                text = f"a photo of a {calls[0]} and a {calls[1]}, {where}"
+                pictures.append(studio.sample(model, *studio.base[1:], text, 1000 + i, arguments.seeds, width=96))
+                places += [place] * arguments.seeds
+            every = np.concatenate(pictures)
+            scores[name].append(counted(studio, every, both, places).mean(0))
+            rows = np.concatenate([np.concatenate(list(some), 1) for some in pictures])
+            Image.fromarray(rows).save(folder / f"{name}.png")
+            tiles.append(np.concatenate(list(pictures[0][:4]), 1))
+    figures = {}
+    for column, what in enumerate(("identity", "both", "apart")):
+        found = {n: bootstrap(names, torch.stack(rows)[:, column], 2000) for n, rows in scores.items()}
+        for name, estimate in found.items():
+            figures[f"{name}, {what}"] = [estimate.value, *estimate.interval]
+        for name in METHODS[:2]:
+            difference = bootstrap_difference(found[name], found[STACKED])
+            figures[f"{name} - {STACKED}, {what}"] = [difference.value, *difference.interval]
+    for title, (value, low, high) in figures.items():
+        print(f"{title}: {value:.3f} [{low:.3f}, {high:.3f}]")
+    for name, took in minutes.items():
+        print(f"{name}: {np.mean(took):.1f} minutes of training a pair")
+        figures[f"{name}, minutes"] = float(np.mean(took))
+    (arguments.output / "figures.json").write_text(json.dumps(figures, indent=1))
+    width = len(METHODS)
+    grid = [np.concatenate(tiles[i : i + width], 1) for i in range(0, len(tiles), width)]
+    Image.fromarray(np.concatenate(grid)).save(arguments.output / "sheet.png")
+
+
+if __name__ == "__main__":
+    main()
