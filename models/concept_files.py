@@ -92,18 +92,16 @@ def _layer_name(key: str) -> str:
 def diffusers_weights(changes: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Any]:
     """What diffusers' `load_attn_procs` takes; it counts processors, so that those of self-attention are there, empty.
 
-    Raises:
-        PersonalizeError: a layer's keys or values did not train, which diffusers' format cannot say.
+    Keys and values that did not train are the base's: its format has both of every layer.
     """
     layers = {key.rpartition(".attn")[0] for key in base if key.endswith(".attn2.to_k.weight")}
     out: dict[str, Any] = {}
     for layer in sorted(layers):
         out[f"{layer}.attn1.processor"] = {}
         for part in ("to_k", "to_v"):
-            key = f"{layer}.attn2.{part}.weight"
-            if key not in base:
-                raise PersonalizeError(f"{key} is not in the base model.")
-            out[f"{layer}.attn2.processor.{part}{_SUFFIX}.weight"] = _whole(key, changes, base)
+            out[f"{layer}.attn2.processor.{part}{_SUFFIX}.weight"] = _whole(
+                f"{layer}.attn2.{part}.weight", changes, base
+            )
         if f"{layer}.attn2.to_q.weight" in changes:
             out[f"{layer}.attn2.processor.to_q{_SUFFIX}.weight"] = _whole(f"{layer}.attn2.to_q.weight", changes, base)
             for kind in ("weight", "bias"):

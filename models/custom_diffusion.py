@@ -6,6 +6,7 @@ takes it: `lora_unet_<layer>.diff` (`.diff_b` of a bias), or where it is cut to 
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ KEYS_AND_VALUES, ALL = ("to_k", "to_v"), ("to_q", "to_k", "to_v", "to_out.0")
 """What trains of each cross-attention: the paper's choice, or all of it."""
 RARE = ("ktn", "pll", "ucd")
 """Entries of CLIP's vocabulary that hardly any text has: what the words of concepts start as, in turn."""
+CALL = "embedding:"
+"""Before a learned word in ComfyUI's prompts."""
 PARTS = ("diff", "diff_b", "lora_up.weight", "lora_down.weight", "alpha")
 
 
@@ -65,14 +68,22 @@ def concept_tensors(changes: Mapping[str, Tensor], share: float | None = None) -
     return tensors
 
 
-def file_tensors(changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same of changes as `concept_changes` gives them, whole."""
-    return {f"{name.removesuffix('.weight')}.diff": change.contiguous() for name, change in changes.items()}
+@dataclass(frozen=True)
+class Call:
+    """How a prompt calls a concept."""
+
+    text: str
+    """As "embedding:dog_ohwx dog"."""
+    word: str
+    """Of the learned word the name, "dog_ohwx"; empty where there is none."""
 
 
-def calls_of(trigger: str) -> list[str]:
-    """How a file's concepts are called, of the trigger that it names: "embedding:a_ohwx dog, embedding:b_zxcv mug"."""
-    return [part.strip() for part in trigger.split(",") if part.strip()]
+def calls_of(trigger: str) -> list[Call]:
+    """The concepts of a file, of the trigger that it names: "embedding:a_ohwx dog, embedding:b_zxcv mug"."""
+    texts = [part.strip() for part in trigger.split(",") if part.strip()]
+    firsts = [text.split()[0] for text in texts]
+    words = [first.removeprefix(CALL) if first.startswith(CALL) else "" for first in firsts]
+    return [Call(text, word) for text, word in zip(texts, words, strict=True)]
 
 
 def concept_changes(
@@ -113,5 +124,10 @@ def concept_changes(
                 )
             changes[f"{layer}.weight"] = change
         if "diff_b" in parts:
+            if tuple(parts["diff_b"].shape) != layers[layer][:1]:
+                raise PersonalizeError(
+                    f"The bias of {layer} in {name} is {tuple(parts['diff_b'].shape)}, but the base model's layer has "
+                    f"{layers[layer][0]} outputs: it was made for another base model."
+                )
             changes[f"{layer}.bias"] = parts["diff_b"]
     return changes

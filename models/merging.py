@@ -18,10 +18,12 @@ from torch import Tensor
 
 from .errors import PersonalizeError
 
-RIDGE = 1e-10
-"""Of the mean squared feature, added to the diagonal of K^T K: K may have fewer rows than columns."""
 EVERYDAY = Path(__file__).with_name("everyday_captions.txt")
-"""Two hundred captions, which came with the pack."""
+"""Two hundred captions, which come with the pack."""
+RIDGE = 1e-10
+"""Of the mean of K^T K's diagonal, added to it: K may have fewer rows than columns."""
+ALIKE = 1e-4
+"""Of a row's length: rows nearer than this say the same. To tell them apart would turn everything else upside down."""
 PASSES = 3
 """A solution's remaining error is solved for again."""
 
@@ -45,34 +47,38 @@ class Merging:
         widths = {one.shape[1] for one in (everyday, *words)}
         if len(widths) > 1:
             raise PersonalizeError(f"The features have widths {sorted(widths)}: they are of different text encoders.")
-        k, rows = everyday.double(), torch.cat([one.double() for one in words])
+        self.everyday, rows = everyday.double(), torch.cat([one.double() for one in words])
         owner = torch.cat([torch.full((len(one),), n) for n, one in enumerate(words)])
-        kept = [i for i in range(len(rows)) if not any(torch.equal(rows[i], rows[j]) for j in range(i))]
+        near = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") <= ALIKE * rows.norm(dim=1)
+        kept = [i for i in range(len(rows)) if not bool(near[i, :i].any())]
         self.words, self.owner = rows[kept], owner[kept]
-        gram = k.T @ k
-        gram += torch.eye(len(gram), dtype=k.dtype) * (RIDGE * k.square().sum() / len(gram)).clamp(min=1e-300)
+        gram = self.everyday.T @ self.everyday
+        gram += torch.eye(len(gram), dtype=gram.dtype) * (RIDGE * gram.diagonal().mean()).clamp(min=1e-300)
         d = torch.cholesky_solve(self.words.T, torch.linalg.cholesky(gram)).T
         self.reach = torch.linalg.pinv(d @ self.words.T, hermitian=True) @ d
         """(d T^T)^-1 d, [S, in]; words that say the same twice count once."""
 
-    def __call__(self, base: Tensor, trained: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """W, and how far it is from what was asked.
+    def wanted(self, trained: Sequence[Tensor]) -> Tensor:
+        """V [S, out], of W_n of each concept [out, in]."""
+        own = [self.words[self.owner == n] @ matrix.double().T for n, matrix in enumerate(trained)]
+        return torch.cat(own)
 
-        Args:
-            base: W0, [out, in].
-            trained: W_n of each concept, [out, in].
-
-        Returns:
-            W in float64, and the largest ‖W t - v‖ / ‖v‖ of all rows.
-        """
-        before = base.double()
-        merged, words, reach = before, self.words.to(before), self.reach.to(before)
-        own = [words[(self.owner == n).to(words.device)] @ matrix.to(words).T for n, matrix in enumerate(trained)]
-        wanted = torch.cat(own)
+    def __call__(self, base: Tensor, wanted: Tensor) -> Tensor:
+        """W in float64, of W0 [out, in] and V."""
+        merged = base.double()
         for _ in range(PASSES):
-            merged = merged + (wanted - words @ merged.T).T @ reach
-        missed = (words @ merged.T - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=torch.finfo(torch.double).tiny)
-        return merged, float(missed.max())
+            merged = merged + (wanted - self.words @ merged.T).T @ self.reach
+        return merged
+
+    def missed(self, weight: Tensor, wanted: Tensor) -> float:
+        """The largest ‖W t - v‖ / ‖v‖ of all words."""
+        far = (self.words @ weight.double().T - wanted).norm(dim=1)
+        return float((far / wanted.norm(dim=1).clamp(min=torch.finfo(torch.double).tiny)).max())
+
+    def disturbed(self, change: Tensor, base: Tensor) -> float:
+        """‖(W - W0) K^T‖_F / ‖W0 K^T‖_F: what changes of everyday captions."""
+        whole = (self.everyday @ base.double().T).norm()
+        return float((self.everyday @ change.double().T).norm() / whole.clamp(min=torch.finfo(torch.double).tiny))
 
 
 def prompts_of(called: str) -> tuple[str, str]:
@@ -100,43 +106,84 @@ def unique_rows(states: Tensor, ends: Sequence[int]) -> Tensor:
     return torch.unique(torch.cat([one[1 : end + 1] for one, end in zip(states, ends, strict=True)]), dim=0)
 
 
-@dataclass(frozen=True)
-class Merged:
-    """Several concepts in one."""
+def check_parts(concepts: Mapping[str, Mapping[str, Tensor]], calls: Sequence[Sequence[str]]) -> None:
+    """Whether files can be merged.
 
-    changes: dict[str, Tensor]
-    """W - W0 by the layer's name, in float64."""
-    missed: float
-    """The largest relative distance of a word's output from what its concept gives."""
-
-
-def merge_changes(
-    base: Callable[[str], Tensor],
-    concepts: Mapping[str, Mapping[str, Tensor]],
-    everyday: Tensor,
-    words: Sequence[Tensor],
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> Merged:
-    """Args:
-        base: W0 [out, in] of a layer.
-        concepts: W_n - W0 by layer, of each file by its name.
-        everyday, words: see `Merging`; words of each file.
-        progress: wraps the layers' names.
+    Args:
+        concepts: what each file changes, by layer, by its name.
+        calls: how its concepts are called.
 
     Raises:
-        PersonalizeError: a file has a layer that reads something else than text.
+        PersonalizeError: a file names no words, two files one, or one changes a layer that reads something else than text.
     """
-    layers = sorted({layer for changes in concepts.values() for layer in changes})
-    for name, changes in concepts.items():
+    heard: dict[str, str] = {}
+    for (name, changes), own in zip(concepts.items(), calls, strict=True):
+        if not own:
+            raise PersonalizeError(f"{name} names no words that call its concepts, so that it cannot be merged.")
+        for call in own:
+            if call in heard:
+                raise PersonalizeError(
+                    f"{heard[call]} and {name} are both called by {call!r}: train one with another --output_name or trigger."
+                )
+            heard[call] = name
         if other := [layer for layer in changes if not layer.endswith(("_attn2_to_k.weight", "_attn2_to_v.weight"))]:
             raise PersonalizeError(
                 f"{name} changes {other[0]}, which does not read the text, so that it cannot be merged: train it with "
                 "--train_layers kv."
             )
-    merging, merged, missed = Merging(everyday, words), dict[str, Tensor](), 0.0
-    for layer in progress(layers):
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Several concepts in one."""
+
+    changes: dict[str, Tensor]
+    """W - W0 by the layer's name, as it was rounded."""
+    missed: float
+    """The largest relative distance of a word's output from what its concept gives, with the changes as they are."""
+    disturbed: float
+    """The largest relative change of what a layer gives on everyday captions."""
+
+    @property
+    def report(self) -> str:
+        """For the user."""
+        return (
+            f"{len(self.changes)} layers merged: on the concepts' words they miss their own by {self.missed:.1e} at most, on "
+            f"everyday captions they change by {self.disturbed:.1e} at most"
+        )
+
+
+def merge_changes(
+    base: Callable[[str], Tensor],
+    concepts: Sequence[Mapping[str, Tensor]],
+    everyday: Tensor,
+    words: Sequence[Tensor],
+    dtype: torch.dtype,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> Merged:
+    """Args:
+        base: W0 [out, in] of a layer.
+        concepts: W_n - W0 by layer, of each file.
+        everyday, words: see `Merging`; words of each file.
+        dtype: what the changes are rounded to.
+        progress: wraps the layers' names.
+
+    Raises:
+        PersonalizeError: the features are of another text encoder than the layers read.
+    """
+    merging, merged = Merging(everyday, words), dict[str, Tensor]()
+    missed = disturbed = 0.0
+    for layer in progress(sorted({layer for changes in concepts for layer in changes})):
         before = base(layer).double()
-        trained = [before + changes[layer].to(before) if layer in changes else before for changes in concepts.values()]
-        weight, far = merging(before, trained)
-        merged[layer], missed = weight - before, max(missed, far)
-    return Merged(merged, missed)
+        if before.shape[1] != everyday.shape[1]:
+            raise PersonalizeError(
+                f"The model reads text features of width {before.shape[1]}, but the text encoders give {everyday.shape[1]}: "
+                "take both from one checkpoint."
+            )
+        trained = [before + changes[layer].to(before) if layer in changes else before for changes in concepts]
+        wanted = merging.wanted(trained)
+        change = (merging(before, wanted) - before).to(dtype)
+        merged[layer] = change
+        missed = max(missed, merging.missed(before + change.double(), wanted))
+        disturbed = max(disturbed, merging.disturbed(change, before))
+    return Merged(merged, missed, disturbed)

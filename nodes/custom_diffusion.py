@@ -1,6 +1,5 @@
 """Custom Diffusion: load a concept's file, or merge several in closed form on the loaded model."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from ..models.custom_diffusion import calls_of, concept_changes
 from ..models.errors import PersonalizeError
-from ..models.merging import merge_changes, prompts_of, read_captions, unique_rows
+from ..models.merging import check_parts, merge_changes, prompts_of, read_captions, unique_rows
 from ..models.metadata import About
 from .folders import find_model
-from .personalization import TRIGGER, checked_word
+from .personalization import TRIGGER, check_words
 from .prompt_words import tokens_of
 from .schema import ADVANCED, schema
 from .trained_files import apply_patches, check_base, read_trained
@@ -40,14 +39,7 @@ def concept_file(model: Any, file: str) -> tuple[Path, dict[str, Tensor], About]
         what = f"is a {about.method}" if about else "does not say that it is Custom Diffusion's"
         raise PersonalizeError(f"{path.name} {what}: use the loader of its method.")
     check_base(model, about, path.name, exactly=False)
-    there = {name.rsplit(".", 1)[0]: name for name in folder_paths.get_filename_list("embeddings")}
-    for word in re.findall(r"embedding:(\S+)", about.trigger):
-        if word not in there:
-            raise PersonalizeError(
-                f"The word {word}.safetensors of {path.name} is not in models/embeddings, where ComfyUI looks for it: put "
-                "it there and refresh."
-            )
-        checked_word(model, find_model("embeddings", there[word]), there[word], 1.0)
+    check_words(model, about, path.name)
     return path, tensors, about
 
 
@@ -145,21 +137,19 @@ class MergeCustomDiffusion(io.ComfyNode):
             for i, (path, tensors, _) in enumerate(read, 1)
         }
         texts = [line.strip() for line in captions.splitlines() if line.strip()] or read_captions()
-        calls = [calls_of(about.trigger) for _, _, about in read]
+        calls = [[call.text for call in calls_of(about.trigger)] for _, _, about in read]
+        check_parts(concepts, calls)
         prompts = [[text for call in own for text in prompts_of(call)] for own in calls]
         layers = {layer for changes in concepts.values() for layer in changes}
         bar = comfy.utils.ProgressBar(len(texts) + sum(map(len, prompts)) + len(layers))
         everyday, *words = (features(clip, own, bar) for own in (texts, *prompts))
-        merged = merge_changes(weights, concepts, everyday, words, lambda names: _counted(names, bar))
+        merged = merge_changes(
+            weights, list(concepts.values()), everyday, words, torch.float32, lambda names: _counted(names, bar)
+        )
         patched = model.clone()
-        patched.add_patches(
-            {keys[name]: ("diff", (change.float(),)) for name, change in merged.changes.items()}, strength
-        )
+        patched.add_patches({keys[name]: ("diff", (change,)) for name, change in merged.changes.items()}, strength)
         trigger = ", ".join(dict.fromkeys(call for own in calls for call in own))
-        report = (
-            f"{len(merged.changes)} layers merged; on the concepts' words they miss their own by {merged.missed:.1e}"
-        )
-        return io.NodeOutput(patched, trigger, report, ui={"text": (report,)})
+        return io.NodeOutput(patched, trigger, merged.report, ui={"text": (merged.report,)})
 
 
 class _Weights:

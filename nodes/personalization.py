@@ -9,7 +9,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..models.base_models import TEXT_WIDTHS, title_of
+from ..models.custom_diffusion import calls_of
 from ..models.errors import PersonalizeError
+from ..models.metadata import About
 from ..models.textual_inversion import read_word
 from .folders import find_model
 from .schema import schema
@@ -149,6 +151,22 @@ def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
     return word if strength == 1 else f"({word}:{strength:g})"
 
 
+def check_words(model: Any, about: About, name: str) -> None:
+    """Whether the learned words that a file of Custom Diffusion names can be called.
+
+    Raises:
+        PersonalizeError: one is not in models/embeddings, or for another base.
+    """
+    there = {file.rsplit(".", 1)[0]: file for file in folder_paths.get_filename_list("embeddings")}
+    for word in (call.word for call in calls_of(about.trigger) if call.word):
+        if word not in there:
+            raise PersonalizeError(
+                f"The word {word}.safetensors of {name} is not in models/embeddings, where ComfyUI looks for it: put it "
+                "there and refresh."
+            )
+        checked_word(model, find_model("embeddings", there[word]), there[word], 1.0)
+
+
 class LoadDreamBooth(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -270,6 +288,8 @@ class LoadPersonalization(io.ComfyNode):
             )
         if about.method == "textual_inversion":
             return io.NodeOutput(model, clip, vae, checked_word(model, path, name, strength))
+        if about.method == "custom_diffusion":
+            check_words(model, about, name)
         model, clip, trigger = LoadLora.execute(model, name, strength, strength, clip).result
         return io.NodeOutput(model, clip, vae, trigger)
 

@@ -90,7 +90,7 @@ def _for_others(
         "ss_learning_rate": str(training.learning_rate),
         "ss_max_train_steps": str(training.max_train_steps),
         "ss_batch_size_per_device": str(training.train_batch_size),
-        "ss_num_train_images": str(len(examples)),
+        "ss_num_train_images": str(len({e.path for e in examples}) if method == "custom_diffusion" else len(examples)),
         "ss_resolution": f"({data.resolution}, {data.resolution})",
         "ss_clip_skip": str(settings.base.clip_skip),
         "ss_seed": str(training.seed),

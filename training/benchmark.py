@@ -21,8 +21,8 @@ from accelerate import Accelerator
 
 from .benchmark_data import Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
+from .look import check_writable
 from .options import option
-from .preflight import check_writable
 from .report import write_report
 from .settings import exit_status, make_groups, read_values
 from .shared import POCKET, PersonalizeError

@@ -7,6 +7,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from .base_model import BaseModel, load_base
+from .convert_concepts import check_new
 from .dreambooth import host_changes, trained_tensors
 from .lora import shapes_of, tensors_of
 from .methods import text_modules
@@ -21,6 +22,7 @@ from .shared import (
     read_about,
     read_header,
     read_safetensors,
+    same_model,
     text_prefixes,
     title_of,
     write_safetensors,
@@ -44,8 +46,7 @@ def convert_lora(path: Path, folder: Path, name: str, to: str, base: BaseModel, 
         raise PersonalizeError(f"{path.name} is no LoRA that diffusers reads on {base.name}: {_line(error)}") from None
     texts = [(n, encoder) for n, encoder in text_modules(base) if hasattr(encoder, "peft_config")]
     target = folder / f"{name}.safetensors"
-    if target.exists() and target.samefile(path):
-        raise PersonalizeError(f"{target} is the file to convert: name another --output_dir or --output_name.")
+    check_new([target])
     metadata = read_header(path)[1] if path.suffix == ".safetensors" else {}
     if to == "personalize":
         prefixes = text_prefixes(len(base.text_encoders))
@@ -75,9 +76,17 @@ def convert_dreambooth(path: Path, folder: Path, name: str, to: str, base: BaseM
     Raises:
         PersonalizeError: the two do not fit.
     """
-    whole = any(key.startswith("model.diffusion_model.") for key in read_header(path)[0])
+    header, metadata = read_header(path)[:2] if path.suffix == ".safetensors" else ({}, {})
+    whole = path.suffix != ".safetensors" or any(key.startswith("model.diffusion_model.") for key in header)
     if whole == (to == "checkpoint"):
         raise PersonalizeError(f"{path.name} is a {'checkpoint' if whole else 'delta'} already.")
+    about = read_about(metadata, path.name) or About("dreambooth", base.family, base.name)
+    if about.base_fingerprint and not same_model(about.base_fingerprint, base.fingerprint()):
+        raise PersonalizeError(
+            f"{path.name} was trained on {about.base_name}, and {base.name} is another: give its own base."
+        )
+    target = folder / f"{name.removesuffix('.delta')}{'.delta' if whole else ''}.safetensors"
+    check_new([target])
     networks = [("unet", base.pipeline.unet), *text_modules(base)]
     if whole:
         trained = load_base(str(path), torch.float32)
@@ -87,15 +96,13 @@ def convert_dreambooth(path: Path, folder: Path, name: str, to: str, base: BaseM
             )
         after = dict([("unet", trained.pipeline.unet), *text_modules(trained)])
         changes = {n: _difference(after[n].state_dict(), net.state_dict()) for n, net in networks}
-        about = read_about(read_header(path)[1], path.name) or About("dreambooth", base.family, base.name)
-        target = folder / f"{name.removesuffix('.delta')}.delta.safetensors"
         write_safetensors(target, delta_tensors(host_changes(base, changes)), about.as_metadata())
         return target
     if base.file is None or base.file.suffix != ".safetensors":
         raise PersonalizeError(
             "--to checkpoint needs the base as a .safetensors file, in which the trained weights go."
         )
-    tensors, metadata = read_safetensors(path)
+    tensors = read_safetensors(path)[0]
     places = host_changes(base, {n: {k: (n, k) for k in net.state_dict()} for n, net in networks})  # type: ignore[misc]
     states = {n: net.state_dict() for n, net in networks}
     left = set(tensors)
@@ -106,7 +113,6 @@ def convert_dreambooth(path: Path, folder: Path, name: str, to: str, base: BaseM
             states[network][key].add_(change.reshape(states[network][key].shape))
     if left:
         raise PersonalizeError(f"{sorted(left)[0]} in {path.name} has no place in {base.name}: give its own base.")
-    target = folder / f"{name.removesuffix('.delta')}.safetensors"
     overwrite_tensors(base.file, target, trained_tensors(base, text_modules(base)), metadata)
     return target
 

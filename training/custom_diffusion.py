@@ -8,6 +8,7 @@ their classes (--with_prior_preservation) so that the classes stay what they wer
 merged by `python -m training.merge_concepts`.
 """
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,8 +17,9 @@ from pathlib import Path
 import torch
 from diffusers.training_utils import cast_training_params
 
+from .about import KINDS
 from .base_model import BaseModel
-from .concepts import Concept, concepts_of
+from .concepts import Concept, check_start, concepts_of, starts_of
 from .dataset import call_of
 from .leave_one_out import LeaveOneOut
 from .methods import PRECISIONS, group_of, text_modules
@@ -25,6 +27,7 @@ from .options import CustomDiffusion
 from .settings import Settings
 from .shared import (
     ALL,
+    CALL,
     KEYS_AND_VALUES,
     RARE,
     About,
@@ -65,12 +68,11 @@ class CustomDiffusionMethod:
         cast_training_params(unet, dtype=torch.float32)
         self.before = {name: p.detach().cpu().clone() for name, p in unet.named_parameters() if p.requires_grad}
         self.tokens = [f"<concept-{i}>" for i in range(len(self.concepts))]
+        if problems := check_start(options, self.concepts):
+            raise PersonalizeError("\n".join(problems))
+        starts = starts_of(options)[: len(self.tokens)]
         self.words = add_words(
-            base,
-            self.tokens,
-            lambda tokenizer, table: table.weight.detach()[
-                _starts(tokenizer, options.initializer_token, len(self.tokens))
-            ],
+            base, self.tokens, lambda tokenizer, table: table.weight.detach()[_ids(tokenizer, starts)]
         )
         names = [f"{name}.vectors" for name, _ in text_modules(base)]
         vectors = [word.vectors for word in self.words]
@@ -81,9 +83,9 @@ class CustomDiffusionMethod:
 
     def spoken(self, text: str) -> str:
         """Each trigger becomes its concept's token."""
-        for concept, token in zip(self.concepts, self.tokens, strict=True):
-            text = call_of(concept.trigger).sub(token, text)
-        return text
+        tokens = dict(zip((concept.trigger for concept in self.concepts), self.tokens, strict=True))
+        triggers = re.compile("|".join(call_of(trigger).pattern for trigger in tokens))
+        return triggers.sub(lambda found: tokens[found[0]], text)
 
     def write(self, folder: Path, name: str, about: About) -> list[Path]:
         """NAME.safetensors for models/loras, and for each concept NAME_TRIGGER.safetensors for models/embeddings."""
@@ -93,19 +95,26 @@ class CustomDiffusionMethod:
         changes = {key: state[key].detach().cpu().float() - value for key, value in self.before.items()}
         tensors = {key: value.to(dtype) for key, value in concept_tensors(changes, options.compression).items()}
         path, words = folder / f"{name}.safetensors", word_names(name, self.concepts)
-        called = [f"embedding:{word} {concept.class_name}" for word, concept in zip(words, self.concepts, strict=True)]
+        called = [f"{CALL}{word} {concept.class_name}" for word, concept in zip(words, self.concepts, strict=True)]
         classes = ", ".join(concept.class_name for concept in self.concepts)
-        whole = replace(about, trigger=", ".join(called), class_name=classes)
+        whole = _named(about, "custom_diffusion", ", ".join(called), classes)
         write_safetensors(path, tensors, whole.as_metadata())
         concept_changes(read_safetensors(path)[0], host_layers(self.shapes, []), path.name)
         paths, widths = [path], [word.table.embedding_dim for word in self.words]
         for i, (word, concept) in enumerate(zip(words, self.concepts, strict=True)):
             paths.append(folder / f"{word}.safetensors")
             vectors = [learned.vectors[i : i + 1].detach().cpu().to(dtype) for learned in self.words]
-            own = replace(about, method="textual_inversion", trigger=f"embedding:{word}", class_name=concept.class_name)
+            own = _named(about, "textual_inversion", f"{CALL}{word}", concept.class_name)
             write_safetensors(paths[-1], word_tensors(vectors), own.as_metadata())
             read_word(read_safetensors(paths[-1])[0], widths, paths[-1].name, title_of(self.base.family))
         return paths
+
+
+def _named(about: About, method: str, trigger: str, class_name: str) -> About:
+    """What one of the files says of itself."""
+    architecture = about.extra["modelspec.architecture"].partition("/")[0] + KINDS[method]
+    extra = {"modelspec.trigger_phrase": trigger, "modelspec.architecture": architecture}
+    return replace(about, method=method, trigger=trigger, class_name=class_name, extra={**about.extra, **extra})
 
 
 def word_names(name: str, concepts: Sequence[Concept]) -> list[str]:
@@ -113,25 +122,14 @@ def word_names(name: str, concepts: Sequence[Concept]) -> list[str]:
     return [f"{name}_{concept.trigger}" for concept in concepts]
 
 
-def _starts(tokenizer, initializer: str | None, count: int) -> list[int]:
-    """The ids of what the words start as: an entry of the vocabulary each.
-
-    Raises:
-        PersonalizeError: there are too few, or one is no single entry.
-    """
-    chosen = RARE if initializer is None else [word.strip() for word in initializer.split(",")]
-    if len(chosen) < count:
-        raise PersonalizeError(
-            f"--initializer_token names {len(chosen)} words for {count} concepts: name one for each, with commas between."
-        )
-    ids = []
-    for word in chosen[:count]:
-        parts = tokenizer(word, add_special_tokens=False).input_ids
-        entry = tokenizer.convert_tokens_to_ids(word)  # as it is in the vocabulary, rather than as a word of a text
-        if len(parts) != 1 and entry in (None, tokenizer.unk_token_id):
-            raise PersonalizeError(f"--initializer_token {word!r} is {len(parts)} tokens, but must be a single one.")
-        ids.append(parts[0] if len(parts) == 1 and initializer is not None else entry)
-    return ids
+def _ids(tokenizer, words: Sequence[str]) -> list[int]:
+    """Of a single token each: that of a rare word is the vocabulary's entry, which is no whole word of a text."""
+    return [
+        tokenizer.convert_tokens_to_ids(word)
+        if word in RARE
+        else tokenizer(word, add_special_tokens=False).input_ids[0]
+        for word in words
+    ]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from .concepts import concepts_of
+from .options import CustomDiffusion
 from .settings import Settings
 from .shared import PersonalizeError, title_of
 
@@ -46,6 +47,12 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
     """
     suits = DEFAULTS.get(family, LARGE)[settings.method.name]
     training, data, output = settings.training, settings.data, settings.output
+    name = default_name(settings)
+    if (
+        isinstance(settings.method, CustomDiffusion) and settings.method.concept
+    ):  # {trigger} and {class} are the first's
+        first = concepts_of(settings)[0]
+        data = replace(data, trigger=first.trigger, class_name=first.class_name)
     steps = training.max_train_steps
     if steps is None and training.num_train_epochs is None:
         steps = suits.max_train_steps
@@ -69,7 +76,7 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
             mixed_precision=given(training.mixed_precision, best_precision()),
             max_grad_norm=0.0 if training.fused_backward else training.max_grad_norm,
         ),
-        output=replace(output, output_name=given(output.output_name, default_name(settings))),
+        output=replace(output, output_name=given(output.output_name, name)),
     )
 
 

@@ -34,10 +34,10 @@ from .dataset import visible_picture
 from .drawing import Drawing, check_drawing, draw_first
 from .encoding import Cache
 from .figures import KINDS, Figure, Views, differences, is_finite, measure, remarks
+from .look import check_writable
 from .options import option
 from .picture_sets import PictureSet, check_identities, find_set, names_of, prompts_of
 from .plots import Mark, bar_plot, number
-from .preflight import check_writable
 from .settings import exit_status, make_groups, read_values
 from .shared import PersonalizeError
 from .truth import attributes_of, wishes_of

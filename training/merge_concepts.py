@@ -19,19 +19,21 @@ from tqdm import tqdm
 
 from .base_model import BaseModel, load_base
 from .encoding import read_text
+from .look import check_writable
 from .methods import PRECISIONS
 from .options import option
-from .preflight import check_writable
 from .settings import exit_status, make_groups, read_values
 from .shared import (
+    CALL,
     EVERYDAY,
     UNET,
     About,
+    Call,
     PersonalizeError,
     calls_of,
+    check_parts,
     concept_changes,
     file_name,
-    file_tensors,
     host_layers,
     merge_changes,
     prompts_of,
@@ -39,13 +41,12 @@ from .shared import (
     read_captions,
     read_safetensors,
     read_word,
+    same_model,
     title_of,
     unique_rows,
     write_safetensors,
 )
 from .textual_inversion import add_words
-
-CALL = "embedding:"
 
 
 @dataclass
@@ -56,7 +57,7 @@ class MergeConcepts:
         None, "the base model of all files: a file, a diffusers folder, or a hub id"
     )
     file: list[str] = option(  # noqa: RUF009 - a list of its own for each
-        [], "what Custom Diffusion wrote for models/loras; may be given several times"
+        [], "what Custom Diffusion wrote for models/loras; given once for each file"
     )
     captions: str | None = option(
         None, "a file with everyday captions, one in each line, on which the model shall stay as it is; ours by default"
@@ -72,13 +73,12 @@ class Part:
 
     path: Path
     about: About
-    calls: list[str]
-    """How each concept is called, as "embedding:dog_ohwx dog"."""
-    changes: Mapping[str, Tensor]
+    calls: list[Call]
+    tensors: Mapping[str, Tensor]
 
-    def word_file(self, call: str) -> Path:
+    def word_file(self, call: Call) -> Path:
         """Of the word in a call."""
-        return self.path.with_name(f"{call.removeprefix(CALL).split()[0]}.safetensors")
+        return self.path.with_name(f"{call.word}.safetensors")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,103 +98,124 @@ def merge(options: MergeConcepts) -> Path:
         PersonalizeError: an option is missing, or a file is none of Custom Diffusion's, or for another base.
         OSError: a file cannot be written.
     """
-    problems = [
-        f"--{name} is missing: {what}."
-        for name, what in (
-            ("pretrained_model_name_or_path", "the base model"),
-            ("file", "what Custom Diffusion wrote, once for each file"),
-            ("output_dir", "the folder for the result"),
-        )
-        if not getattr(options, name)
-    ]
-    if problems:
+    needed = {
+        "pretrained_model_name_or_path": "the base model",
+        "file": "what Custom Diffusion wrote, once for each file",
+        "output_dir": "the folder for the result",
+    }
+    if problems := [f"--{name} is missing: {what}." for name, what in needed.items() if not getattr(options, name)]:
         raise PersonalizeError("\n".join(problems))
     folder = Path(options.output_dir or "").expanduser()
     check_writable(folder, "--output_dir")
+    target = folder / f"{options.output_name}.safetensors"
+    if target.exists():
+        raise PersonalizeError(f"{target} is there already: name another --output_dir or --output_name.")
     captions = read_captions(EVERYDAY if options.captions is None else Path(options.captions).expanduser())
+    parts = [_read(Path(one).expanduser()) for one in options.file]
+    skips = {int(part.about.settings.get("clip_skip", 1)) for part in parts}
+    if len(skips) > 1:
+        raise PersonalizeError(
+            f"The files were trained with --clip_skip {sorted(skips)}: all must read the same layer."
+        )
+    words = {call.text: part.word_file(call) for part in parts for call in part.calls if call.word}
+    for path in words.values():
+        read_safetensors(path)  # before the base loads
     base = load_base(options.pretrained_model_name_or_path or "", torch.float32)
-    unet = base.pipeline.unet
-    layers = host_layers({name: tuple(value.shape) for name, value in unet.state_dict().items()}, [])
-    parts = [_read(Path(one).expanduser(), base, layers) for one in options.file]
-    weights = {f"{file_name(UNET, n.removesuffix('.weight'))}.weight": value for n, value in unet.state_dict().items()}
-    everyday, words = features(base, captions, parts)
-    concepts = {f"{part.path.name} ({i})": part.changes for i, part in enumerate(parts, 1)}
+    state = base.pipeline.unet.state_dict()
+    layers = host_layers({name: tuple(value.shape) for name, value in state.items()}, [])
+    for part in parts:
+        _check_base(part, base)
+    concepts = {
+        f"{part.path.name} ({i})": concept_changes(part.tensors, layers, part.path.name)
+        for i, part in enumerate(parts, 1)
+    }
+    check_parts(concepts, [[call.text for call in part.calls] for part in parts])
+    weights = {f"{file_name(UNET, n.removesuffix('.weight'))}.weight": value for n, value in state.items()}
+    everyday, own = features(base, captions, [part.calls for part in parts], words, skips.pop())
     merged = merge_changes(
         lambda layer: weights[layer],
-        concepts,
+        list(concepts.values()),
         everyday,
-        words,
+        own,
+        PRECISIONS[options.save_precision],
         lambda names: tqdm(names, desc="Merging", unit=" layers"),
     )
-    dtype, path = PRECISIONS[options.save_precision], folder / f"{options.output_name}.safetensors"
-    calls = dict.fromkeys(call for part in parts for call in part.calls)
-    classes = dict.fromkeys(name for part in parts for name in part.about.class_name.split(", "))
+    calls = [call.text for part in parts for call in part.calls]
     about = replace(
         parts[0].about,
         trigger=", ".join(calls),
-        class_name=", ".join(classes),
+        class_name=", ".join(dict.fromkeys(name for part in parts for name in part.about.class_name.split(", "))),
         settings={"merged": [part.path.name for part in parts], "missed": merged.missed},
         extra={},
     )
-    tensors = {name: change.to(dtype) for name, change in file_tensors(merged.changes).items()}
-    write_safetensors(path, tensors, about.as_metadata())
-    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB), called by {', '.join(calls)}")
-    print(f"On the concepts' words the merged keys and values miss their own by {merged.missed:.1e} at most.")
-    return path
+    tensors = {f"{name.removesuffix('.weight')}.diff": change for name, change in merged.changes.items()}
+    write_safetensors(target, tensors, about.as_metadata())
+    print(f"{target} ({target.stat().st_size / 1e6:.2f} MB), called by {', '.join(calls)}\n{merged.report}.")
+    return target
 
 
-def _read(path: Path, base: BaseModel, layers: Mapping[str, tuple[int, ...]]) -> Part:
+def _read(path: Path) -> Part:
     tensors, metadata = read_safetensors(path)
     about = read_about(metadata, path.name)
     if about is None or about.method != "custom_diffusion":
         what = f"a {about.method}" if about else "of another program"
         raise PersonalizeError(f"{path.name} is {what}: --file is what Custom Diffusion wrote for models/loras.")
+    return Part(path, about, calls_of(about.trigger), tensors)
+
+
+def _check_base(part: Part, base: BaseModel) -> None:
+    """Raises PersonalizeError where a file is for another family; another model of the family is told."""
+    name, about = part.path.name, part.about
     if about.base_family != base.family:
         raise PersonalizeError(
-            f"{path.name} was trained on {title_of(about.base_family)} ({about.base_name}), but {base.name} is "
+            f"{name} was trained on {title_of(about.base_family)} ({about.base_name}), but {base.name} is "
             f"{title_of(base.family)}: merge it on its own base."
         )
-    return Part(path, about, calls_of(about.trigger), concept_changes(tensors, layers, path.name))
+    if about.base_fingerprint and not same_model(about.base_fingerprint, base.fingerprint()):
+        print(
+            f"{name} was trained on {about.base_name}; on another checkpoint it may act differently.", file=sys.stderr
+        )
 
 
 @torch.no_grad()
-def features(base: BaseModel, captions: Sequence[str], parts: Sequence[Part]) -> tuple[Tensor, list[Tensor]]:
+def features(
+    base: BaseModel,
+    captions: Sequence[str],
+    calls: Sequence[Sequence[Call]],
+    words: Mapping[str, Path],
+    clip_skip: int,
+) -> tuple[Tensor, list[Tensor]]:
     """What the UNet reads of everyday captions, [R, width], and of the words of each file, [S, width].
 
+    Args:
+        base: whose tokenizers and text encoders get the words.
+        captions: everyday ones.
+        calls: of each file's concepts.
+        words: the file of the learned word in a call.
+        clip_skip: which layer the text is taken from.
+
     Raises:
-        PersonalizeError: the file of a word is missing, or for another base.
+        PersonalizeError: the file of a word is for another base.
     """
-    calls = list(dict.fromkeys(call for part in parts for call in part.calls))
-    paths = {call: next(part.word_file(call) for part in parts if call in part.calls) for call in calls}
     widths = [encoder.get_input_embeddings().embedding_dim for encoder in base.text_encoders]
-    vectors = {
-        call: read_word(read_safetensors(path)[0], widths, path.name, title_of(base.family))
-        for call, path in paths.items()
-    }
-    tokens = {call: [f"<word-{i}-{k}>" for k in range(len(vectors[call][0]))] for i, call in enumerate(calls)}
-    rows = iter(range(len(base.text_encoders)))
-    add_words(
-        base,
-        [token for own in tokens.values() for token in own],
-        lambda _tokenizer, table: _rows(vectors, next(rows)).to(table.weight),
-    )
+    title = title_of(base.family)
+    vectors = {call: read_word(read_safetensors(path)[0], widths, path.name, title) for call, path in words.items()}
+    tokens = {call: [f"<word-{i}-{k}>" for k in range(len(vectors[call][0]))] for i, call in enumerate(words)}
+    rows = iter([torch.cat(parts) for parts in zip(*vectors.values(), strict=True)])
+    if tokens:
+        added = [token for own in tokens.values() for token in own]
+        add_words(base, added, lambda _, table: next(rows).to(table.weight))
+    tokenizer = base.pipeline.tokenizer
 
     def read(texts: Sequence[str]) -> Tensor:
-        tokenizer = base.pipeline.tokenizer
         ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=77).input_ids
-        ends = [one.index(tokenizer.eos_token_id) for one in ids]
-        return unique_rows(torch.cat([read_text(base, [text]).states for text in texts]), ends)
+        states = torch.cat([read_text(base, [text], clip_skip).states for text in texts])
+        return unique_rows(states, [one.index(tokenizer.eos_token_id) for one in ids])
 
-    def spoken(call: str) -> str:
-        word, _, rest = call.partition(" ")
-        return f"{''.join(tokens[call])} {rest}".strip() if word.startswith(CALL) else call
+    def spoken(call: Call) -> str:
+        return call.text.replace(f"{CALL}{call.word}", "".join(tokens[call.text])) if call.word else call.text
 
-    own = [read([text for call in part.calls for text in prompts_of(spoken(call))]) for part in parts]
-    return read(captions), own
-
-
-def _rows(vectors: Mapping[str, Sequence[Tensor]], encoder: int) -> Tensor:
-    return torch.cat([own[encoder] for own in vectors.values()])
+    return read(captions), [read([text for call in own for text in prompts_of(spoken(call))]) for own in calls]
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Training:
         None, "of the UNet; of the words in Textual Inversion; of the adapter", least=0
     )
     train_text_encoder: bool | None = option(None, "train the text encoder, too")
-    text_encoder_lr: float | None = option(None, "its learning rate", least=0)
+    text_encoder_lr: float | None = option(None, "its learning rate; in Custom Diffusion that of the words", least=0)
     lr_scheduler: str = option(
         "constant",
         "how the rate changes",
@@ -161,7 +161,9 @@ class Output:
     """Output"""
 
     output_dir: str | None = option(None, "folder for the result, checkpoints, samples, the log and the configuration")
-    output_name: str | None = option(None, "name of the result without ending; the trigger by default")
+    output_name: str | None = option(
+        None, "name of the result without ending; the trigger by default, of Custom Diffusion the classes"
+    )
     save_precision: str = option(
         "fp16",
         "of the result; a difference is always in fp16, and a checkpoint made from a .safetensors file has that one's",

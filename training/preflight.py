@@ -4,36 +4,29 @@ import importlib.util
 import math
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from .adapter_checks import bytes_of_adapter, check_adapter
 from .base_checks import check_family, check_layers, check_size, check_vae, family_at
 from .base_model import OFFLINE, size_step_of
 from .checkpoint import find_checkpoint
-from .concepts import Concept, concepts_of
+from .concepts import Concept, check_places, check_start, concepts_of
 from .custom_diffusion import word_names
-from .dataset import call_of, captions_of
 from .defaults import default_name, fill_defaults
 from .going_on import changed_settings, processes
-from .identities import find_identities, hold_out
+from .look import check_writable, has_class_pictures, look_at_concepts, look_at_identities, look_at_pictures
 from .lora import unet_config
-from .methods import templates_of
-from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, TextualInversion, Training
+from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, TextualInversion, Training
 from .settings import Settings
 from .shared import (
     SELF_ATTENTION,
     PersonalizeError,
-    list_pictures,
-    picture_paths,
     read_about,
     read_header,
-    read_picture,
     title_of,
 )
 
@@ -74,10 +67,10 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
             return None
 
     told(_options, settings)
-    concepts = told(concepts_of, settings) or []
+    concepts = told(concepts_of, settings)
     family = told(family_at, settings.base.pretrained_model_name_or_path, settings.base.vae_path)
     filled = settings
-    if family is not None:
+    if family is not None and concepts is not None:
         told(check_family, settings, family)
         filled = fill_defaults(settings, family)
         if family in OFFLINE:
@@ -100,19 +93,20 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
             warnings += odd
             counts[option] = found
             continue
-        if is_prior and not told(_class_folder, path):
+        if is_prior and not told(has_class_pictures, path):
             continue  # the base fills it
         found, wrong, odd = look_at_pictures(path, settings, is_prior, quiet)
         problems += wrong
         warnings += odd
         counts[option] = found
     if isinstance(settings.method, CustomDiffusion):
-        found, wrong, odd = look_at_concepts(concepts, settings, quiet)
+        problems += check_start(settings.method, concepts or [])
+        found, wrong, odd = look_at_concepts(concepts or [], settings, quiet)
         problems += wrong
         warnings += odd
         counts["instance_data_dir"] = found * max(1, settings.method.size_variants)
     pictures = counts.get("instance_data_dir", 0)
-    told(_output, filled, family is not None, pictures)
+    told(_output, filled, family is not None and concepts is not None, pictures, concepts or [])
     if problems:
         raise PersonalizeError("\n".join(problems))
     return Findings(family, pictures, warnings + _without_effect(settings))
@@ -183,6 +177,9 @@ def _without_effect(settings: Settings) -> list[str]:
         why = "Textual Inversion trains the word's vectors only, at --learning_rate"
     elif isinstance(method, CustomDiffusion):
         text = ["train_text_encoder"] * (training.train_text_encoder is not None)
+        plain = (Data.trigger, Data.class_name)
+        if method.concept and (settings.data.trigger, settings.data.class_name) != plain:
+            text += ["trigger and --class_name beside --concept"]
         why = "Custom Diffusion trains the concepts' words only, at --text_encoder_lr"
     elif isinstance(method, IPAdapter):
         text += ["train_text_encoder"] * bool(training.train_text_encoder)
@@ -202,138 +199,27 @@ def _without_effect(settings: Settings) -> list[str]:
     return odd
 
 
-def _class_folder(path: Path) -> bool:
-    """Whether it has pictures; it can be written to, in any case.
-
-    Raises:
-        PersonalizeError: it cannot.
-    """
-    check_writable(path, "--class_data_dir")
-    return bool(picture_paths(path))
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Make the folder if needed.
-
-    Raises:
-        PersonalizeError: it takes no file.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise PersonalizeError(
-            f"The folder {folder} ({option}) cannot be written to ({error.strerror or error})."
-        ) from None
-
-
-def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bool) -> tuple[int, list[str], list[str]]:
-    """Read every picture and caption of a folder: how many are good, what is wrong, and what is odd."""
-    data, wrong, odd = settings.data, [], []
-    templates = (data.class_prompt,) if is_prior else templates_of(settings)
-    try:
-        paths = list_pictures(folder)
-    except PersonalizeError as error:
-        return 0, [str(error)], []
-    good, masked, without = 0, 0, []
-    called = call_of(data.trigger)
-    for path in _bar(paths, f"Looking at {folder.name}", quiet):
-        try:
-            texts = captions_of(path, templates, data.trigger, data.class_name)
-            masked += read_picture(path).mask is not None
-        except PersonalizeError as error:
-            wrong.append(str(error))
-            continue
-        good += 1
-        if not is_prior and not any(called.search(text) for text in texts):
-            without.append(path.name)
-    if data.masked_loss and good and not masked and not is_prior:
-        odd.append(
-            f"--masked_loss has no effect: no picture in {folder} has an alpha channel or a -masklabel.png that is "
-            "neither black nor white all over."
-        )
-    if isinstance(settings.method, IPAdapter):
-        without = []  # references call, not words
-    if without and len(without) == good and isinstance(settings.method, TextualInversion):
-        wrong.append(f"No caption in {folder} has the trigger {data.trigger!r}: the word would learn nothing.")
-    elif without:
-        some = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
-        odd.append(
-            f"{len(without)} of {len(paths)} captions do not have the trigger {data.trigger!r} ({some}): it will not call "
-            "what is learned from them."
-        )
-    return good, wrong, odd
-
-
-def look_at_concepts(concepts: Sequence[Concept], settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
-    """Read every picture and caption of every concept and its class: how many are good of the concepts, what is wrong or odd."""
-    good, wrong, odd = 0, list[str](), list[str]()
-    classes = {one.class_folder: one for one in concepts if one.class_folder and settings.data.with_prior_preservation}
-    looked = [(one, one.folder, False) for one in concepts if one.folder]
-    looked += [(one, folder, True) for folder, one in classes.items() if folder]
-    for one, folder, is_prior in looked:
-        path = Path(folder).expanduser()
-        try:
-            if is_prior and not _class_folder(path):
-                continue  # the base fills it
-        except PersonalizeError as error:
-            wrong.append(str(error))
-            continue
-        found, bad, strange = look_at_pictures(path, replace(settings, data=one.of(settings.data)), is_prior, quiet)
-        good, wrong, odd = good + found * (not is_prior), wrong + bad, odd + strange
-    return good, wrong, odd
-
-
-def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
-    """Read every picture and caption of every identity: how many are good, what is wrong, and what is odd."""
-    good, wrong = 0, list[str]()
-    try:
-        found = find_identities(folder)
-        odd = found.warnings(folder)
-        if not settings.data.validation_data_dir:
-            _, held = hold_out(found.sets, settings.method.validation_identities, settings.training.seed)
-            if settings.watching.validation_prompt and not held:
-                odd.append(
-                    f"--validation_prompt has no effect: samples are of held-out identities, and of the {len(found.sets)} in "
-                    f"{folder} none is held out: set --validation_identities."
-                )
-    except PersonalizeError as error:
-        return 0, [str(error)], []
-    for one in _bar(found.sets, f"Looking at {folder.name}", quiet):
-        seen, bad, strange = look_at_pictures(one, settings, False, True)
-        good, wrong, odd = good + seen, wrong + bad, odd + strange
-    return good, wrong, odd
-
-
-def _bar(paths: Iterable[Path], text: str, quiet: bool) -> Iterable[Path]:
-    return tqdm(paths, desc=text, unit="", disable=quiet, leave=False)
-
-
-def _output(settings: Settings, whole: bool, pictures: int) -> None:
+def _output(settings: Settings, whole: bool, pictures: int, concepts: Sequence[Concept]) -> None:
     """Args:
     settings: with nothing open, if `whole`.
     whole: whether the base's family is known.
     pictures: of the subject.
+    concepts: of Custom Diffusion.
     """
     if not settings.output.output_dir:
         return
     folder, problems = settings.folder, []
     check_writable(folder, "--output_dir")
     places = settings.flat() | ({} if settings.data.with_prior_preservation else {"class_data_dir": None})
-    for concept in concepts_of(settings) if getattr(settings.method, "concept", []) else []:
-        for option, place in (("output_dir", settings.output.output_dir), ("class_data_dir", places["class_data_dir"])):
-            if place and _real(place) == _real(concept.folder):
-                problems.append(
-                    f"--{option} is {concept.trigger}'s folder of --concept, too: what is written would be trained on."
-                )
+    if isinstance(settings.method, CustomDiffusion):
+        problems += check_places(concepts, settings.output.output_dir)
     for one, two in WRITTEN_AND_READ:
         if places[one] and places[two] and _real(places[one]) == _real(places[two]):
             problems.append(f"--{one} and --{two} are the same folder: what is written would be trained on.")
     if settings.data.cache_dir:
         check_writable(Path(settings.data.cache_dir).expanduser(), "--cache_dir")
     base = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
-    for result in _results(settings):
+    for result in _results(settings, concepts):
         if base.is_file() and result.exists() and result.samefile(base):
             problems.append(f"The result would overwrite the base model {base}: set --output_name.")
         elif result.exists() and not _is_ours(result):
@@ -355,11 +241,11 @@ def _real(path: str) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def _results(settings: Settings) -> list[Path]:
+def _results(settings: Settings, concepts: Sequence[Concept]) -> list[Path]:
     """The files that will be written."""
     name, kind = settings.output.output_name or default_name(settings), getattr(settings.method, "save_as", "full")
     if isinstance(settings.method, CustomDiffusion):
-        return [settings.folder / f"{one}.safetensors" for one in (name, *word_names(name, concepts_of(settings)))]
+        return [settings.folder / f"{one}.safetensors" for one in (name, *word_names(name, concepts))]
     endings = {"full": [""], "delta": [".delta"], "both": ["", ".delta"]}[kind]
     return [settings.folder / f"{name}{ending}.safetensors" for ending in endings]
 
@@ -383,6 +269,10 @@ def _bytes_needed(settings: Settings, pictures: int) -> int:
         return (
             100_000_000 + latents + bytes_of_adapter(settings.method, size) * 4 * (watching.checkpoints_total_limit + 1)
         )
+    if isinstance(settings.method, CustomDiffusion):
+        return (
+            100_000_000 + latents + 4 * sum(map(_cross_attention, files)) * 4 * (watching.checkpoints_total_limit + 1)
+        )
     if settings.method.name != "dreambooth":
         return 100_000_000 + latents + size // 20
     copies = 1 + {"adamw8bit": 1, "adafactor": 0}.get(training.optimizer, 2) + training.use_ema
@@ -390,6 +280,15 @@ def _bytes_needed(settings: Settings, pictures: int) -> int:
     if training.max_train_steps is not None:
         checkpoints = min(checkpoints, math.ceil(training.max_train_steps / watching.checkpointing_steps))
     return 100_000_000 + latents + size + sum(map(_bytes_in_fp32, files)) * copies * checkpoints
+
+
+def _cross_attention(file: Path) -> int:
+    """How many weights of keys and values a base's file has."""
+    try:
+        header = read_header(file)[0]
+    except PersonalizeError:
+        return file.stat().st_size // 40
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if re.search(r"attn2\.to_[kv]\.", name))
 
 
 def _bytes_in_fp32(file: Path) -> int:

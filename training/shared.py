@@ -20,6 +20,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.base_models import TITLES as TITLES
     from models.base_models import family_of_widths as family_of_widths
     from models.base_models import fingerprint as fingerprint
+    from models.base_models import same_model as same_model
     from models.base_models import title_of as title_of
     from models.bootstrap import Estimate as Estimate
     from models.bootstrap import bootstrap as bootstrap
@@ -35,12 +36,13 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.concept_files import format_of as format_of
     from models.concept_files import read_concepts as read_concepts
     from models.custom_diffusion import ALL as ALL
+    from models.custom_diffusion import CALL as CALL
     from models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
     from models.custom_diffusion import RARE as RARE
+    from models.custom_diffusion import Call as Call
     from models.custom_diffusion import calls_of as calls_of
     from models.custom_diffusion import concept_changes as concept_changes
     from models.custom_diffusion import concept_tensors as concept_tensors
-    from models.custom_diffusion import file_tensors as file_tensors
     from models.custom_diffusion import hold_first as hold_first
     from models.custom_diffusion import is_trained as is_trained
     from models.delta import TEXT_MODELS as TEXT_MODELS
@@ -81,6 +83,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.measures import score_by_group as score_by_group
     from models.measures import uniform_score_by_group as uniform_score_by_group
     from models.merging import EVERYDAY as EVERYDAY
+    from models.merging import check_parts as check_parts
     from models.merging import merge_changes as merge_changes
     from models.merging import prompts_of as prompts_of
     from models.merging import read_captions as read_captions
@@ -134,6 +137,7 @@ else:
     from ..models.base_models import TITLES as TITLES
     from ..models.base_models import family_of_widths as family_of_widths
     from ..models.base_models import fingerprint as fingerprint
+    from ..models.base_models import same_model as same_model
     from ..models.base_models import title_of as title_of
     from ..models.bootstrap import Estimate as Estimate
     from ..models.bootstrap import bootstrap as bootstrap
@@ -149,12 +153,13 @@ else:
     from ..models.concept_files import format_of as format_of
     from ..models.concept_files import read_concepts as read_concepts
     from ..models.custom_diffusion import ALL as ALL
+    from ..models.custom_diffusion import CALL as CALL
     from ..models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
     from ..models.custom_diffusion import RARE as RARE
+    from ..models.custom_diffusion import Call as Call
     from ..models.custom_diffusion import calls_of as calls_of
     from ..models.custom_diffusion import concept_changes as concept_changes
     from ..models.custom_diffusion import concept_tensors as concept_tensors
-    from ..models.custom_diffusion import file_tensors as file_tensors
     from ..models.custom_diffusion import hold_first as hold_first
     from ..models.custom_diffusion import is_trained as is_trained
     from ..models.delta import TEXT_MODELS as TEXT_MODELS
@@ -195,6 +200,7 @@ else:
     from ..models.measures import score_by_group as score_by_group
     from ..models.measures import uniform_score_by_group as uniform_score_by_group
     from ..models.merging import EVERYDAY as EVERYDAY
+    from ..models.merging import check_parts as check_parts
     from ..models.merging import merge_changes as merge_changes
     from ..models.merging import prompts_of as prompts_of
     from ..models.merging import read_captions as read_captions

@@ -20,20 +20,25 @@ def find_pictures(
 ) -> tuple[list[Example], list[Example]]:
     """Pictures of the subject and of its class, which are drawn if need be, and those that are kept out."""
     data, templates, seed = settings.data, templates_of(settings), settings.training.seed
-    examples, priors = list[Example](), dict[Path, list[Example]]()
-    for concept in concepts_of(settings):
+    concepts, examples = concepts_of(settings), list[Example]()
+    sizes_of: dict[str | None, list[tuple[int, int]]] = {}
+    for concept in concepts:
         own = concept.of(data)
-        examples += (mine := find_examples(Path(own.instance_data_dir or "").expanduser(), own, sizes, templates))
-        folder = Path(own.class_data_dir or "").expanduser()
-        if data.with_prior_preservation and folder not in priors:
-            prompt = fill_in(data.class_prompt, own.trigger, own.class_name)
-            drawn = draw_class_images(accelerator, base, folder, prompt, data.num_class_images, sizes.resolution, seed)
-            if drawn:
-                accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
-            priors[folder] = find_priors(folder, own, [example.size for example in mine])
+        mine = find_examples(Path(own.instance_data_dir or "").expanduser(), own, sizes, templates)
+        examples += mine
+        sizes_of.setdefault(concept.class_folder, []).extend(example.size for example in mine)
+    priors = list[Example]()
+    for place, wanted in sizes_of.items() if data.with_prior_preservation else ():
+        own = next(concept for concept in concepts if concept.class_folder == place).of(data)
+        folder = Path(place or "").expanduser()
+        prompt = fill_in(data.class_prompt, own.trigger, own.class_name)
+        drawn = draw_class_images(accelerator, base, folder, prompt, data.num_class_images, sizes.resolution, seed)
+        if drawn:
+            accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
+        priors += find_priors(folder, own, wanted)
     if isinstance(settings.method, CustomDiffusion):
         examples = sized(examples, settings.method.size_variants, seed)
-    examples += [example for some in priors.values() for example in some]
+    examples += priors
     if not data.validation_data_dir:
         return examples, []
     plain = replace(data, repeats=1, random_flip=False)

@@ -81,7 +81,7 @@ def test_custom_diffusion_there_and_back(concept, sd15, tmp_path, to):
 def test_diffusers_loads_what_is_written_for_it(concept, sd15, tmp_path):
     whole, word = concept
     paths = converted(whole, "diffusers", tmp_path, sd15)
-    assert [path.name for path in paths] == ["pytorch_custom_diffusion_weights.bin", f"<{word.stem}>.safetensors"]
+    assert [path.name for path in paths] == ["pytorch_custom_diffusion_weights.bin", f"{word.stem}.safetensors"]
     pipeline = load_base(str(sd15)).pipeline
     assert isinstance(pipeline, StableDiffusionPipeline)
     before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
@@ -135,6 +135,29 @@ def test_adobe_s_other_formats(concept, sd15, tmp_path):
         torch.testing.assert_close(theirs[f"{name}.diff"], change, rtol=1e-4, atol=1e-5)
 
 
+def test_custom_diffusion_of_sdxl(root, pictures, tmp_path):
+    base = narrow_folder("sdxl", tmp_path / "sdxl")
+    options = {"pretrained_model_name_or_path": str(base), "resolution": 64, "size_variants": 0, "max_train_steps": 1}
+    whole, word = train("custom_diffusion", root, pictures, tmp_path / "trained", output_name="mine", **options)
+    paths = converted(whole, "personalize", tmp_path / "cut", base, compression=0.6, output_name="cut")
+    assert paths[1].name == word.name
+    same(paths[1], word)
+    with pytest.raises(PersonalizeError, match=rf"^{paths[1]} is there already"):
+        converted(whole, "personalize", tmp_path / "cut", base, output_name="other")
+    assert not (tmp_path / "cut" / "other.safetensors").exists()
+    with pytest.raises(PersonalizeError, match=r"--to adobe is for SD1\.5 and SD2"):
+        converted(whole, "adobe", tmp_path / "adobe", base)
+
+
+def test_half_precision_keeps_small_changes(concept, sd15, tmp_path):
+    """Whole matrices are written in fp32 unless asked otherwise: in fp16 they would round away what was learned."""
+    whole, _ = concept
+    theirs = converted(whole, "adobe", tmp_path / "theirs", sd15, save_precision=None)
+    assert {v.dtype for v in torch.load(theirs[0], weights_only=True)["unet"].values()} == {torch.float32}
+    (back, _) = converted(theirs[0], "personalize", tmp_path / "back", sd15, save_precision=None)
+    assert {value.dtype for value in load_file(back).values()} == {torch.float16}
+
+
 def test_lora_there_and_back(root, pictures, tmp_path):
     options = {"learning_rate": 1e-2, "text_encoder_lr": 1e-2, "train_text_encoder": True, "rank": 4, "lora_alpha": 2.0}
     (path,) = train("lora", root, pictures, tmp_path / "lora", **options)
@@ -185,6 +208,15 @@ def test_dreambooth_there_and_back(root, pictures, tmp_path):
     assert load_file(from_cut).keys() == load_file(full).keys()
     with pytest.raises(PersonalizeError, match="is a checkpoint already"):
         converted(full, "checkpoint", tmp_path, base)
+    with pytest.raises(PersonalizeError, match="is there already"):
+        converted(made, "checkpoint", full.parent, base)
+    other = load_file(base)
+    other["model.diffusion_model.time_embed.0.bias"] += 0.01
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(
+        PersonalizeError, match=r"was trained on pocket_portraits\.safetensors, and other\.safetensors is"
+    ):
+        converted(delta, "checkpoint", tmp_path / "wrong", tmp_path / "other.safetensors")
 
 
 def test_words(tmp_path):
@@ -227,8 +259,11 @@ def test_what_is_wrong_is_said(root, concept, sd15, tmp_path):
         converted(whole, "diffusers", tmp_path)
     with pytest.raises(PersonalizeError, match="has no place in the base model"):
         converted(whole, "diffusers", tmp_path, root / CHECKPOINT)
-    with pytest.raises(PersonalizeError, match="is the file to convert: name another --output_dir or --output_name"):
+    with pytest.raises(PersonalizeError, match="is there already: name another --output_dir or --output_name"):
         converted(whole, "personalize", whole.parent, sd15)
+    for name in ("two words", "a/b", "x.safetensors"):
+        with pytest.raises(PersonalizeError, match=r"is no name of a file without ending, nor what a prompt can call"):
+            converted(whole, "personalize", tmp_path / "out", sd15, output_name=name)
     save_file({f"x{i}": torch.zeros(1) for i in range(3)}, tmp_path / "odd.safetensors")
     with pytest.raises(PersonalizeError, match="is of no kind that is known: its tensors are called x0, x1, x2"):
         converted(tmp_path / "odd.safetensors", "personalize", tmp_path / "out")

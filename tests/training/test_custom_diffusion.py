@@ -17,6 +17,7 @@ from pack.training.dataset import Example, Framing, load_pixels, reframe
 from pack.training.encoding import Cache, encode_pictures
 from pack.training.preflight import preflight
 from pack.training.sizes import sized
+from PIL import Image
 from safetensors.torch import load_file
 from test_finetuning_parity import STEPS, batches, read, reference, tokenizers
 
@@ -185,6 +186,12 @@ def test_several_concepts_have_a_word_each_and_one_file(root, two, tmp_path):
     assert whole.trigger == "embedding:woman_old_man_ohwx woman, embedding:woman_old_man_zxcv old man"
     assert [word.method for word in words] == ["textual_inversion"] * 2
     assert [word.trigger for word in words] == [f"embedding:{path.stem}" for path in paths[1:]]
+    assert whole.extra["modelspec.trigger_phrase"] == whole.trigger
+    assert whole.extra["modelspec.architecture"].endswith("/custom-diffusion")
+    assert words[1].extra["modelspec.architecture"].endswith("/textual-inversion")
+    assert words[1].extra["modelspec.trigger_phrase"] == "embedding:woman_old_man_zxcv"
+    assert whole.extra["ss_num_train_images"] == "7"
+    assert whole.settings["trigger"] == "ohwx"
     assert whole.settings["concept"] == ["ohwx:woman", "zxcv:old man"], "where pictures lie is nobody else's business"
     first, second = (load_file(path)["emb_params"] for path in paths[1:])
     assert first.shape == second.shape == (1, 64)
@@ -272,26 +279,59 @@ def refused(root, output, **values):
 
 def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
     said = refused(root, tmp_path / "out", concept=["photos:cat", ":a:b", two[0]], output_name="two words")
-    assert "--concept photos:cat is not FOLDER:TRIGGER:CLASS, such as photographs/rex:ohwx:dog." in said
-    assert "--concept :a:b is not FOLDER:TRIGGER:CLASS" in said
-    assert "'two words' cannot be called in ComfyUI's prompts, which take one word" in said
+    assert said.splitlines() == [
+        "'two words' cannot be called in ComfyUI's prompts, which take one word: set --output_name.",
+        "--concept photos:cat is not FOLDER:TRIGGER:CLASS, such as photographs/rex:ohwx:dog.",
+        "--concept :a:b is not FOLDER:TRIGGER:CLASS, such as photographs/rex:ohwx:dog.",
+    ]
     assert "--instance_data_dir is missing" in refused(root, tmp_path / "out")
-    said = refused(root, tmp_path / "out", concept=[*two, f"{folder}:ohwx:cat", f"{tmp_path / 'gone'}:x:cat"])
-    assert "the triggers 'ohwx' and 'ohwx' cannot be told apart" in said
-    said = refused(root, tmp_path / "out", concept=[*two, f"{tmp_path / 'gone'}:x:cat"])
-    assert f"The folder {tmp_path / 'gone'} does not exist" in said
+    for concept, sentence in (
+        (f"{folder}:OHWX:cat", "The triggers 'ohwx' and 'OHWX' cannot be told apart: use two words."),
+        (f"{folder}:woman:cat", "The triggers 'ohwx' and 'woman' cannot be told apart: use two words."),
+        (
+            f"{folder}:my dog:dog",
+            "The trigger 'my dog' cannot be called in ComfyUI's prompts: take one word of letters.",
+        ),
+        (
+            f"{folder}:<new1>:dog",
+            "The trigger '<new1>' cannot be called in ComfyUI's prompts: take one word of letters.",
+        ),
+        (
+            f"{folder}:x:dog (toy)",
+            "The class 'dog (toy)' has a comma, a colon or a bracket, which a prompt reads as its own.",
+        ),
+        (f"{tmp_path / 'gone'}:x:cat", f"The folder {tmp_path / 'gone'} does not exist"),
+    ):
+        assert sentence in refused(root, tmp_path / "out", concept=[*two, concept])
     said = refused(root, folder, concept=two)
-    assert "--output_dir is ohwx's folder of --concept, too" in said
+    assert f"{folder} has ohwx's pictures and is --output_dir, too: what is written would be trained on." in said
     said = refused(root, tmp_path / "out", concept=two, with_prior_preservation=True)
     assert "--with_prior_preservation needs --class_data_dir" in said
+    own = folder.parent / "woman"
+    own.symlink_to(folder)
+    values = {"class_data_dir": str(folder.parent), "with_prior_preservation": True, "concept": two}
+    assert f"{folder} has ohwx's pictures and is class_data_dir of woman, too" in refused(
+        root, tmp_path / "out", **values
+    )
+    own.unlink()
     with pytest.raises(PersonalizeError, match="--instance_data_dir and --concept say the same thing"):
         preflight(settings_of("custom_diffusion", root, folder, tmp_path / "out", concept=two), quiet=True)
+    four = [*two, f"{folder}:c:cat", f"{folder}:d:dog"]
+    assert "--initializer_token has by default 3 words for 4 concepts: name one" in refused(
+        root, tmp_path, concept=four
+    )
     for words, sentence in (("ktn", "names 1 words for 2 concepts"), ("ktn, two words", "'two words' is 2 tokens")):
-        with pytest.raises(PersonalizeError, match=sentence):
-            train(
-                "custom_diffusion", root, None, tmp_path / "out", concept=two, instance_data_dir=None,
-                initializer_token=words,
-            )  # fmt: skip
+        assert sentence in refused(root, tmp_path / "out", concept=two, initializer_token=words)
+    values = {"instance_data_dir": None, "class_name": "person", "trigger": "mine", "concept": two}
+    found = preflight(settings_of("custom_diffusion", root, None, tmp_path / "out", **values), quiet=True)
+    assert any("--trigger and --class_name beside --concept has no effect" in one for one in found.warnings)
+
+
+def test_triggers_are_replaced_all_at_once(root, folder, tmp_path):
+    concepts = [f"{folder}:ohwx:cat", f"{folder}:concept:dog"]
+    settings = settings_of("custom_diffusion", root, None, tmp_path, concept=concepts, instance_data_dir=None)
+    method = CustomDiffusionMethod(load_base(str(root / CHECKPOINT)), settings)
+    assert method.spoken("a ohwx cat, a concept dog, preconcept") == "a <concept-0> cat, a <concept-1> dog, preconcept"
 
 
 def test_each_class_has_a_folder_and_pictures_of_its_own(root, two, tmp_path, monkeypatch):
@@ -307,3 +347,43 @@ def test_each_class_has_a_folder_and_pictures_of_its_own(root, two, tmp_path, mo
     assert prior == {("woman", "a woman"), ("old man", "a old man")}
     called = {text for one in examples if not one.is_prior for text in one.captions if one.framing is None}
     assert called == {"a photo of ohwx woman", "a photo of zxcv old man"}
+
+
+def test_each_size_has_pictures_of_the_class(root, tmp_path, monkeypatch):
+    """Also those of a second concept of the same class."""
+    square, wide = photos(tmp_path / "square", 2), photos(tmp_path / "wide", 2)
+    for path in wide.glob("*.png"):
+        Image.open(path).resize((128, 64)).save(path)
+    seen = []
+    prepare = running.prepare
+    monkeypatch.setattr(running, "prepare", lambda *a: seen.append(prepare(*a)) or seen[-1])
+    options = {"concept": [f"{square}:ohwx:cat", f"{wide}:zxcv:cat"], "instance_data_dir": None, "num_class_images": 2}
+    options |= {
+        "class_data_dir": str(photos(tmp_path / "cats", 2)),
+        "with_prior_preservation": True,
+        "size_variants": 0,
+    }
+    train("custom_diffusion", root, None, tmp_path / "out", max_train_steps=1, **options)
+    own, priors = ({e.size for e in seen[0].examples if e.is_prior == prior} for prior in (False, True))
+    assert len(own) == 2
+    assert own == priors
+    assert all(sum(seen[0].examples[i].is_prior for i in seen[0].order(k)) == 1 for k in range(4))
+
+
+def test_what_is_shared_with_the_other_trainers(root, folder, tmp_path):
+    """Checkpointing changes nothing, an average is taken, and samples call the concept."""
+    options = {"max_train_steps": 2, "train_batch_size": 2, "seed": 3}
+    plain, _ = train("custom_diffusion", root, folder, tmp_path / "plain", **options)
+    less, _ = train("custom_diffusion", root, folder, tmp_path / "less", gradient_checkpointing=True, **options)
+    one, other = load_file(plain), load_file(less)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=1e-5)
+    values = {
+        "use_ema": True,
+        "ema_decay": 0.5,
+        "validation_prompt": ["a {trigger} {class}"],
+        "num_validation_images": 1,
+    }
+    averaged, _ = train("custom_diffusion", root, folder, tmp_path / "ema", **options, **values)
+    assert not torch.equal(next(iter(load_file(averaged).values())), next(iter(one.values())))
+    assert (tmp_path / "ema" / "samples" / "step-0000002.png").exists()

@@ -1,0 +1,124 @@
+"""Every picture and caption is read before a model loads: how many are good, what is wrong, and what is odd."""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .concepts import Concept
+from .dataset import call_of, captions_of
+from .identities import find_identities, hold_out
+from .methods import templates_of
+from .options import IPAdapter, TextualInversion
+from .settings import Settings
+from .shared import PersonalizeError, list_pictures, picture_paths, read_picture
+
+
+def has_class_pictures(path: Path) -> bool:
+    """Whether it has pictures; it can be written to, in any case.
+
+    Raises:
+        PersonalizeError: it cannot.
+    """
+    check_writable(path, "--class_data_dir")
+    return bool(picture_paths(path))
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Make the folder if needed.
+
+    Raises:
+        PersonalizeError: it takes no file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PersonalizeError(
+            f"The folder {folder} ({option}) cannot be written to ({error.strerror or error})."
+        ) from None
+
+
+def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bool) -> tuple[int, list[str], list[str]]:
+    """Read every picture and caption of a folder: how many are good, what is wrong, and what is odd."""
+    data, wrong, odd = settings.data, [], []
+    templates = (data.class_prompt,) if is_prior else templates_of(settings)
+    try:
+        paths = list_pictures(folder)
+    except PersonalizeError as error:
+        return 0, [str(error)], []
+    good, masked, without = 0, 0, []
+    called = call_of(data.trigger)
+    for path in _bar(paths, f"Looking at {folder.name}", quiet):
+        try:
+            texts = captions_of(path, templates, data.trigger, data.class_name)
+            masked += read_picture(path).mask is not None
+        except PersonalizeError as error:
+            wrong.append(str(error))
+            continue
+        good += 1
+        if not is_prior and not any(called.search(text) for text in texts):
+            without.append(path.name)
+    if data.masked_loss and good and not masked and not is_prior:
+        odd.append(
+            f"--masked_loss has no effect: no picture in {folder} has an alpha channel or a -masklabel.png that is "
+            "neither black nor white all over."
+        )
+    if isinstance(settings.method, IPAdapter):
+        without = []  # references call, not words
+    if without and len(without) == good and isinstance(settings.method, TextualInversion):
+        wrong.append(f"No caption in {folder} has the trigger {data.trigger!r}: the word would learn nothing.")
+    elif without:
+        some = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+        odd.append(
+            f"{len(without)} of {len(paths)} captions do not have the trigger {data.trigger!r} ({some}): it will not call "
+            "what is learned from them."
+        )
+    return good, wrong, odd
+
+
+def look_at_concepts(concepts: Sequence[Concept], settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
+    """Read every picture and caption of every concept and its class: how many are good of the concepts, what is wrong or odd."""
+    good, wrong, odd = 0, list[str](), list[str]()
+    classes = {one.class_folder: one for one in concepts if one.class_folder and settings.data.with_prior_preservation}
+    looked = [(one, one.folder, False) for one in concepts if one.folder]
+    looked += [(one, folder, True) for folder, one in classes.items() if folder]
+    for one, folder, is_prior in looked:
+        path = Path(folder).expanduser()
+        try:
+            if is_prior and not has_class_pictures(path):
+                continue  # the base fills it
+        except PersonalizeError as error:
+            wrong.append(str(error))
+            continue
+        found, bad, strange = look_at_pictures(path, replace(settings, data=one.of(settings.data)), is_prior, quiet)
+        good, wrong, odd = good + found * (not is_prior), wrong + bad, odd + strange
+    return good, wrong, odd
+
+
+def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
+    """Read every picture and caption of every identity: how many are good, what is wrong, and what is odd."""
+    good, wrong = 0, list[str]()
+    try:
+        found = find_identities(folder)
+        odd = found.warnings(folder)
+        if not settings.data.validation_data_dir:
+            _, held = hold_out(found.sets, settings.method.validation_identities, settings.training.seed)
+            if settings.watching.validation_prompt and not held:
+                odd.append(
+                    f"--validation_prompt has no effect: samples are of held-out identities, and of the {len(found.sets)} in "
+                    f"{folder} none is held out: set --validation_identities."
+                )
+    except PersonalizeError as error:
+        return 0, [str(error)], []
+    for one in _bar(found.sets, f"Looking at {folder.name}", quiet):
+        seen, bad, strange = look_at_pictures(one, settings, False, True)
+        good, wrong, odd = good + seen, wrong + bad, odd + strange
+    return good, wrong, odd
+
+
+def _bar(paths: Iterable[Path], text: str, quiet: bool) -> Iterable[Path]:
+    return tqdm(paths, desc=text, unit="", disable=quiet, leave=False)
