@@ -18,7 +18,6 @@ from .custom_diffusion import ALL, is_trained
 from .errors import PersonalizeError
 
 _PROCESSOR, _SUFFIX = ".processor.", "_custom_diffusion"
-_SINGLE = "model.diffusion_model."
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..models.errors import PersonalizeError
 from ..models.merging import check_parts, merge_changes, prompts_of, read_captions, unique_rows
 from ..models.metadata import About
 from .folders import find_model
-from .personalization import TRIGGER, check_words
+from .personalization import TRIGGER, check_words, strength_input
 from .prompt_words import tokens_of
 from .schema import ADVANCED, schema
 from .trained_files import apply_patches, check_base, read_trained
@@ -56,14 +56,7 @@ class LoadCustomDiffusion(io.ComfyNode):
                 io.Combo.Input(
                     "file", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much the file changes the model: 0 not at all, 1 fully.",
-                ),
+                strength_input("strength", "the model"),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the concepts."),
@@ -98,14 +91,7 @@ class MergeCustomDiffusion(io.ComfyNode):
                     )
                     for i in range(MOST)
                 ),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="How much the merged concepts change the model: 1 gives each what its own file gives.",
-                ),
+                strength_input("strength", "the model"),
                 io.String.Input(
                     "captions",
                     default="",

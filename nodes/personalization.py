@@ -30,7 +30,8 @@ TEXT = ("lora_te", "text_encoder")
 TRIGGER = "The words that call the subject, to wire into a prompt; empty where the file does not say."
 
 
-def _strength(name: str, what: str) -> Any:
+def strength_input(name: str, what: str) -> Any:
+    """How much a file changes something."""
     return io.Float.Input(
         name,
         default=1.0,
@@ -74,8 +75,8 @@ class LoadLora(io.ComfyNode):
                 io.Combo.Input(
                     "file", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
                 ),
-                _strength("strength_model", "the model"),
-                _strength("strength_clip", "the text encoders"),
+                strength_input("strength_model", "the model"),
+                strength_input("strength_clip", "the text encoders"),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with the LoRA."),
@@ -181,7 +182,7 @@ class LoadDreamBooth(io.ComfyNode):
                     options=list(dreambooth_files()),
                     tooltip="A checkpoint in models/checkpoints, or a fine-tuned model's difference in models/loras.",
                 ),
-                _strength("strength", "its base; for a difference only"),
+                strength_input("strength", "its base; for a difference only"),
                 _model(optional=True, tooltip="The base; needed for a difference only."),
                 _clip(optional=True, tooltip="The base's text encoders; needed for a difference only."),
                 io.Vae.Input("vae", optional=True, tooltip="The base's VAE, given on; for a difference only."),
@@ -257,7 +258,7 @@ class LoadPersonalization(io.ComfyNode):
                 io.Combo.Input(
                     "file", options=files, tooltip="A file of this pack's trainers, in any of their folders."
                 ),
-                _strength("strength", "the model"),
+                strength_input("strength", "the model"),
                 _model(optional=True, tooltip="The base; a whole checkpoint brings its own."),
                 _clip(optional=True, tooltip="The base's text encoders; a whole checkpoint brings its own."),
                 io.Vae.Input(

@@ -123,27 +123,17 @@ def convert(options: Convert) -> list[Path]:
     if options.save_precision and kind == "dreambooth":
         print("--save_precision has no effect: a checkpoint has its base's, a difference is in fp16.", file=sys.stderr)
     dtype = PRECISIONS[options.save_precision or ("fp32" if whole else "fp16")]
-    base = load_base(options.pretrained_model_name_or_path or "", torch.float32) if kind in NEED_BASE else None
-    if base is None:
-        out = [
-            _word(path, folder, name, options.to or "", dtype)
-            if kind == "textual_inversion"
-            else _adapter(path, folder, name, dtype)
-        ]
-    elif kind == "custom_diffusion":
-        out = written_concepts(
-            read_any_concepts(path, base, [Path(one).expanduser() for one in options.word]),
-            options,
-            folder,
-            name,
-            base,
-            dtype,
-        )
-    elif kind == "lora":
-        out = [convert_lora(path, folder, name, options.to or "", base, dtype)]
-    else:
-        out = [convert_dreambooth(path, folder, name, options.to or "", base)]
-    return out
+    if kind == "textual_inversion":
+        return [_word(path, folder, name, options.to or "", dtype)]
+    if kind == "ip_adapter":
+        return [_adapter(path, folder, name, dtype)]
+    base = load_base(options.pretrained_model_name_or_path or "", torch.float32)
+    if kind == "custom_diffusion":
+        read = read_any_concepts(path, base, [Path(one).expanduser() for one in options.word])
+        return written_concepts(read, options, folder, name, base, dtype)
+    if kind == "lora":
+        return [convert_lora(path, folder, name, options.to or "", base, dtype)]
+    return [convert_dreambooth(path, folder, name, options.to or "", base)]
 
 
 def kind_of(path: Path) -> str:

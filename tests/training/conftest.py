@@ -1,8 +1,9 @@
 """What several tests of the trainers use."""
 
 import pytest
-from finetuning import photos
+from finetuning import CHECKPOINT, photos
 from measured_sets import copies, no_network, nothing_loads, sets
+from narrow_models import narrow_folder
 
 __all__ = ["copies", "no_network", "nothing_loads", "sets"]
 
@@ -11,3 +12,11 @@ __all__ = ["copies", "no_network", "nothing_loads", "sets"]
 def folder(tmp_path):
     """Pictures to train on."""
     return photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module", params=["pocket", "sd15", "sdxl"])
+def where(request, root, tmp_path_factory):
+    """A base model: its file, or its folder."""
+    if request.param == "pocket":
+        return root / CHECKPOINT
+    return narrow_folder(request.param, tmp_path_factory.mktemp(request.param))

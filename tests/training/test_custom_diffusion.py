@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
 from finetuning import CHECKPOINT, photos, settings_of, train
-from narrow_models import narrow_folder
 from pack.models.custom_diffusion import ALL, KEYS_AND_VALUES, RARE, concept_changes, leading_rank
 from pack.models.errors import PersonalizeError
 from pack.models.lora import host_layers
@@ -25,14 +24,6 @@ from test_finetuning_parity import STEPS, batches, read, reference, tokenizers
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module", params=["pocket", "sd15", "sdxl"])
-def where(request, root, tmp_path_factory):
-    """A base model: its file, or its folder."""
-    if request.param == "pocket":
-        return root / CHECKPOINT
-    return narrow_folder(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def processors(unet, parts):

@@ -5,8 +5,7 @@ On the pocket model, which predicts v, and on narrow models of SD1.5's and SDXL'
 
 import pytest
 import torch
-from finetuning import CHECKPOINT, photos, settings_of, train
-from narrow_models import narrow_folder
+from finetuning import photos, settings_of, train
 from pack.models.lora import text_prefixes
 from pack.training import run
 from pack.training.base_model import load_base
@@ -26,14 +25,6 @@ STEPS = 5
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module", params=["pocket", "sd15", "sdxl"])
-def where(request, root, tmp_path_factory):
-    """A base model: its file, or its folder."""
-    if request.param == "pocket":
-        return root / CHECKPOINT
-    return narrow_folder(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def batches(base, settings, folder):
