@@ -94,7 +94,7 @@ def map_size(height: int, width: int, level: int) -> tuple[int, int]:
 
 def pick_level(there: Collection[int], wanted: int | None = None) -> int:
     """How often the latent is halved where the maps are taken: as wanted, or so that they are a quarter of its sides, as
-    16 x 16 maps are at 512 pixels, or the smallest that the UNet has.
+    16 x 16 maps are at 512 pixels; where a small UNet has no such maps, its finest.
 
     Args:
         there: of all cross-attention layers.
@@ -104,7 +104,7 @@ def pick_level(there: Collection[int], wanted: int | None = None) -> int:
         PersonalizeError: the UNet has no such layer.
     """
     if wanted is None:
-        return max((level for level in there if level <= QUARTER), default=min(there))
+        return QUARTER if QUARTER in there else min(there)
     if wanted not in there:
         sizes = ", ".join(f"1/{2**level}" for level in sorted(there))
         raise PersonalizeError(f"This model has no attention maps of 1/{2**wanted} of the latent, but of {sizes}.")

@@ -77,8 +77,8 @@ class AttendAndExcite(io.ComfyNode):
                     "resolution",
                     options=list(LEVELS),
                     default="auto",
-                    tooltip="Of the attention maps, as a share of the latent's sides. Auto: 1/4, as in the paper, or the "
-                    "smallest that the model has.",
+                    tooltip="Of the attention maps, as a share of the latent's sides. Auto: 1/4, as in the paper; the "
+                    "finest where the model has none of that size.",
                     extra_dict=ADVANCED,
                 ),
                 io.Boolean.Input(

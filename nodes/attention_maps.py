@@ -123,7 +123,7 @@ class RecordAttentionMaps(io.ComfyNode):
                     "resolution",
                     options=list(LEVELS),
                     default="auto",
-                    tooltip="Of the maps, as a share of the latent's sides. Auto: 1/4, or the smallest that the model has.",
+                    tooltip="Of the maps, as a share of the latent's sides. Auto: 1/4, or the finest.",
                     extra_dict=ADVANCED,
                 ),
             ],

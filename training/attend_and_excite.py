@@ -102,7 +102,7 @@ class AttendAndExcite:
         words: of each picture, the places of the tokens of each word or phrase.
         settings: how.
         added: what SDXL is told beside, a row for each picture.
-        level: the maps of which halving of the latent; by default a quarter of it, or the smallest that the UNet has.
+        level: the maps of which halving of the latent; by default a quarter of it, or the finest that the UNet has.
         showing: a block in which the UNet sees the references of some pictures of the batch.
         """
         self.unet, self.scheduler, self.texts, self.words, self.settings = unet, scheduler, texts, words, settings

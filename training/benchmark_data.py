@@ -40,10 +40,11 @@ CLASS = "person"
 NEEDED = 10
 """Pictures of a person in the original experiment."""
 FIRST_OF_TRAINING, REAL_HATS = 1000, 0.35
-CROP, CROPS = (0.2, 0.6), 2
-"""Pocket references are random squares of portraits, with a side between these shares of the portrait's: a face's corner,
-a hat, the clothes, as photographs of people show now this and now that. Whole portraits, each in the same place, hide so
-little that the mean of ten is as good as anything. In training, so many squares of each picture are shown beside it."""
+CROP, CROPS, WHOLE = (0.1, 0.3), 2, 1 / 3
+"""Of pocket references one in three is a whole portrait, the others are random squares, with a side between these shares
+of the portrait's: a face's corner, a hat, the clothes, as of a person's photographs some show the whole, most a part.
+Whole portraits alone, each in the same place, hide so little that the mean of ten is as good as anything. In training, so
+many squares of each picture are shown beside it, each as often as the picture."""
 START = {
     "adapter_kind": "plus",
     "resampler_depth": 2,
@@ -112,7 +113,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
     from .pocket.photos import ATTRIBUTES, SUBJECTS, write_identities
 
     held = folder / "held_out"
-    folders = write_identities(held, 0, options.identities, options.references, CROP)
+    folders = write_identities(held, 0, options.identities, options.references, CROP, WHOLE)
     wishes = [dict(zip(("pose", "expression", "background"), wish, strict=True)) for wish in POSES_AND_PLACES]
     texts = []
     for wish in wishes:

@@ -1,16 +1,17 @@
 """Prompts of two subjects on the pocket model: plain, with Attend-and-Excite, and composed; counted by the judge.
 
-    python tests/benchmarks/two_subjects.py --output FOLDER [--prompts 200] [--seeds 4]
+    python tests/benchmarks/two_subjects.py --output FOLDER [--prompts 200] [--seeds 4] [--guidance 1]
 
 A prompt names two subjects of different kinds, each with a colour of its own ("a golden robot and a woman in a purple
-shirt"), 96 x 64 pixels, 20 steps of Euler's method, the same noise for all methods. Counted are, in the left and in the
-right half, in either order:
+shirt"), 96 x 64 pixels, 20 steps of Euler's method, the same noise for all methods. Without classifier-free guidance
+(the default, as distilled models are sampled) the model forgets a subject in every fifth picture; with 4 it forgets hardly
+any, and only colours go astray. Counted are, in the left and in the right half, in either order:
 
 - both: pictures that show both subjects;
 - bound: pictures that show both, each in its own colour.
 
-The intervals (95 %) draw prompts again. Attend-and-Excite excites the subjects and their colours; Composable Diffusion
-gets the prompt and each subject by itself. The folder keeps pictures (a second run draws what is missing), figures.json
+The intervals (95 %) draw prompts again. Attend-and-Excite excites the two subjects, as in the paper; Composable Diffusion
+gets the prompt, and takes away what the colours would be exchanged. The folder keeps pictures (a second run draws what is missing), figures.json
 and sheet.png: the first prompts, the first seed, unchosen.
 """
 
@@ -56,6 +57,12 @@ def phrase_of(subject):
     return f"a {kind} in {coloured} shirt" if kind in PEOPLE else f"{coloured} {kind}"
 
 
+def recoloured(subject, other):
+    """With the other's colour."""
+    kind, colour = subject["kind"], list(other.values())[1]
+    return {"kind": kind, colour_of(kind)[0]: colour}
+
+
 def pairs(count):
     """So many different pairs of subjects, by the attributes that name them."""
     rng, found = np.random.default_rng(17), {}
@@ -73,9 +80,11 @@ def pairs(count):
 def jobs_of(folder, method, prompts, seeds, composition):
     jobs = []
     for i, (text, both) in enumerate(prompts.items()):
-        parts = {"whole": text, "first": phrase_of(both[0]), "second": phrase_of(both[1])}
+        one, other = both
+        parts = {"whole": text, "first": phrase_of(one), "second": phrase_of(other)}
+        parts["exchanged"] = f"{phrase_of(recoloured(one, other))} and {phrase_of(recoloured(other, one))}"
         prompt = composition.format(**parts) if method == COMPOSABLE_DIFFUSION else text
-        words = ", ".join(value for subject in both for value in subject.values())
+        words = ", ".join(subject["kind"] for subject in both)
         for seed in range(seeds):
             path = folder / method / f"p{i:03}-s{seed}.png"
             jobs.append(Job(path, prompt, seed * 1_000_003 + i, excite=words))
@@ -124,12 +133,12 @@ def main():
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--methods", nargs="+", choices=tuple(TITLES), default=list(TITLES))
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=10, help="that Attend-and-Excite moves, of 20")
     parser.add_argument("--thresholds", default="0:0.05, 4:0.5, 8:0.8")
     parser.add_argument("--scale", type=float, default=20.0)
     parser.add_argument("--sink", type=float, default=Excitement.sink)
-    parser.add_argument("--composition", default="{whole} AND {first} :0.25 AND {second} :0.25")
+    parser.add_argument("--composition", default="{whole} :2 AND NOT {exchanged} :1")
     arguments = parser.parse_args()
     excitement = Excitement(
         arguments.steps, parse_thresholds(arguments.thresholds), arguments.scale, sink=arguments.sink

@@ -158,6 +158,7 @@ def test_which_layers_have_which_maps(pipeline):
     levels = levels_of(pipeline.unet)
     assert [levels[name] for name in levels] == [0, 0, 1, 1, 2, 2, 3, 2, 2, 2, 1, 1, 1, 0, 0, 0]
     assert pick_level(set(levels.values())) == 2
+    assert (pick_level({0, 1}), pick_level({1, 2}), pick_level({0, 1}, 1)) == (0, 2, 1)
     with pytest.raises(PersonalizeError, match=r"no attention maps of 1/16 .* but of 1/1, 1/2, 1/4, 1/8"):
         pick_level(set(levels.values()), 4)
     assert map_size(65, 96, 2) == (17, 24)

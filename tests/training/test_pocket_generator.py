@@ -306,6 +306,17 @@ def test_snapshots_of_identities_are_squares_of_their_portraits(tmp_path):
             assert least < 1.5, "but for the order of grey and resizing"
 
 
+def test_a_share_of_the_snapshots_stays_whole(tmp_path):
+    portraits = write_identities(tmp_path / "portraits", 7, 3, 20)
+    mixed = write_identities(tmp_path / "mixed", 7, 3, 20, (0.1, 0.3), 0.3)
+    kept = [
+        (other / path.name).read_bytes() == path.read_bytes()
+        for one, other in zip(portraits, mixed, strict=True)
+        for path in one.glob("*.png")
+    ]
+    assert 0.15 < np.mean(kept) < 0.45
+
+
 def test_photos_of_a_new_style_and_of_a_new_mark(tmp_path):
     kinds = {"style": {"style": "sepia"}, "logo": {"logo": Logo("moon", "red", "shirt")}, "plain": {}}
     pictures = {

@@ -270,6 +270,12 @@ def test_a_part_that_is_not_trained_yet(root, tmp_path):
             ("--crop", "0.5", "0.2"),
             "--crop 0.5 0.2 are no two shares: above 0, at most 1, the smaller first.",
         ),
+        ("identities", ("--whole", "0.5"), "--whole 0.5 is no share, at most 1, of what --crop would cut."),
+        (
+            "identities",
+            ("--crop", "0.5", "1", "--whole", "1.5"),
+            "--whole 1.5 is no share, at most 1, of what --crop would cut.",
+        ),
         ("photos", ("--identity", "-1"), "argument --identity: -1 is less than 0"),
         (
             "photos",

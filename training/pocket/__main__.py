@@ -73,6 +73,9 @@ def main() -> None:
         metavar=("SMALLEST", "LARGEST"),
         help="identities: keep a random square of each picture, with a side between these shares of the picture's",
     )
+    parser.add_argument(
+        "--whole", type=_at_least(0, float), default=0.0, help="identities: with --crop, this share stays whole"
+    )
     parser.add_argument("--style", choices=(*STYLES, *NEW_STYLES), help="photos: many subjects in one style")
     parser.add_argument("--logo", help="photos: many subjects with one mark, as shape:colour:place, moon:red:shirt")
     options = parser.parse_args()
@@ -98,7 +101,9 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         crop = None if options.crop is None else (options.crop[0], options.crop[1])
         if crop is not None and not 0 < crop[0] <= crop[1] <= 1:
             parser.error(f"--crop {crop[0]:g} {crop[1]:g} are no two shares: above 0, at most 1, the smaller first.")
-        written = write_identities(output, options.identity, options.identities, options.count, crop)
+        if options.whole > (1 if crop else 0):
+            parser.error(f"--whole {options.whole:g} is no share, at most 1, of what --crop would cut.")
+        written = write_identities(output, options.identity, options.identities, options.count, crop, options.whole)
         print(f"{len(written)} folders of {options.count} pictures in {output}")
         return
     needed = ("timm", "torch_fidelity") if part in ("measure", "sheet") else ("timm",)

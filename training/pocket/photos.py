@@ -63,7 +63,12 @@ def write_photos(
 
 
 def write_identities(
-    folder: Path, first: int, identities: int, count: int, crop: tuple[float, float] | None = None
+    folder: Path,
+    first: int,
+    identities: int,
+    count: int,
+    crop: tuple[float, float] | None = None,
+    whole: float = 0.0,
 ) -> list[Path]:
     """Write `count` pictures of each of so many subjects, a folder each, as LFW has them: `cat_0007/cat_0007_0001.png`.
 
@@ -77,6 +82,7 @@ def write_identities(
         count: pictures of each.
         crop: least and greatest side, as shares of the picture's, of the random square of each picture that is kept, as
             snapshots have subjects cut off and off centre; None for whole portraits.
+        whole: chance of each picture to stay whole all the same.
 
     Returns:
         The identities' folders.
@@ -99,8 +105,9 @@ def write_identities(
             path = own / f"{name}_{i + 1:04}.png"
             picture = draw(scene)
             words = learning_caption(scene, rng, None).replace("{trigger} {class}", who.kind)
-            if crop is not None:
-                picture = _cut(picture, crop, np.random.default_rng([SUBJECTS, number, i, 3]))
+            cutting = np.random.default_rng([SUBJECTS, number, i, 3])
+            if crop is not None and cutting.random() >= whole:
+                picture = _cut(picture, crop, cutting)
             picture.save(path)
             path.with_suffix(".txt").write_text(words + "\n")
         known = {attribute: value for attribute, value in asdict(who).items() if value is not None}
