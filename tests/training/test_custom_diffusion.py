@@ -378,3 +378,20 @@ def test_what_is_shared_with_the_other_trainers(root, folder, tmp_path):
     averaged, _ = train("custom_diffusion", root, folder, tmp_path / "ema", **options, **values)
     assert not torch.equal(next(iter(load_file(averaged).values())), next(iter(one.values())))
     assert (tmp_path / "ema" / "samples" / "step-0000002.png").exists()
+
+
+def test_half_precision_learns_the_same(root, folder, tmp_path):
+    """bf16 while it trains, fp16 in the file."""
+    options = {"max_train_steps": 4, "train_batch_size": 2, "seed": 3, "learning_rate": 1e-3}
+    plain, _ = train("custom_diffusion", root, folder, tmp_path / "plain", **options)
+    half, _ = train(
+        "custom_diffusion", root, folder, tmp_path / "half", mixed_precision="bf16", save_precision="fp16", **options
+    )
+    one, other = load_file(plain), load_file(half)
+    assert one.keys() == other.keys()
+    changes = [key for key, value in one.items() if key.endswith(".diff")]
+    assert changes
+    assert all(other[key].dtype == torch.float16 for key in changes)
+    a, b = (torch.cat([state[key].float().flatten() for key in changes]) for state in (one, other))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+    assert not torch.equal(a, b)
