@@ -1,0 +1,203 @@
+"""Subject-Diffusion (Ma et al. 2023, arXiv:2307.11410): subjects from a picture and a box each, without training for them.
+
+- Location control: the UNet gets one more channel, M = prod_k M_k, 0 inside the subjects' boxes and 1 outside.
+- Dense image control: an adapter between self- and cross-attention of every block (GLIGEN's gated self-attention, Li et
+  al. 2023, arXiv:2301.07093) attends to the subjects' patch tokens, which carry their boxes:
+      o = MLP([patch tokens, Fourier(box)]),  x <- x + tanh(a) SA([x, W o])_x,  x <- x + tanh(b) FF(x)
+- Fusion text encoder: the prompt ends with "the dog is sks", and the embedding of sks is MLP(image's CLS feature).
+- Attention control: the maps of the subject's words are drawn to where it is (`localisation_loss`).
+- Three-way guidance: e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+PLACEHOLDER = "sks"
+FREQUENCIES, TEMPERATURE = 8, 100.0
+BALANCED, L1 = "balanced", "l1"
+LOCALISATIONS = (BALANCED, L1)
+"""The attention control of the authors' code, and of their paper."""
+LITTLE = 1e-5
+"""Keeps an empty mask from a division by zero, as in the authors' code."""
+
+
+def fused_prompt(prompt: str, entities: Sequence[str], placeholder: str = PLACEHOLDER) -> str:
+    """`a dog on grass`, [`dog`] -> `a dog on grass, the dog is sks`: a placeholder for each subject, in their order."""
+    return prompt.strip() + "".join(f", the {entity} is {placeholder}" for entity in entities)
+
+
+def replace_embeddings(embeddings: Tensor, there: Tensor, vectors: Tensor) -> Tensor:
+    """Token embeddings with the placeholders' exchanged, before the positions are added.
+
+    Args:
+        embeddings: [B, T, C].
+        there: [B, T], true at the placeholders.
+        vectors: [n, C], one for each placeholder, text by text.
+
+    Raises:
+        ValueError: there are not as many as placeholders.
+    """
+    if int(there.sum()) != len(vectors):
+        raise ValueError(f"{int(there.sum())} placeholders, but {len(vectors)} vectors")
+    return embeddings.masked_scatter(there[..., None], vectors.to(embeddings.dtype))
+
+
+def box_features(boxes: Tensor) -> Tensor:
+    """Fourier features of boxes: [..., 4] (left, top, right, bottom, as shares of the picture's sides) -> [..., 64].
+
+    sin(f x) and cos(f x) of the four, for f = 100^(k / 8), k = 0 to 7 (GLIGEN).
+    """
+    steps = torch.arange(FREQUENCIES, device=boxes.device, dtype=boxes.dtype) / FREQUENCIES
+    angles = boxes[..., None, :] * (TEMPERATURE**steps)[:, None]
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+def inside_boxes(boxes: Tensor, height: int, width: int) -> Tensor:
+    """[n, 4], as shares -> [n, height, width]: 1 in the pixels of each box, 0 elsewhere."""
+    left, top, right, bottom = (boxes * boxes.new_tensor([width, height, width, height])).round().unbind(-1)
+    x, y = torch.arange(width, device=boxes.device), torch.arange(height, device=boxes.device)
+    across = (x >= left[:, None]) & (x < right[:, None])
+    down = (y >= top[:, None]) & (y < bottom[:, None])
+    return (down[:, :, None] & across[:, None, :]).float()
+
+
+def location_mask(inside: Tensor, height: int, width: int) -> Tensor:
+    """M of the subjects' masks [n, H, W], 1 where a subject is -> [1, height, width], 0 there, in a latent's size.
+
+    As the authors' code resizes: the nearest pixel.
+    """
+    outside = (1 - inside).prod(0)
+    return F.interpolate(outside[None, None], (height, width), mode="nearest")[0]
+
+
+class ImageMLP(nn.Module):
+    """LayerNorm, Linear, GELU, Linear: of features the UNet's or the text encoder's vectors."""
+
+    def __init__(self, width: int, inner: int, out: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, inner), nn.Linear(inner, out)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., width] -> [..., out]."""
+        return self.fc2(F.gelu(self.fc1(self.norm(features))))
+
+
+class ObjectTokens(nn.Module):
+    """The subjects as tokens: patch tokens with their boxes, and what was learned in place of a missing subject."""
+
+    def __init__(self, width: int, tokens: int, out: int):
+        """Args:
+        width: of the patch tokens.
+        tokens: of each picture.
+        out: width of what the adapters take.
+        """
+        super().__init__()
+        position = 8 * FREQUENCIES
+        self.mlp = ImageMLP(width + position, out, out)
+        self.null_features = nn.Parameter(torch.zeros(tokens, width))
+        self.null_position = nn.Parameter(torch.zeros(tokens, position))
+
+    def forward(self, patches: Tensor, boxes: Tensor, there: Tensor) -> Tensor:
+        """[B, n, T, width], [B, n, 4], [B, n] (false: no subject) -> [B, n T, out]."""
+        places = repeat(box_features(boxes), "b n f -> b n t f", t=patches.shape[2])
+        here = there[:, :, None, None]
+        features = torch.where(here, patches, self.null_features.to(patches.dtype))
+        position = torch.where(here, places.to(patches.dtype), self.null_position.to(patches.dtype))
+        return rearrange(self.mlp(torch.cat([features, position], -1)), "b n t c -> b (n t) c")
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def forward(self, seen: Tensor, places: int) -> Tensor:
+        """What the first so many of [B, N, C] see of all: the others ask nothing."""
+        asking = self.to_q(seen[:, :places]), self.to_k(seen), self.to_v(seen)
+        q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in asking)
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class _GEGLU(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, gate = self.proj(x).chunk(2, -1)
+        return hidden * F.gelu(gate)
+
+
+class _FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(_GEGLU(width), nn.Identity(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class GatedAdapter(nn.Module):
+    """GLIGEN's gated self-attention; both gates start at zero, so that the UNet starts as it was.
+
+    Parameters are named as diffusers names them (GatedSelfAttentionDense).
+    """
+
+    def __init__(self, width: int, object_width: int, heads: int):
+        """Args:
+        width: C, of the UNet's features here.
+        object_width: of the object tokens.
+        heads: attention heads, of C / heads each.
+        """
+        super().__init__()
+        self.linear = nn.Linear(object_width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn, self.ff = _SelfAttention(width, heads), _FeedForward(width)
+        self.alpha_attn, self.alpha_dense = (nn.Parameter(torch.zeros(())) for _ in range(2))
+
+    def forward(self, x: Tensor, objects: Tensor) -> Tensor:
+        """x [B, N, C], objects [B, K, object_width] -> [B, N, C]."""
+        seen = self.norm1(torch.cat([x, self.linear(objects)], 1))
+        x = x + self.alpha_attn.tanh() * self.attn(seen, x.shape[1])
+        return x + self.alpha_dense.tanh() * self.ff(self.norm2(x))
+
+
+def localisation_loss(maps: Tensor, masks: Tensor, words: Tensor, there: Tensor, kind: str = BALANCED) -> Tensor:
+    """Attention control of one layer: the maps of each subject's words belong where it is.
+
+    balanced: the mean of the map off the mask less the mean on it; l1: |A - M|, the mean over all places.
+
+    Args:
+        maps: softmax of a cross-attention layer, [B, heads, h, w, T].
+        masks: [B, n, H, W], 1 where the subject is.
+        words: the place of each subject's word in the text, [B, n]; of one that is not there any.
+        there: [B, n].
+        kind: one of LOCALISATIONS.
+
+    Returns:
+        The mean over pictures and heads of the mean over their subjects.
+    """
+    heads, height, width = maps.shape[1:4]
+    small = F.interpolate(masks.float(), (height, width), mode="bilinear", antialias=True).flatten(2)
+    m = small[:, None].to(maps.dtype)
+    index = repeat(words, "b n -> b h p n", h=heads, p=height * width)
+    a = rearrange(maps.flatten(2, 3).gather(3, index), "b h p n -> b h n p")
+    if kind == BALANCED:
+        off, on = ((a * part).sum(-1) / (part.sum(-1) + LITTLE) for part in (1 - m, m))
+        loss = off - on
+    else:
+        loss = (a - m).abs().mean(-1)
+    here = there[:, None].to(maps.dtype)
+    return ((loss * here).sum(-1) / (here.sum(-1) + LITTLE)).mean()
+
+
+def three_way(nothing: Tensor, image: Tensor, text: Tensor, image_scale: float, text_scale: float) -> Tensor:
+    """e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img): of no condition, of the subjects, and of them and the prompt."""
+    return nothing + image_scale * (image - nothing) + text_scale * (text - image)
