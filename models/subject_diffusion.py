@@ -9,12 +9,17 @@
 - Three-way guidance: e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+
+from .errors import PersonalizeError
+from .weight_files import read_safetensors
 
 PLACEHOLDER = "sks"
 FREQUENCIES, TEMPERATURE = 8, 100.0
@@ -201,3 +206,32 @@ def localisation_loss(maps: Tensor, masks: Tensor, words: Tensor, there: Tensor,
 def three_way(nothing: Tensor, image: Tensor, text: Tensor, image_scale: float, text_scale: float) -> Tensor:
     """e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img): of no condition, of the subjects, and of them and the prompt."""
     return nothing + image_scale * (image - nothing) + text_scale * (text - image)
+
+
+@dataclass(frozen=True)
+class SubjectTensors:
+    """A file's tensors: the added parts, W_k and W_v of the UNet by diffusers' names, and the text encoder by transformers'."""
+
+    parts: Mapping[str, Tensor]
+    unet: Mapping[str, Tensor]
+    text: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+def read_subject_diffusion(path: Path) -> SubjectTensors:
+    """A file of Subject-Diffusion: `parts.*`, `unet.*` and `text.*`.
+
+    Raises:
+        PersonalizeError: it cannot be read, or is something else.
+    """
+    tensors, metadata = read_safetensors(path)
+    found = {
+        part: {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
+        for part in ("parts", "unet", "text")
+    }
+    needed = {"conv_in.weight", "objects.mlp.fc1.weight", "objects.null_features", "word.fc1.weight"}
+    if not needed <= found["parts"].keys() or not found["unet"] or not found["text"]:
+        raise PersonalizeError(
+            f"{path.name} is no file of Subject-Diffusion: train one with training.subject_diffusion."
+        )
+    return SubjectTensors(found["parts"], found["unet"], found["text"], metadata)

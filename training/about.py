@@ -9,12 +9,13 @@ from pathlib import Path
 from .base_model import BaseModel
 from .concepts import concepts_of
 from .dataset import Example
+from .defaults import UNCALLED
 from .settings import Settings
 from .shared import About
 
 PLACES = ("instance_data_dir", "class_data_dir", "validation_data_dir", "cache_dir", "output_dir", "vae_path")
 """Options that say where things lie on the user's disk, which is nobody else's business."""
-OTHER_FILES = ("ip_adapter", "distil_from", "image_encoder")
+OTHER_FILES = ("ip_adapter", "distil_from", "image_encoder", "subject_diffusion")
 """Options that name a file which others may have too: its name is kept, without the folder."""
 ARCHITECTURES = {
     "sd15": "stable-diffusion-v1",
@@ -28,6 +29,7 @@ KINDS = {
     "dreambooth": "",
     "custom_diffusion": "/custom-diffusion",
     "ip_adapter": "/ip-adapter",
+    "subject_diffusion": "/subject-diffusion",
 }
 VERSIONS = {"sd15": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
@@ -51,7 +53,7 @@ def about(
     kept |= {name: Path(kept[name]).name for name in OTHER_FILES if name in kept}
     if "concept" in kept:
         kept["concept"] = [f"{one.trigger}:{one.class_name}" for one in concepts_of(settings)]
-    trigger = "" if method == "ip_adapter" else settings.data.trigger
+    trigger = "" if method in UNCALLED else settings.data.trigger
     if method == "textual_inversion":
         trigger = f"embedding:{settings.output.output_name}"
     return About(
@@ -97,7 +99,7 @@ def _for_others(
         "ss_optimizer": training.optimizer,
         "ss_tag_frequency": json.dumps({data.class_name: dict(sorted(words.items()))}),
     }
-    if method == "ip_adapter":  # nothing calls it, and the captions of thousands of pictures are nobody else's business
+    if method in UNCALLED:  # nothing calls it, and the captions of thousands of pictures are nobody else's business
         del keys["modelspec.trigger_phrase"], keys["ss_tag_frequency"]
     if method == "lora":
         options = settings.method

@@ -20,8 +20,8 @@ from diffusers.training_utils import cast_training_params
 from .about import KINDS
 from .base_model import BaseModel
 from .concepts import Concept, check_start, concepts_of, starts_of
+from .conditioning import Conditioning
 from .dataset import call_of
-from .leave_one_out import LeaveOneOut
 from .methods import PRECISIONS, group_of, text_modules
 from .options import CustomDiffusion
 from .settings import Settings
@@ -50,7 +50,7 @@ class CustomDiffusionMethod:
     """Some matrices of the cross-attention, and a learned word for each concept in each text encoder."""
 
     name = "custom_diffusion"
-    conditioning: LeaveOneOut | None = None
+    conditioning: Conditioning | None = None
     trains_text, writes_all = True, False
 
     def __init__(self, base: BaseModel, settings: Settings):

@@ -20,6 +20,8 @@ class Suits:
     train_text_encoder: bool
 
 
+UNCALLED = ("ip_adapter", "subject_diffusion")
+"""Methods that pictures call, not words."""
 RESOLUTIONS = {"sd15": 512, "sd2": 768, "sdxl": 1024, "pocket": 64}
 LARGE = {
     "lora": Suits(1e-4, 5e-5, 1000, False),
@@ -27,6 +29,7 @@ LARGE = {
     "dreambooth": Suits(2e-6, 1e-6, 800, True),
     "custom_diffusion": Suits(1e-5, 1e-5, 250, False),
     "ip_adapter": Suits(1e-4, 0.0, 20_000, False),
+    "subject_diffusion": Suits(3e-5, 3e-5, 300_000, True),
 }
 POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
@@ -34,6 +37,7 @@ POCKET = {
     "dreambooth": Suits(2e-4, 3e-4, 400, True),
     "custom_diffusion": Suits(1e-3, 1e-3, 600, False),
     "ip_adapter": Suits(1e-3, 0.0, 3000, False),
+    "subject_diffusion": Suits(5e-4, 5e-4, 4000, True),
 }
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 
@@ -65,7 +69,7 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
         data=replace(
             data,
             resolution=given(data.resolution, RESOLUTIONS.get(family, 512)),
-            trigger="" if settings.method.name == "ip_adapter" else data.trigger,  # references call, not words
+            trigger="" if settings.method.name in UNCALLED else data.trigger,
         ),
         training=replace(
             training,
@@ -82,7 +86,7 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
 
 def default_name(settings: Settings) -> str:
     """Of the result: what calls it; an IP-Adapter has no word for that, and Custom Diffusion has words of its own."""
-    if settings.method.name == "ip_adapter":
+    if settings.method.name in UNCALLED:
         return settings.method.name
     if settings.method.name != "custom_diffusion":
         return settings.data.trigger

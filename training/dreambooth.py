@@ -16,8 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base_model import BaseModel, read_checkpoint
+from .conditioning import Conditioning
 from .export import whole_checkpoint
-from .leave_one_out import LeaveOneOut
 from .methods import PRECISIONS, groups_of, text_modules
 from .options import DreamBooth
 from .settings import Settings
@@ -45,7 +45,7 @@ class DreamBoothMethod:
     """The UNet, and if wanted the text encoders, as a whole."""
 
     name = "dreambooth"
-    conditioning: LeaveOneOut | None = None
+    conditioning: Conditioning | None = None
 
     def __init__(self, base: BaseModel, settings: Settings):
         self.base, self.settings = base, settings

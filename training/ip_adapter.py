@@ -20,6 +20,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from .adapter_module import TrainableAdapter, build, fresh_adapter
 from .base_model import BaseModel
+from .conditioning import Conditioning
 from .distillation import Distillation
 from .encoding import Cache
 from .image_encoder import Features, load_image_encoder
@@ -83,7 +84,7 @@ class IPAdapterMethod:
         ]
         self.encoder: CLIPVisionModelWithProjection | None = encoder
         self.features: Features | None = None
-        self.conditioning: LeaveOneOut | None = None
+        self.conditioning: Conditioning | None = None
         digest = hashlib.sha256()
         for name, value in sorted(self.adapter.tensors().items()):
             digest.update(name.encode() + value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -183,6 +183,10 @@ class LeaveOneOut:
         finally:
             self.unet.set_attn_processor(before)
 
+    def said(self, references: Sequence[Path], prompt: str) -> str:
+        """References call, not words."""
+        return prompt
+
     def _set(self, references: Sequence[Path | View]) -> Tensor | None:
         if not references:
             return None

@@ -18,7 +18,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .base_model import BaseModel
-from .leave_one_out import LeaveOneOut
+from .conditioning import Conditioning
 from .methods import PRECISIONS, groups_of, text_modules
 from .options import Lora
 from .settings import Settings
@@ -46,7 +46,7 @@ class LoraMethod:
     """LoRA, or DoRA, by peft."""
 
     name = "lora"
-    conditioning: LeaveOneOut | None = None
+    conditioning: Conditioning | None = None
 
     def __init__(self, base: BaseModel, settings: Settings):
         self.base, self.settings = base, settings

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .base_model import BaseModel
-from .leave_one_out import LeaveOneOut
+from .conditioning import Conditioning
 from .options import IPAdapter, TextualInversion
 from .settings import Settings
 from .shared import About
@@ -32,7 +32,7 @@ class Method(Protocol):
     """Whether captions must be read anew in each step."""
     writes_all: bool
     """Whether `write` writes also the networks that do not train."""
-    conditioning: LeaveOneOut | None
+    conditioning: Conditioning | None
     """What the network is told in each step beside the caption, if anything."""
 
     def spoken(self, text: str) -> str:

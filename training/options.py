@@ -317,3 +317,33 @@ class IPAdapter:
     validation_identities: int | None = option(
         None, "identities to hold out for the validation loss and samples; one in ten, four at most", least=0
     )
+
+
+@dataclass
+class SubjectDiffusion:
+    """Subject-Diffusion"""
+
+    name: ClassVar[str] = "subject_diffusion"
+    image_encoder: str | None = option(
+        None, "the CLIP image encoder: a file as in ComfyUI's models/clip_vision, a folder, or a hub id"
+    )
+    subject_diffusion: str | None = option(None, "a file of Subject-Diffusion to go on from")
+    max_subjects: int = option(2, "subjects of a picture at most; the first of each in the data set", least=1)
+    augmentations: int = option(
+        4, "views of each subject: mirrored, turned, seen aslant, on another picture; 0 shows it plain", least=0
+    )
+    backgrounds: float = option(0.5, "share of these views that stand on another picture, not on white", least=0)
+    localisation: str = option(
+        "balanced",
+        "attention control: attention off the subject less that on it, or its distance from the mask",
+        ("balanced", "l1"),
+    )
+    localisation_weight: float = option(0.01, "of the attention control beside the noise's loss", least=0)
+    text_dropout: float = option(0.05, "share of steps without the caption", least=0, below=1)
+    subject_dropout: float = option(0.05, "share of steps without location and subjects", least=0, below=1)
+    both_dropout: float = option(0.05, "share of steps without all of these", least=0, below=1)
+    without: list[str] = option(  # noqa: RUF009 - a list of its own for each
+        [],
+        "leave a part out, to see what it is for; may be given several times",
+        ("location control", "boxes", "adapter", "attention control", "CLS feature"),
+    )

@@ -16,11 +16,11 @@ from .base_model import OFFLINE, size_step_of
 from .checkpoint import find_checkpoint
 from .concepts import Concept, check_places, check_start, concepts_of
 from .custom_diffusion import word_names
-from .defaults import default_name, fill_defaults
+from .defaults import UNCALLED, default_name, fill_defaults
 from .going_on import changed_settings, processes
 from .look import check_writable, has_class_pictures, look_at_concepts, look_at_identities, look_at_pictures
 from .lora import unet_config
-from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, TextualInversion, Training
+from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion, Training
 from .settings import Settings
 from .shared import (
     SELF_ATTENTION,
@@ -29,6 +29,7 @@ from .shared import (
     read_header,
     title_of,
 )
+from .subject_checks import check_subject_options, look_at_subjects
 
 WRITTEN_AND_READ = (  # folders that must be two; class pictures are drawn into theirs
     ("output_dir", "instance_data_dir"),
@@ -79,6 +80,8 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
     told(check_vae, settings.base.vae_path)
     if isinstance(settings.method, IPAdapter):
         told(check_adapter, settings.method, family)
+    if isinstance(settings.method, SubjectDiffusion):
+        told(check_subject_options, settings.method, family)
     counts: dict[str, int] = {}
     for option, is_prior in (("instance_data_dir", False), ("class_data_dir", True), ("validation_data_dir", False)):
         folder = getattr(settings.data, option)
@@ -87,8 +90,9 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         if isinstance(settings.method, CustomDiffusion) and option != "validation_data_dir":
             continue  # below
         path = Path(folder).expanduser()
-        if isinstance(settings.method, IPAdapter):
-            found, wrong, odd = look_at_identities(path, settings, quiet)
+        if isinstance(settings.method, IPAdapter | SubjectDiffusion):
+            look = look_at_identities if isinstance(settings.method, IPAdapter) else look_at_subjects
+            found, wrong, odd = look(path, settings, quiet)
             problems += wrong
             warnings += odd
             counts[option] = found
@@ -162,7 +166,7 @@ def _options(settings: Settings) -> None:
             unet_config(settings.method)
         except PersonalizeError as error:
             problems.append(str(error))
-    if not settings.data.trigger.strip() and not isinstance(method, IPAdapter):
+    if not settings.data.trigger.strip() and method.name not in UNCALLED:
         problems.append("--trigger is empty: use a word that the model does not know, such as ohwx.")
     if problems:
         raise PersonalizeError("\n".join(problems))
@@ -188,6 +192,11 @@ def _without_effect(settings: Settings) -> list[str]:
         if method.aggregation != SELF_ATTENTION:
             text += [name for name in ("warmup_steps", "warmup_loss_weight") if getattr(method, name) > 0]
         why = "an IP-Adapter trains beside a base that does not change, and has dropouts of its own"
+    elif isinstance(method, SubjectDiffusion):
+        text += ["train_text_encoder"] * (training.train_text_encoder is False)
+        text += ["with_prior_preservation"] * settings.data.with_prior_preservation
+        text += ["caption_dropout"] * (settings.data.caption_dropout > 0)
+        why = "Subject-Diffusion trains the text encoder at --learning_rate, and has dropouts of its own"
     else:
         off = training.train_text_encoder is False or (isinstance(method, Lora) and not training.train_text_encoder)
         text, why = text * off, "the text encoder does not train without --train_text_encoder"
@@ -273,6 +282,10 @@ def _bytes_needed(settings: Settings, pictures: int) -> int:
         return (
             100_000_000 + latents + 4 * sum(map(_cross_attention, files)) * 4 * (watching.checkpoints_total_limit + 1)
         )
+    if isinstance(
+        settings.method, SubjectDiffusion
+    ):  # adapters, keys and values, a text encoder: about the base's half
+        return 100_000_000 + latents + size * 4 * (watching.checkpoints_total_limit + 1)
     if settings.method.name != "dreambooth":
         return 100_000_000 + latents + size // 20
     copies = 1 + {"adamw8bit": 1, "adafactor": 0}.get(training.optimizer, 2) + training.use_ema

@@ -32,11 +32,13 @@ from .ip_adapter import IPAdapterMethod
 from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method
-from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, TextualInversion
+from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion
 from .preflight import preflight
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
+from .subject_data import SubjectPicture
+from .subject_diffusion import SubjectDiffusionMethod, find_subjects
 from .subjects import find_pictures
 from .textual_inversion import TextualInversionMethod
 from .watch import draw_samples, read_rows, resting, validation_loss, views, write_samples
@@ -50,6 +52,7 @@ METHODS: dict[str, tuple[type, Callable[[BaseModel, Settings], Method]]] = {
     "dreambooth": (DreamBooth, DreamBoothMethod),
     "custom_diffusion": (CustomDiffusion, CustomDiffusionMethod),
     "ip_adapter": (IPAdapter, IPAdapterMethod),
+    "subject_diffusion": (SubjectDiffusion, SubjectDiffusionMethod),
 }
 
 
@@ -229,8 +232,11 @@ def prepare(
     check_size(sizes.resolution, base.size_step, base.name)  # of a hub id, which the preflight could not tell
     held: Held = {}
     sets: dict[Path, tuple[Path, ...]] = {}
+    subjects: dict[Path, SubjectPicture] = {}
     if isinstance(settings.method, IPAdapter):
         examples, kept_out, sets, held = find_sets(settings, sizes)
+    elif isinstance(settings.method, SubjectDiffusion):
+        examples, kept_out, subjects, held = find_subjects(settings, sizes)
     else:
         examples, kept_out = find_pictures(settings, sizes, accelerator, base)
     cache = Cache(Path(data.cache_dir).expanduser() if data.cache_dir else settings.folder / "cache")
@@ -243,6 +249,9 @@ def prepare(
         paths = [path for pictures in sets.values() for path in pictures]
         shared_work(accelerator, paths, "Seeing", lambda some: made.see(some, cache))
         made.begin(sets)
+    if isinstance(made, SubjectDiffusionMethod):
+        shared_work(accelerator, list(subjects.values()), "Seeing", lambda some: made.see(some, cache))
+        made.begin(subjects)
     if (long := too_long(base, made, examples)) and accelerator.is_main_process:
         print(
             f"{len(long)} captions are longer than the {base.pipeline.tokenizer.model_max_length} tokens that are read "
@@ -345,28 +354,33 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example], held: 
     def watch(step: int) -> None:
         with resting(base), accelerator.autocast():
             if kept_out:
-                texts = rows([example.captions[0] for example in kept_out])
                 loss = validation_loss(
-                    base, trainer.scheduler, kept_out, trainer.latents, texts, accelerator.device, conditioning
+                    base,
+                    trainer.scheduler,
+                    kept_out,
+                    trainer.latents,
+                    lambda caption: rows([caption])[0],
+                    accelerator.device,
+                    conditioning,
                 )
                 trainer.record.add(step, {"validation_loss": loss})
             trainer.record.draw(settings.folder / "loss.png")
             if not prompts:
                 return
             pictures, labels = [], []
-            for name, shown, around in views(conditioning, held, settings.resolution):
-                with around:
+            for shown in views(conditioning, held, settings.resolution):
+                with shown.around:
                     drawn = draw_samples(
                         accelerator,
                         base,
-                        rows(prompts),
+                        rows([shown.said(prompt) for prompt in prompts]),
                         rows([""])[0],
                         settings.watching.num_validation_images,
                         settings.resolution,
                         settings.training.seed,
                     )
-                pictures += [[*shown, *row] for row in drawn]
-                labels += [f"{name}{prompt}" for prompt in prompts]
+                pictures += [[*shown.pictures, *row] for row in drawn]
+                labels += [f"{shown.label}{prompt}" for prompt in prompts]
             if not pictures:
                 return  # no identity is held out to draw
             sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, labels, step)

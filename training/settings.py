@@ -222,6 +222,8 @@ def _parser(groups: tuple[type, ...], prog: str, description: str, hints: Mappin
                 extra |= {"action": argparse.BooleanOptionalAction}
             elif kind is list:
                 extra |= {"action": "append", "metavar": "TEXT"}
+                if f.metadata["choices"]:
+                    text += f" ({', '.join(f.metadata['choices'])})"
             else:
                 extra |= {"type": _number(kind), "metavar": METAVARS[kind]}
                 for name, value in f.metadata["switches"].items():
@@ -300,8 +302,9 @@ def _check(name: str, value: Any, kind: Any, metadata: Any) -> tuple[str, Any]:
     if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
         return f"{name} is {value!r}, but must be a list of texts.", value
     choices, least, below = metadata["choices"], metadata["least"], metadata["below"]
-    if choices and value not in choices:
-        return f"{name} is {value!r}, but must be one of {', '.join(choices)}.", value
+    for one in value if isinstance(value, list) else [value]:
+        if choices and one not in choices:
+            return f"{name} is {one!r}, but must be one of {', '.join(choices)}.", value
     if metadata["above"] is not None and not value > metadata["above"]:
         return f"{name} is {value}, but must be above {metadata['above']}.", value
     if least is not None and not value >= least:

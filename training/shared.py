@@ -104,6 +104,18 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
     from models.references import References as References
+    from models.subject_diffusion import LOCALISATIONS as LOCALISATIONS
+    from models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
+    from models.subject_diffusion import GatedAdapter as GatedAdapter
+    from models.subject_diffusion import ImageMLP as ImageMLP
+    from models.subject_diffusion import ObjectTokens as ObjectTokens
+    from models.subject_diffusion import fused_prompt as fused_prompt
+    from models.subject_diffusion import inside_boxes as inside_boxes
+    from models.subject_diffusion import localisation_loss as localisation_loss
+    from models.subject_diffusion import location_mask as location_mask
+    from models.subject_diffusion import read_subject_diffusion as read_subject_diffusion
+    from models.subject_diffusion import replace_embeddings as replace_embeddings
+    from models.subject_diffusion import three_way as three_way
     from models.text_keys import PREFIXES as PREFIXES
     from models.text_keys import text_tensors as text_tensors
     from models.text_keys import with_text_model as with_text_model
@@ -221,6 +233,18 @@ else:
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
     from ..models.references import References as References
+    from ..models.subject_diffusion import LOCALISATIONS as LOCALISATIONS
+    from ..models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
+    from ..models.subject_diffusion import GatedAdapter as GatedAdapter
+    from ..models.subject_diffusion import ImageMLP as ImageMLP
+    from ..models.subject_diffusion import ObjectTokens as ObjectTokens
+    from ..models.subject_diffusion import fused_prompt as fused_prompt
+    from ..models.subject_diffusion import inside_boxes as inside_boxes
+    from ..models.subject_diffusion import localisation_loss as localisation_loss
+    from ..models.subject_diffusion import location_mask as location_mask
+    from ..models.subject_diffusion import read_subject_diffusion as read_subject_diffusion
+    from ..models.subject_diffusion import replace_embeddings as replace_embeddings
+    from ..models.subject_diffusion import three_way as three_way
     from ..models.text_keys import PREFIXES as PREFIXES
     from ..models.text_keys import text_tensors as text_tensors
     from ..models.text_keys import with_text_model as with_text_model

@@ -5,7 +5,8 @@
                                      "subjects": [{"entity": "dog", "box": [left, top, right, bottom], "score": 0.7,
                                                    "mask": "masks/a-1.png", "crop": "crops/a-1.png"}, ...]}
     FOLDER/pictures, masks, crops   boxes are shares of the picture's sides; a mask has the picture's size, white is the
-                                    subject; a crop is the subject alone on white, square: what the image encoder sees.
+                                    subject; a crop is the subject alone, square, on a transparent ground: what the image
+                                    encoder sees, from this picture or from another one of the same subject.
 
 The rules say what of a detector's findings is kept, as the authors of Subject-Diffusion (arXiv:2307.11410) sorted theirs.
 """
@@ -49,7 +50,12 @@ class SubjectPicture:
 
 
 def write_picture(
-    folder: Path, name: str, picture: Image.Image, text: str, found: Sequence[tuple[str, float, np.ndarray]]
+    folder: Path,
+    name: str,
+    picture: Image.Image,
+    text: str,
+    found: Sequence[tuple[str, float, np.ndarray]],
+    crops: Sequence[Image.Image] | None = None,
 ) -> SubjectPicture:
     """Add a picture to a data set; its line is written last, so that what is there is whole.
 
@@ -59,6 +65,7 @@ def write_picture(
         picture: RGB.
         text: its caption.
         found: of each subject its word, score, and mask [H, W] of bool, not empty.
+        crops: of each; by default from this picture.
     """
     for part in ("pictures", "masks", "crops"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -68,7 +75,8 @@ def write_picture(
         files = {part: f"{part}s/{name}-{i}.png" for part in ("mask", "crop")}
         box = box_of(mask)
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / files["mask"])
-        crop_of(picture, mask).save(folder / files["crop"])
+        crop = crop_of(picture, mask) if crops is None else crops[i - 1]
+        crop.save(folder / files["crop"])
         shares = (box[0] / picture.width, box[1] / picture.height, box[2] / picture.width, box[3] / picture.height)
         subjects.append(Entity(word, shares, score, folder / files["mask"], folder / files["crop"]))
         lines.append({"entity": word, "box": [round(x, 6) for x in shares], "score": round(score, 4), **files})
@@ -153,12 +161,12 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def crop_of(picture: Image.Image, mask: np.ndarray) -> Image.Image:
-    """The subject alone, on white, in the middle of a square as large as its box's longer side."""
+    """The subject alone, RGBA, in the middle of a square as large as its box's longer side."""
     box = box_of(mask)
-    alone = Image.new("RGB", picture.size, "white")
-    alone.paste(picture, mask=Image.fromarray(mask.astype(np.uint8) * 255))
+    alone = picture.convert("RGBA")
+    alone.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
     side = max(box[2] - box[0], box[3] - box[1])
-    return ImageOps.pad(alone.crop(box), (side, side), color="white")
+    return ImageOps.pad(alone.crop(box), (side, side), color=(255, 255, 255, 0))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .base_model import BaseModel
+from .conditioning import Conditioning
 from .dataset import call_of
-from .leave_one_out import LeaveOneOut
 from .methods import PRECISIONS, text_modules
 from .options import TextualInversion
 from .settings import Settings
@@ -38,7 +38,7 @@ class TextualInversionMethod:
     """A learned word in each text encoder."""
 
     name = "textual_inversion"
-    conditioning: LeaveOneOut | None = None
+    conditioning: Conditioning | None = None
 
     def __init__(self, base: BaseModel, settings: Settings):
         self.base, self.settings = base, settings

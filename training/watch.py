@@ -1,8 +1,10 @@
 """While it trains: sample pictures of fixed prompts and seeds, and the loss on pictures that are kept out."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .base_model import BaseModel
+from .conditioning import Conditioning
 from .dataset import Example
 from .denoising import Weighting, draw, training_losses
 from .encoding import Latent, TextStates, guiding, read_text
-from .leave_one_out import LeaveOneOut
 from .methods import Method
 from .shared import PersonalizeError, cover_picture, read_picture
 
@@ -120,28 +122,37 @@ def decode(vae: Any, latents: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def views(
-    conditioning: LeaveOneOut | None, held: Mapping[Path, Sequence[Path]], resolution: int
-) -> Iterator[tuple[str, list[Image.Image], AbstractContextManager]]:
+@dataclass(frozen=True)
+class Shown:
+    """What samples are drawn with."""
+
+    label: str
+    pictures: list[Image.Image]
+    """References, beside the samples."""
+    around: AbstractContextManager
+    """A block in which to draw."""
+    said: Callable[[str], str]
+    """A prompt as it is to be read."""
+
+
+def views(conditioning: Conditioning | None, held: Mapping[Path, Sequence[Path]], resolution: int) -> Iterator[Shown]:
     """What samples are drawn with: once, or once for each held-out identity, from its references.
 
     Args:
         conditioning: takes references, if the method does.
         held: references of each held-out identity, by its folder.
         resolution: pixels of the references as they are shown.
-
-    Yields:
-        A label, the references as pictures, and a block in which to draw.
     """
     if conditioning is None:
-        yield "", [], nullcontext()
+        yield Shown("", [], nullcontext(), lambda prompt: prompt)
         return
     for folder, paths in held.items():
-        shown = []
+        pictures = []
         for path in paths:
             pixels = cover_picture(read_picture(path).pixels, resolution, resolution)
-            shown.append(Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy()))
-        yield f"{folder.name}, {len(paths)} references: ", shown, conditioning.showing(paths)
+            pictures.append(Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy()))
+        label = f"{folder.name}, {len(paths)} references: " if len(paths) > 1 else f"{folder.name}: "
+        yield Shown(label, pictures, conditioning.showing(paths), partial(conditioning.said, paths))
 
 
 def grid(pictures: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> Image.Image:
@@ -175,22 +186,23 @@ def validation_loss(
     scheduler: DDPMScheduler,
     examples: Sequence[Example],
     latents: dict[Example, Latent],
-    rows: Sequence[TextStates],
+    read: Callable[[str], TextStates],
     device: torch.device,
-    conditioning: LeaveOneOut | None = None,
+    conditioning: Conditioning | None = None,
 ) -> float:
     """The mean loss on pictures that are kept out, always with the same noise, at four timesteps each.
 
-    Where there is a `conditioning`, each is predicted from references, always the same.
+    Where there is a `conditioning`, each is predicted from references, always the same. `read` gives a caption's states.
     """
     total, times = 0.0, scheduler.config.num_train_timesteps
-    for i, (example, row) in enumerate(zip(examples, rows, strict=True)):
+    for i, example in enumerate(examples):
         for level in range(LEVELS):
             drawn = draw([latents[example]], [i], 0, -1 - level, times, Weighting())
             drawn.timesteps.fill_((2 * level + 1) * times // (2 * LEVELS))
-            text = row.to(device, row.states.dtype)
             if conditioning is not None:
                 conditioning.tell([example], -1 - level, [i])
+            row = read(example.captions[0])
+            text = row.to(device, row.states.dtype)
             losses = training_losses(
                 base.pipeline.unet, scheduler, drawn, text, None, base.pipeline.vae_scale_factor, Weighting()
             )

@@ -131,9 +131,9 @@ def test_what_is_written_is_read(tmp_path):
     mask = np.asarray(Image.open(read[0].subjects[1].mask)) > 127
     assert box_of(mask) == (20, 10, 36, 30)
     crop = np.asarray(Image.open(read[0].subjects[1].crop))
-    assert crop.shape == (20, 20, 3)
-    assert (crop[:, :2] == 255).all()
-    assert np.array_equal(crop[:, 2:18], np.asarray(picture)[10:30, 20:36])
+    assert crop.shape == (20, 20, 4)
+    assert (crop[:, :2, 3] == 0).all()
+    assert np.array_equal(crop[:, 2:18, :3], np.asarray(picture)[10:30, 20:36])
 
 
 def test_a_crop_shows_the_subject_alone():
@@ -141,9 +141,9 @@ def test_a_crop_shows_the_subject_alone():
     mask = np.zeros((20, 20), bool)
     mask[0:10, 0:10] = mask[5:15, 5:15] = True
     crop = np.asarray(crop_of(picture, mask))
-    assert crop.shape == (15, 15, 3)
-    assert (crop[14, 0] == 255).all()
-    assert crop[7, 7].tolist() == [255, 0, 0]
+    assert crop.shape == (15, 15, 4)
+    assert crop[14, 0, 3] == 0
+    assert crop[7, 7].tolist() == [255, 0, 0, 255]
     with pytest.raises(ValueError, match="empty mask"):
         box_of(np.zeros((4, 4), bool))
 

@@ -11,6 +11,7 @@
     python -m training.pocket restore    the shipped weights as checkpoints, to go on from them
     python -m training.pocket photos     a few pictures of one subject, to try personalisation on
     python -m training.pocket identities a folder for each of many subjects, to train and to measure an IP-Adapter on
+    python -m training.pocket subjects   pictures with words, boxes and masks of their subjects, for Subject-Diffusion
 
 Each training uses a GPU where there is one, and resumes from the checkpoint in --folder, to which it also writes a log
 in JSON lines. Trainings need timm; measure and sheet also torch-fidelity.
@@ -28,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from ..shared import POCKET, PersonalizeError
 from .attributes import LOGO_COLOURS, LOGO_PLACES, LOGO_SHAPES, NEW_LOGO_SHAPES, NEW_STYLES, STYLES, Logo
 from .photos import write_identities, write_photos
+from .subject_set import write_subjects
 
 PARTS = {  # steps, batch, minutes on two CPU cores
     "vae": (4600, 16, 40),
@@ -42,7 +44,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m training.pocket", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=(*PARTS, "export", "measure", "sheet", "restore", "photos", "identities"))
+    parser.add_argument(
+        "part", choices=(*PARTS, "export", "measure", "sheet", "restore", "photos", "identities", "subjects")
+    )
     parser.add_argument("--folder", type=Path, default=Path("pocket-runs"), help="pictures, checkpoints and logs")
     parser.add_argument("--steps", type=_at_least(1), help="trainings: optimiser steps in all")
     parser.add_argument("--batch", type=_at_least(1), help="trainings: pictures a step")
@@ -59,12 +63,20 @@ def main() -> None:
         "--output",
         type=Path,
         help="where export writes (models/pocket, in place of the weights there), sheet (sheet.png in --folder), "
-        "photos (photos) or identities (identities)",
+        "photos (photos), identities (identities) or subjects (subjects)",
     )
     parser.add_argument(
-        "--identity", type=_at_least(0), default=0, help="photos: the number of the subject; identities: of the first"
+        "--identity",
+        type=_at_least(0),
+        default=0,
+        help="photos: the number of the subject; identities, subjects: of the first",
     )
-    parser.add_argument("--count", type=_at_least(1), default=10, help="photos, identities: how many of each subject")
+    parser.add_argument(
+        "--count",
+        type=_at_least(1),
+        default=10,
+        help="photos, identities: how many of each subject; subjects: pictures",
+    )
     parser.add_argument("--identities", type=_at_least(1), default=100, help="identities: how many")
     parser.add_argument(
         "--crop",
@@ -105,6 +117,10 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
             parser.error(f"--whole {options.whole:g} is no share, at most 1, of what --crop would cut.")
         written = write_identities(output, options.identity, options.identities, options.count, crop, options.whole)
         print(f"{len(written)} folders of {options.count} pictures in {output}")
+        return
+    if part == "subjects":
+        output = output or Path("subjects")
+        print(f"{write_subjects(output, options.identity, options.count)} pictures in {output}")
         return
     needed = ("timm", "torch_fidelity") if part in ("measure", "sheet") else ("timm",)
     missing = [name.replace("_", "-") for name in needed if importlib.util.find_spec(name) is None]

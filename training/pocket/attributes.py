@@ -184,6 +184,8 @@ class Scene:
     logo: Logo | None = None
     seed: int = 0
     size: tuple[int, int] = field(default=(64, 64))  # width, height in pixels
+    places: tuple[float, ...] | None = None
+    """The middle of each subject, as a share of the width; None where the drawing puts them."""
 
     def subject_values(self) -> list[dict[str, str]]:
         """Every attribute of each subject that the picture really shows, by name.

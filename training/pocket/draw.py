@@ -34,6 +34,8 @@ def draw(scene: Scene, masks: list[Image.Image] | None = None) -> Image.Image:
             x = across * (0.27 + 0.46 * i) + rng.uniform(-1.5, 1.5)
         elif poster is not None:
             x = across / 2 - side * 6
+        if scene.places is not None:
+            scale, y, x = 13.5, 32.0, across * scene.places[i]
         scale, y = scale * rng.uniform(0.95, 1.05), y + rng.uniform(-1.5, 1.5)
         mask = None if masks is None else Image.new("L", canvas.size)
         logo = scene.logo if scene.logo is not None and scene.logo.place == "shirt" else None

@@ -1,0 +1,117 @@
+"""What the image encoder sees of subjects: each alone, on white or on another picture, turned a little; kept on disk."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from transformers import CLIPVisionModelWithProjection
+
+from .encoding import Cache, digest_of, digest_of_path
+from .shared import CLIP_MEAN, CLIP_STD
+from .subject_data import Entity, SubjectPicture
+
+BATCH = 32
+TURN, DISTORTION = 10, 0.5
+"""Degrees, and the strength of a perspective, which half of the views have; half are mirrored (the authors' code)."""
+
+
+class SubjectFeatures:
+    """The CLS feature [D] and the patch tokens [T, H] of each view of each subject; view 0 is the plain crop."""
+
+    def __init__(self, cache: Cache, encoder: CLIPVisionModelWithProjection, views: int, backgrounds: float):
+        """Args:
+        cache: on disk.
+        encoder: on its device; it is not kept.
+        views: changed ones, beside the plain crop.
+        backgrounds: share of these that stand on another picture instead of on white.
+        """
+        self.cache, self.views, self.backgrounds = cache, views, backgrounds
+        self.digest, self.size = digest_of(encoder), encoder.config.image_size
+        self.memory: dict[tuple[Path, int], tuple[Tensor, Tensor]] = {}
+
+    def add(
+        self,
+        encoder: CLIPVisionModelWithProjection,
+        pictures: Iterable[SubjectPicture],
+        others: Sequence[SubjectPicture],
+    ) -> None:
+        """Encode what is not in the cache; `others` are what subjects may stand on."""
+        waiting: list[tuple[tuple[Path, int], dict, Tensor]] = []
+        for picture in pictures:
+            for one in picture.subjects:
+                crop = digest_of_path(one.crop)
+                for view in range(self.views + 1):
+                    rng = np.random.default_rng([int(crop[:16], 16), view])
+                    behind = None
+                    if view and others and rng.random() < self.backgrounds:
+                        behind = others[int(rng.integers(len(others)))].path
+                    key = {"subject": crop, "view": view, "encoder": self.digest}
+                    key["behind"] = "" if behind is None else digest_of_path(behind)
+                    stored = self.cache.get(key)
+                    if stored is not None:
+                        self.memory[one.crop, view] = stored["pooled"], stored["patches"]
+                        continue
+                    seen = look_of(one, view, behind, rng, self.size)
+                    waiting.append(((one.crop, view), key, seen))
+                    if len(waiting) == BATCH:
+                        self._encode(encoder, waiting)
+                        waiting.clear()
+        if waiting:
+            self._encode(encoder, waiting)
+
+    @torch.no_grad()
+    def _encode(self, encoder: CLIPVisionModelWithProjection, waiting: Sequence[tuple]) -> None:
+        pooled, patches = encode_subjects(encoder, torch.stack([seen for _, _, seen in waiting]))
+        for (where, key, _), one, tokens in zip(waiting, pooled, patches, strict=True):
+            self.cache.put(key, {"pooled": one.clone(), "patches": tokens.clone()})
+            self.memory[where] = one.clone(), tokens.clone()
+
+    def __getitem__(self, where: tuple[Path, int]) -> tuple[Tensor, Tensor]:
+        return self.memory[where]
+
+
+@torch.no_grad()
+def encode_subjects(encoder: CLIPVisionModelWithProjection, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The CLS features [n, D] and the last layer's patch tokens [n, T, H] of [n, 3, size, size], on the CPU."""
+    output = encoder(seen.to(encoder.device, encoder.dtype), output_hidden_states=True)
+    return output.image_embeds.float().cpu(), output.hidden_states[-1][:, 1:].float().cpu()
+
+
+def look_of(one: Entity, view: int, behind: Path | None, rng: np.random.Generator, size: int) -> Tensor:
+    """One view of a subject as the encoder takes it, [3, size, size]."""
+    with Image.open(one.crop) as file:
+        planes = v2.functional.pil_to_tensor(file.convert("RGBA")).float() / 255
+    if view:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**62)))
+            planes = _turned(planes)
+    planes = v2.functional.resize(planes, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    colours, shown = planes[:3], planes[3:]
+    ground = torch.ones_like(colours) if behind is None else _ground(behind, rng, size)
+    whole = colours * shown + ground * (1 - shown)
+    return (whole - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+
+
+def _turned(planes: Tensor) -> Tensor:
+    """Mirrored, turned and seen aslant, at random; what comes in from outside is not the subject's."""
+    change = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandomRotation(TURN, InterpolationMode.BILINEAR),
+            v2.RandomPerspective(DISTORTION, 0.5, InterpolationMode.BILINEAR),
+        ]
+    )
+    return change(planes)
+
+
+def _ground(path: Path, rng: np.random.Generator, size: int) -> Tensor:
+    """A random square of a picture, [3, size, size]."""
+    picture = Image.open(path).convert("RGB")
+    side = round(min(picture.size) * rng.uniform(0.5, 1))
+    left, top = (int(rng.integers(whole - side + 1)) for whole in picture.size)
+    square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    return v2.functional.pil_to_tensor(square).float() / 255

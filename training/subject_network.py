@@ -1,0 +1,163 @@
+"""What Subject-Diffusion adds to a diffusers UNet and to its text encoder, with the equations of models/."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from .adapter_module import cross_layers
+from .attend_and_excite import levels_of
+from .shared import GatedAdapter, ImageMLP, ObjectTokens, cross_attention_maps, map_size, replace_embeddings
+
+FINEST = 32
+"""Attention control acts on maps of at most so many cells a side: 32, 16 and 8 of Stable Diffusion's at 512 pixels."""
+
+
+class LocatedConvolution(nn.Module):
+    """The UNet's first convolution with one channel more, for the location mask; its weights start at zero."""
+
+    def __init__(self, before: nn.Conv2d):
+        super().__init__()
+        weight = before.weight.detach().float()
+        self.weight = nn.Parameter(torch.cat([weight, torch.zeros_like(weight[:, :1])], 1))
+        self.bias = nn.Parameter(torch.zeros_like(weight[:, 0, 0, 0]))
+        if before.bias is not None:
+            self.bias.data.copy_(before.bias.detach())
+        self.stride, self.padding = before.stride, before.padding
+        self.mask: Tensor | None = None
+        """[B, 1, h, w]; None is zero everywhere: no location."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, width, h, w]."""
+        dtype, channels = latents.dtype, latents.shape[1]
+        weight = self.weight.to(dtype)
+        own, location = weight[:, :channels], weight[:, channels:]
+        out = nn.functional.conv2d(latents, own, self.bias.to(dtype), self.stride, self.padding)
+        if self.mask is None:
+            return out
+        mask = nn.functional.interpolate(self.mask.to(latents), latents.shape[2:], mode="nearest")
+        return out + nn.functional.conv2d(mask, location, None, self.stride, self.padding)
+
+
+class _Given(nn.Module):
+    """diffusers makes the objects of boxes here; ours are made before."""
+
+    def forward(self, objs: Tensor) -> Tensor:
+        return objs
+
+
+class SubjectNetwork(nn.Module):
+    """The parts that train beside the UNet's own: adapters, first convolution, object tokens, and the CLS feature's MLP."""
+
+    def __init__(self, unet: UNet2DConditionModel, pooled: int, patch: int, tokens: int):
+        """Args:
+        unet: of the base, unchanged until `attach`.
+        pooled: width of the image encoder's CLS feature.
+        patch: width of its patch tokens.
+        tokens: of a picture.
+        """
+        super().__init__()
+        blocks = blocks_of(unet)
+        width = blocks[0].attn2.to_k.in_features
+        self.adapters = nn.ModuleList(
+            GatedAdapter(block.attn1.to_q.in_features, width, block.attn1.heads) for block in blocks
+        )
+        self.conv_in = LocatedConvolution(unet.conv_in)
+        self.objects = ObjectTokens(patch, tokens, width)
+        self.word = ImageMLP(pooled, width, width)
+        self.seen: Tensor | None = None
+        """Object tokens of a batch, [B, K, width]; None: the adapters do nothing."""
+
+    def attach(self, unet: UNet2DConditionModel) -> None:
+        """Put the parts into the UNet; from now on it attends to what `seen` and `conv_in.mask` hold."""
+        unet.conv_in = self.conv_in
+        unet.position_net = _Given()
+        for block, adapter in zip(blocks_of(unet), self.adapters, strict=True):
+            block.fuser = adapter
+        forward = unet.forward
+
+        def located(*args, cross_attention_kwargs: Mapping | None = None, **kwargs):
+            given = dict(cross_attention_kwargs or {})
+            if self.seen is not None:
+                given["gligen"] = {"objs": self.seen}
+            return forward(*args, cross_attention_kwargs=given or None, **kwargs)
+
+        unet.forward = located
+
+
+def blocks_of(unet: UNet2DConditionModel) -> list[BasicTransformerBlock]:
+    """The transformer blocks, in the order of adapter files."""
+    return [unet.get_submodule(name.removesuffix(".attn2.processor")) for name in cross_layers(unet)]
+
+
+class Placeholders:
+    """Exchanges the placeholders' embeddings in a text encoder, in the order in which texts have them."""
+
+    def __init__(self, encoder: nn.Module, token: int):
+        """Args:
+        encoder: a CLIPTextModel.
+        token: the placeholder's number.
+        """
+        self.token = token
+        self.vectors: Tensor | None = None
+        """[n, width], of the next texts."""
+        encoder.get_input_embeddings().register_forward_hook(self._exchange)  # type: ignore[operator]
+
+    def _exchange(self, _module: nn.Module, given: tuple[Tensor, ...], embeddings: Tensor) -> Tensor:
+        there = given[0] == self.token
+        if self.vectors is None or not bool(there.any()):
+            return embeddings
+        return replace_embeddings(embeddings, there, self.vectors)
+
+
+class _Watched:
+    """An attention processor that keeps its maps, with their gradients."""
+
+    def __init__(self, before: Callable, maps: list[Tensor], size: Callable[[], tuple[int, int]]):
+        self.before, self.maps, self.size = before, maps, size
+
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, *args, **kwargs
+    ) -> Tensor:
+        if encoder_hidden_states is None:
+            raise ValueError("the maps are those of cross-attention, which needs text features")
+        maps = cross_attention_maps(attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.heads)
+        self.maps.append(maps.unflatten(2, self.size()))
+        return self.before(attn, hidden_states, encoder_hidden_states, *args, **kwargs)
+
+
+class AttentionWatch:
+    """The cross-attention maps of a UNet's next runs, [B, heads, h, w, T] of each layer that is not too fine."""
+
+    def __init__(self, unet: UNet2DConditionModel):
+        self.maps: list[Tensor] = []
+        self.shape = (1, 1)
+        """Of the latent."""
+        levels = levels_of(unet)
+        self.layers: dict[str, int] = levels
+        before = dict(unet.attn_processors)
+        self.processors = {
+            name: _Watched(before[name], self.maps, partial(self._size, level)) for name, level in levels.items()
+        }
+        self.before = before
+
+    def _size(self, level: int) -> tuple[int, int]:
+        return map_size(*self.shape, level)
+
+    def on(self, unet: UNet2DConditionModel, shape: Sequence[int]) -> None:
+        """Keep the maps of the runs from now on, on latents of a height and width."""
+        self.maps.clear()
+        self.shape = (shape[0], shape[1])
+        chosen = {
+            name: self.processors[name] for name, level in self.layers.items() if max(self._size(level)) <= FINEST
+        }
+        unet.set_attn_processor(self.before | chosen)
+
+    def off(self, unet: UNet2DConditionModel) -> None:
+        """As before."""
+        self.maps.clear()
+        unet.set_attn_processor(dict(self.before))  # which is emptied
