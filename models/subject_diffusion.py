@@ -235,3 +235,39 @@ def read_subject_diffusion(path: Path) -> SubjectTensors:
             f"{path.name} is no file of Subject-Diffusion: train one with training.subject_diffusion."
         )
     return SubjectTensors(found["parts"], found["unet"], found["text"], metadata)
+
+
+class SubjectParts(nn.Module):
+    """The added parts of a file, ready to run: adapters in the order of adapter files, and what makes the subjects' tokens."""
+
+    def __init__(self, parts: Mapping[str, Tensor]):
+        """Args:
+        parts: of SubjectTensors; heads are the UNet's, which sets them.
+        """
+        super().__init__()
+        count = 1 + max(int(name.split(".")[1]) for name in parts if name.startswith("adapters."))
+        tokens, patch = parts["objects.null_features"].shape
+        with torch.device("meta"):
+            shapes = [parts[f"adapters.{i}.linear.weight"].shape for i in range(count)]
+            self.adapters = nn.ModuleList(GatedAdapter(width, outer, 1) for width, outer in shapes)
+            self.objects = ObjectTokens(patch, tokens, parts["objects.mlp.fc2.weight"].shape[0])
+            inner, pooled = parts["word.fc1.weight"].shape
+            self.word = ImageMLP(pooled, inner, parts["word.fc2.weight"].shape[0])
+        whole = parts["conv_in.weight"]
+        self.location = nn.Parameter(whole[:, -1:].float())
+        """[width, 1, 3, 3], of the UNet's first convolution."""
+        own = {name: value.float() for name, value in parts.items() if not name.startswith("conv_in.")}
+        self.load_state_dict(own | {"location": self.location}, assign=True)
+        self.requires_grad_(False)
+
+    def adapt(self, number: int, x: Tensor, objects: Tensor, heads: int) -> Tensor:
+        """Adapter `number` of a UNet's block of so many heads: x [B, N, C], objects [B or 1, K, width] -> [B, N, C]."""
+        adapter = self.adapters[number]
+        assert isinstance(adapter, GatedAdapter)
+        adapter.attn.heads = heads
+        dtype = adapter.linear.weight.dtype
+        return adapter(x.to(dtype), objects.to(dtype).expand(len(x), -1, -1)).to(x)
+
+    def located(self, mask: Tensor) -> Tensor:
+        """What the first convolution adds where M is [B, 1, h, w]: [B, width, h, w]."""
+        return F.conv2d(mask, self.location.to(mask), padding=1)

@@ -13,6 +13,7 @@ from .personalization import LoadDreamBooth, LoadLora, LoadPersonalization, Load
 from .pocket import register_pocket
 from .reference_attention import ShowReferenceAttention
 from .references import EncodeReferences, LoadReferences, SaveReferences
+from .subject_diffusion import ApplySubjectDiffusion, GuideSubjects, LoadSubjectDiffusion, Subject
 
 NODES: list[type[io.ComfyNode]] = [
     LoadImageEncoder,
@@ -32,6 +33,10 @@ NODES: list[type[io.ComfyNode]] = [
     LoadDreamBooth,
     LoadCustomDiffusion,
     MergeCustomDiffusion,
+    LoadSubjectDiffusion,
+    Subject,
+    ApplySubjectDiffusion,
+    GuideSubjects,
     LoadPersonalization,
 ]
 

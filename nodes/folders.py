@@ -15,6 +15,7 @@ POCKET = PACK / "models" / "pocket"
 def register_folders() -> None:
     """Add our folders to the registry. Folders that others or extra_model_paths.yaml have added stay."""
     _register("ipadapter", Path(folder_paths.models_dir) / "ipadapter", set(folder_paths.supported_pt_extensions))
+    _register("subject_diffusion", Path(folder_paths.models_dir) / "subject_diffusion", {".safetensors"})
     _register("references", Path(folder_paths.models_dir) / "references", {".safetensors"})
     _register("references", references_folder(), {".safetensors"})
 

@@ -13,6 +13,8 @@ IPAdapterType = io.Custom("IPADAPTER")
 EmbedsType = io.Custom("EMBEDS")
 ReferencesType = io.Custom("REFERENCES")
 AttentionMapsType = io.Custom("ATTENTION_MAPS")
+SubjectDiffusionType = io.Custom("SUBJECT_DIFFUSION")
+SubjectsType = io.Custom("SUBJECTS")
 
 
 def schema(search_aliases: list[str], **fields: Any) -> io.Schema:

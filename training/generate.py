@@ -105,7 +105,7 @@ def draw_pictures(
                     texts[prompt] = read_text(base, [prompt])
             pictures = _draw(base, some, texts, sampling, showing or _unseen)
             for job, picture in zip(some, pictures, strict=True):
-                _save(job, picture)
+                save_drawn(job, picture)
             bar.update(len(some))
     accelerator.wait_for_everyone()
     return len(mine)
@@ -195,7 +195,7 @@ def _added(base: BaseModel, text: TextStates, latents: Tensor) -> dict[str, Tens
     return {"text_embeds": text.pooled, "time_ids": picture_sizes(latents, base.pipeline.vae_scale_factor)}
 
 
-def _save(job: Job, picture: Image.Image) -> None:
+def save_drawn(job: Job, picture: Image.Image) -> None:
     """The picture last: where it is, all is."""
     job.path.parent.mkdir(parents=True, exist_ok=True)
     job.path.with_suffix(".txt").write_text(job.prompt + "\n", encoding="utf-8")

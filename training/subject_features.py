@@ -85,14 +85,15 @@ def look_of(one: Entity, view: int, behind: Path | None, rng: np.random.Generato
     """One view of a subject as the encoder takes it, [3, size, size]."""
     with Image.open(one.crop) as file:
         planes = v2.functional.pil_to_tensor(file.convert("RGBA")).float() / 255
+    planes[:3] *= planes[3:]  # so that what is outside of the subject does not run into it
     if view:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
             planes = _turned(planes)
-    planes = v2.functional.resize(planes, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    planes = v2.functional.resize(planes, [size, size], InterpolationMode.BICUBIC, antialias=True)
     colours, shown = planes[:3], planes[3:]
     ground = torch.ones_like(colours) if behind is None else _ground(behind, rng, size)
-    whole = colours * shown + ground * (1 - shown)
+    whole = ((colours + ground * (1 - shown)).clamp(0, 1) * 255).round() / 255  # as the host rounds
     return (whole - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
 
 

@@ -34,7 +34,7 @@ def subject_scene(number: int) -> Scene:
         places: tuple[float, ...] = (float(rng.uniform(*ALONE)),)
     else:
         places = tuple(float(rng.uniform(*part)) for part in (LEFT, RIGHT))[:: 1 if rng.random() < 0.5 else -1]
-    fixed = {"size": (96, 64), "logo": None, "obstacle": "none", "style": "flat", "framing": "portrait"}
+    fixed: dict = {"size": (96, 64), "logo": None, "obstacle": "none", "style": "flat", "framing": "portrait"}
     return sample_scene(rng, tuple(who), places=places, **fixed)
 
 
@@ -69,6 +69,6 @@ def write_subjects(folder: Path, first: int, count: int) -> int:
 def reference(who: Identity, number: int) -> Image.Image:
     """Drawing `number` of somebody alone, cut out."""
     rng, masks = np.random.default_rng([SUBJECTS, number, 7]), list[Image.Image]()
-    fixed = {"logo": None, "obstacle": "none", "style": "flat", "framing": "portrait"}
+    fixed: dict = {"logo": None, "obstacle": "none", "style": "flat", "framing": "portrait"}
     picture = draw(sample_scene(rng, (who,), **fixed), masks)
     return crop_of(picture, np.asarray(masks[0]) >= SEEN)

@@ -1,0 +1,370 @@
+"""Subject-Diffusion: subjects from a picture and a box each, without training for them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import node_helpers
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..models.errors import PersonalizeError
+from ..models.metadata import About, read_about
+from ..models.subject_diffusion import (
+    PLACEHOLDER,
+    SubjectParts,
+    SubjectTensors,
+    fused_prompt,
+    read_subject_diffusion,
+    three_way,
+)
+from ..models.text_keys import with_text_model
+from ..models.words import words_in
+from .attention_patch import unet_layout
+from .encoder import input_size
+from .folders import find_model
+from .prompt_words import tokens_of
+from .schema import SubjectDiffusionType, SubjectsType, schema
+from .subject_network import Told, located, padded, patcher_of
+from .trained_files import check_base
+
+EDGE = 1.0
+_SHARE = {"min": 0.0, "max": EDGE, "step": 0.01}
+
+
+@dataclass(frozen=True)
+class SubjectFile:
+    """What *Load Subject-Diffusion* gives."""
+
+    tensors: SubjectTensors
+    about: About | None
+    name: str
+
+
+@dataclass(frozen=True)
+class OneSubject:
+    """What *Subject* adds to a list."""
+
+    image: Tensor
+    """[H, W, 3]."""
+    mask: Tensor | None
+    word: str
+    box: tuple[float, float, float, float]
+
+
+class LoadSubjectDiffusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeLoadSubjectDiffusion",
+            display_name="Load Subject-Diffusion",
+            description="Loads what training.subject_diffusion wrote: subjects from a picture and a box each.",
+            search_aliases=["subject diffusion", "gligen", "multi subject"],
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=folder_paths.get_filename_list("subject_diffusion"),
+                    tooltip="A file in models/subject_diffusion.",
+                )
+            ],
+            outputs=[
+                SubjectDiffusionType.Output(display_name="subject_diffusion", tooltip="To Apply Subject-Diffusion.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path: Path = find_model("subject_diffusion", file)
+        tensors = read_subject_diffusion(path)
+        return io.NodeOutput(SubjectFile(tensors, read_about(tensors.metadata, path.name), path.name))
+
+
+class Subject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeSubject",
+            display_name="Subject",
+            description="A subject for Subject-Diffusion: its picture, its word in the prompt, and where it shall be.",
+            search_aliases=["subject diffusion", "box", "bounding box", "region"],
+            inputs=[
+                io.Image.Input("image", tooltip="The subject; of several pictures the first is taken."),
+                io.String.Input("word", default="", tooltip="Its word in the prompt, for example dog."),
+                io.Float.Input("left", default=0.25, **_SHARE, tooltip="Of the box, as a share of the width."),
+                io.Float.Input("top", default=0.25, **_SHARE, tooltip="Of the box, as a share of the height."),
+                io.Float.Input("width", default=0.5, **_SHARE, tooltip="Of the box, as a share of the picture's."),
+                io.Float.Input("height", default=0.75, **_SHARE, tooltip="Of the box, as a share of the picture's."),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="Where the subject is in its picture, white is the subject."
+                ),
+                io.Mask.Input(
+                    "place",
+                    optional=True,
+                    tooltip="Where it shall be, painted: the box around what is white, instead of the numbers.",
+                ),
+                SubjectsType.Input("subjects", optional=True, tooltip="Others, to which this one is added."),
+            ],
+            outputs=[
+                SubjectsType.Output(display_name="subjects", tooltip="To Apply Subject-Diffusion, or to another.")
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, image, word, left, top, width, height, mask=None, place=None, subjects: Sequence[OneSubject] = ()
+    ) -> io.NodeOutput:
+        if not word.strip():
+            raise PersonalizeError("The subject has no word: write its word in the prompt, for example dog.")
+        box = (left, top, left + width, top + height) if place is None else painted(place)
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise PersonalizeError(f'The box of "{word}" is empty: give it a width and a height above 0.')
+        if box[2] > EDGE + 1e-6 or box[3] > EDGE + 1e-6:
+            raise PersonalizeError(
+                f'The box of "{word}" reaches out of the picture (right {box[2]:g}, bottom {box[3]:g}): left + width and '
+                "top + height must be at most 1."
+            )
+        own = None if mask is None else mask[0]
+        if own is not None and own.shape != image.shape[1:3]:
+            raise PersonalizeError(
+                f'The mask of "{word}" is {own.shape[1]} x {own.shape[0]}, its picture {image.shape[2]} x '
+                f"{image.shape[1]}: they must be of one size."
+            )
+        if own is not None and not bool((own > 0.5).any()):
+            raise PersonalizeError(f'The mask of "{word}" is empty: paint where the subject is, or leave it out.')
+        one = OneSubject(image[0, ..., :3].cpu(), None if own is None else own.cpu(), word.strip(), box)
+        return io.NodeOutput([*subjects, one])
+
+
+def painted(place: Tensor) -> tuple[float, float, float, float]:
+    """The box around what is white of a mask [1, H, W], as shares."""
+    white = place[0] > 0.5
+    rows, columns = white.any(1).nonzero().flatten(), white.any(0).nonzero().flatten()
+    if len(rows) == 0:
+        raise PersonalizeError("The place is an empty mask: paint where the subject shall be.")
+    height, width = white.shape
+    return (
+        float(columns[0]) / width,
+        float(rows[0]) / height,
+        float(columns[-1] + 1) / width,
+        float(rows[-1] + 1) / height,
+    )
+
+
+class ApplySubjectDiffusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeApplySubjectDiffusion",
+            display_name="Apply Subject-Diffusion",
+            description="Puts subjects into a prompt, each from its picture and in its box.",
+            search_aliases=["subject diffusion", "gligen", "multi subject"],
+            inputs=[
+                io.Model.Input("model", tooltip="The base that the file was trained on, or one like it."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
+                io.ClipVision.Input("clip_vision", tooltip="The image encoder that the file was trained with."),
+                SubjectDiffusionType.Input("subject_diffusion", tooltip="From Load Subject-Diffusion."),
+                SubjectsType.Input("subjects", tooltip="From Subject."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="With every subject's word in it; the rest is added by itself.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="To the sampler or the guider."),
+                io.Conditioning.Output(
+                    display_name="CONDITIONING", tooltip="Prompt and subjects: to the positive input."
+                ),
+                io.Conditioning.Output(
+                    display_name="subjects only", tooltip="The subjects without the prompt: to Subject Guider."
+                ),
+                io.Clip.Output(
+                    display_name="CLIP", tooltip="The text encoder that was trained: for the negative prompt."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, clip, clip_vision, subject_diffusion: SubjectFile, subjects: Sequence[OneSubject], prompt: str
+    ) -> io.NodeOutput:
+        file = subject_diffusion
+        check_base(model, file.about, file.name, exactly=False)
+        check_words_of(prompt, subjects)
+        check_count(subjects, file)
+        parts = SubjectParts(file.tensors.parts)
+        layout, _ = unet_layout(model)
+        layers = layout.file_order()
+        if len(layers) != len(parts.adapters):
+            raise PersonalizeError(
+                f"{file.name} has {len(parts.adapters)} adapters, but this model has {len(layers)} blocks for them: it was "
+                "trained on another base."
+            )
+        pooled, patches = look_at(clip_vision, subjects, parts, file.name)
+        patched, text = with_weights(model, clip, file)
+        patched.set_model_input_block_patch(located)
+        words = parts.word(pooled)
+        positive = encode(text, fused_prompt(prompt, [one.word for one in subjects]), words)
+        boxes = torch.tensor([one.box for one in subjects])
+        there = torch.ones(1, len(subjects), dtype=torch.bool)
+        told = Told(parts.objects(patches[None], boxes[None], there), boxes)
+        added = ("position", patcher_of(parts, layers), told)
+        empty = text.encode_from_tokens_scheduled(text.tokenize(""))
+        with_subjects = (node_helpers.conditioning_set_values(cond, {"gligen": added}) for cond in (positive, empty))
+        return io.NodeOutput(patched, *with_subjects, text)
+
+
+def check_words_of(prompt: str, subjects: Sequence[OneSubject]) -> None:
+    """Raises PersonalizeError where a subject's word is not in the prompt, or the placeholder is."""
+    words = words_in(prompt)
+    plain = " ".join(words).lower()
+    for one in subjects:
+        if one.word.lower() not in plain:
+            raise PersonalizeError(
+                f'The word "{one.word}" of a subject is not in the prompt; its words are: {", ".join(words)}.'
+            )
+    if PLACEHOLDER in (word.lower() for word in words):
+        raise PersonalizeError(
+            f'The prompt has "{PLACEHOLDER}" in it, which stands for the subjects: use another word.'
+        )
+
+
+def check_count(subjects: Sequence[OneSubject], file: SubjectFile) -> None:
+    """Raises PersonalizeError where there are more subjects than the file was trained for."""
+    most = int((file.about.settings if file.about else {}).get("max_subjects", 2))
+    if len(subjects) > most:
+        raise PersonalizeError(f"{file.name} knows {most} subjects in a picture, but there are {len(subjects)}.")
+
+
+def look_at(clip_vision: Any, subjects: Sequence[OneSubject], parts: SubjectParts, name: str) -> tuple[Tensor, Tensor]:
+    """CLS features [n, D] and the last layer's patch tokens [n, T, H]."""
+    size = input_size(clip_vision)
+    seen = torch.stack([padded(one.image, one.mask, size) for one in subjects])
+    with torch.no_grad():
+        output = clip_vision.encode_image(seen)
+    pooled, patches = output["image_embeds"].float().cpu(), output["last_hidden_state"].float().cpu()[:, 1:]
+    wanted, found = tuple(parts.objects.null_features.shape), tuple(patches.shape[1:])
+    if wanted != found or pooled.shape[1] != parts.word.norm.weight.shape[0]:
+        raise PersonalizeError(
+            f"{name} takes {wanted[0]} image tokens of width {wanted[1]}, but this image encoder gives {found[0]} of width "
+            f"{found[1]}: use the one that it was trained with."
+        )
+    return pooled, patches
+
+
+def with_weights(model: Any, clip: Any, file: SubjectFile) -> tuple[Any, Any]:
+    """MODEL and CLIP with the file's own weights in place of theirs.
+
+    Raises:
+        PersonalizeError: they have others.
+    """
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    unet = {f"diffusion_model.{names[name]}": value for name, value in file.tensors.unet.items() if name in names}
+    first = file.tensors.parts["conv_in.weight"]
+    unet["diffusion_model.input_blocks.0.0.weight"] = first[:, :-1].contiguous()
+    unet["diffusion_model.input_blocks.0.0.bias"] = file.tensors.parts["conv_in.bias"]
+    state = clip.patcher.model.state_dict()
+    ending = "text_model.final_layer_norm.weight"
+    prefix = next((key.removesuffix(ending) for key in state if key.endswith(ending)), "")
+    text = {prefix + name: value for name, value in with_text_model(file.tensors.text).items()}
+    done = []
+    for thing, patcher, weights in ((model, model, unet), (clip, clip.patcher, text)):
+        shapes = {key: tuple(value.shape) for key, value in patcher.model.state_dict().items()}
+        wrong = [key for key, value in weights.items() if key in shapes and shapes[key] != tuple(value.shape)]
+        fitting = {key: ("set", (value,)) for key, value in weights.items() if key in shapes}
+        if wrong or not fitting:
+            raise PersonalizeError(
+                f"{file.name} does not fit this {'model' if thing is model else 'CLIP'}"
+                f"{f' ({wrong[0]})' if wrong else ''}: it was trained on another base."
+            )
+        clone = thing.clone()
+        clone.add_patches(fitting, 1.0)
+        done.append(clone)
+    return done[0], done[1]
+
+
+def encode(clip: Any, prompt: str, words: Tensor) -> Any:
+    """A prompt whose placeholders are vectors, [n, width], in the order in which they come."""
+    tokens = clip.tokenize(prompt)
+    (name,) = tokens.keys()
+    places = iter(words)
+    number = placeholder_of(clip)
+    windows = [
+        [(next(places) if entry[0] == number else entry[0], *entry[1:]) for entry in window] for window in tokens[name]
+    ]
+    if next(places, None) is not None:
+        raise PersonalizeError("The prompt is too long: its end, which names the subjects, is cut off.")
+    return clip.encode_from_tokens_scheduled({name: windows})
+
+
+def placeholder_of(clip: Any) -> Any:
+    """The placeholder's number in a CLIP."""
+    return tokens_of(clip.tokenize(PLACEHOLDER))[1]
+
+
+class SubjectGuider(comfy.samplers.CFGGuider):
+    """e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img); the host's pre- and post-CFG functions as in its own guider."""
+
+    scales: tuple[float, float] = (1.5, 7.5)
+
+    def set_three(self, positive: Any, image: Any, negative: Any, image_cfg: float, text_cfg: float) -> None:
+        """Args:
+        positive: CONDITIONING of prompt and subjects.
+        image: of the subjects alone.
+        negative: of neither.
+        image_cfg, text_cfg: s_i and s_t.
+        """
+        self.scales = image_cfg, text_cfg
+        self.inner_set_conds({"positive": positive, "negative": negative, "image": image})
+        self.set_cfg(text_cfg)
+
+    def predict_noise(self, x, timestep, model_options: dict[str, Any] | None = None, seed=None):
+        """Denoised [B, C, H, W]."""
+        options = model_options or {}
+        conds = [self.conds[name] for name in ("positive", "negative", "image")]
+        common = {"input": x, "sigma": timestep, "model": self.inner_model, "model_options": options}
+        out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
+        for function in options.get("sampler_pre_cfg_function", []):
+            out = function({"conds": conds, "conds_out": out, "cond_scale": self.cfg, "timestep": timestep, **common})
+        text, nothing, image = out
+        done = three_way(nothing, image, text, *self.scales)
+        told = {"cond_denoised": text, "uncond_denoised": nothing, "cond_scale": self.cfg, **common}
+        for function in options.get("sampler_post_cfg_function", []):
+            done = function({"denoised": done, "cond": conds[0], "uncond": conds[1], **told})
+        return done
+
+
+class GuideSubjects(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PersonalizeSubjectGuider",
+            display_name="Subject Guider",
+            description="Guides by the prompt and by the subjects, each at its own scale (Subject-Diffusion).",
+            search_aliases=["subject diffusion", "three way guidance", "dual cfg"],
+            inputs=[
+                io.Model.Input("model", tooltip="From Apply Subject-Diffusion."),
+                io.Conditioning.Input("positive", tooltip="Prompt and subjects, from Apply Subject-Diffusion."),
+                io.Conditioning.Input("subjects_only", tooltip="From Apply Subject-Diffusion."),
+                io.Conditioning.Input("negative", tooltip="Of neither: an empty or a negative prompt."),
+                io.Float.Input(
+                    "text_cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="How much the prompt guides."
+                ),
+                io.Float.Input(
+                    "subject_cfg", default=1.5, min=0.0, max=100.0, step=0.1, tooltip="How much the subjects guide."
+                ),
+            ],
+            outputs=[io.Guider.Output(tooltip="To SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, subjects_only, negative, text_cfg, subject_cfg) -> io.NodeOutput:
+        guider = SubjectGuider(model)
+        guider.set_three(positive, subjects_only, negative, subject_cfg, text_cfg)
+        return io.NodeOutput(guider)

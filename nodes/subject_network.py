@@ -1,0 +1,103 @@
+"""Subject-Diffusion inside ComfyUI's UNet, as the host knows GLIGEN: a conditioning brings its subjects with it.
+
+The host hands `set_position` of what a conditioning has under "gligen" the latent's shape, and calls what it returns
+between self- and cross-attention of every block, for this conditioning alone. The location channel is added after the
+first convolution, which is linear: conv([z, M]) = conv(z) + conv(M).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import torch
+import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor, nn
+
+from ..models.blocks import Layer
+from ..models.subject_diffusion import SubjectParts, inside_boxes, location_mask
+
+
+@dataclass(frozen=True)
+class Told:
+    """What one conditioning says about its subjects."""
+
+    objects: Tensor
+    """Their tokens, [1, K, width]; zeros: no subjects."""
+    boxes: Tensor | None
+    """[n, 4], shares of the picture; None: no location."""
+
+
+class SubjectModule(nn.Module):
+    """The parts, and which of them stands in which block."""
+
+    def __init__(self, parts: SubjectParts, layers: Sequence[Layer]):
+        super().__init__()
+        self.parts = parts
+        self.places = {(layer.block, layer.id, layer.depth): i for i, layer in enumerate(layers)}
+
+    def set_position(self, shape: Sequence[int], told: Told, device: torch.device) -> "SubjectPatch":
+        """As the host asks for it: of a latent's shape [B, C, h, w]."""
+        location = None
+        if told.boxes is not None:
+            height, width = shape[-2:]
+            inside = inside_boxes(told.boxes, height * 8, width * 8)
+            location = location_mask(inside, height, width)[None].to(device)
+        return SubjectPatch(self, told.objects.to(device), location)
+
+    def set_empty(self, shape: Sequence[int], device: torch.device) -> "SubjectPatch":
+        """As the host asks for it, of an area without."""
+        zeros = torch.zeros(1, 1, self.parts.objects.mlp.fc2.out_features, device=device)
+        return SubjectPatch(self, zeros, None)
+
+
+class SubjectPatch:
+    """Called by the host between the attentions; the wrapper asks it for the location."""
+
+    def __init__(self, module: SubjectModule, objects: Tensor, location: Tensor | None):
+        self.module, self.objects, self.location = module, objects, location
+
+    def __call__(self, x: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        block, number = options["block"]
+        place = self.module.places[block, number, options["block_index"]]
+        return self.module.parts.adapt(place, x, self.objects, options["n_heads"])
+
+
+def located(h: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """After an input block: the first one's is told where the subjects are, if the conditioning that runs says so."""
+    if options["block"] != ("input", 0):
+        return h
+    for patch in options.get("patches", {}).get("middle_patch", ()):
+        if isinstance(patch, SubjectPatch) and patch.location is not None:
+            h = h + patch.module.parts.located(patch.location).to(h)
+    return h
+
+
+def patcher_of(parts: SubjectParts, layers: Sequence[Layer]) -> ModelPatcher:
+    """The parts as the host loads them beside the UNet."""
+    module = SubjectModule(parts, layers)
+    device = comfy.model_management.get_torch_device()
+    return ModelPatcher(module, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+
+
+def padded(picture: Tensor, mask: Tensor | None, size: int) -> Tensor:
+    """A subject as the trainer shows it: alone on white, square: [H, W, 3] -> [size, size, 3], 0..1.
+
+    Args:
+        picture: RGB, 0..1.
+        mask: [H, W], 1 is the subject; None: all of it.
+        size: of the encoder's input.
+    """
+    if mask is not None:
+        rows, columns = (mask > 0.5).any(1).nonzero().flatten(), (mask > 0.5).any(0).nonzero().flatten()
+        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+        alpha = (mask > 0.5)[top:bottom, left:right, None].to(picture)
+        picture = picture[top:bottom, left:right] * alpha + (1 - alpha)
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    above, before = round((side - height) / 2), round((side - width) / 2)  # as Pillow's ImageOps.pad has it
+    border = (before, side - width - before, above, side - height - above)
+    planes = F.pad(picture.permute(2, 0, 1)[None], border, value=1.0)
+    return F.interpolate(planes, (size, size), mode="bicubic", antialias=True).clamp(0, 1)[0].permute(1, 2, 0)

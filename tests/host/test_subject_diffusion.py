@@ -1,0 +1,160 @@
+"""Subject-Diffusion in ComfyUI: as headless, what it gives the host, and what it says when something is wrong."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import EulerDiscreteScheduler
+from finetuning import CHECKPOINT
+from identity_sets import ENCODER
+from inprocess import node, patched
+from pack.models.weight_files import read_safetensors, write_safetensors
+from pack.training.base_model import load_base
+from pack.training.generate import Sampling
+from pack.training.image_encoder import load_image_encoder
+from pack.training.pocket.subject_set import write_subjects
+from pack.training.subject_data import read_subjects
+from pack.training.subject_drawing import Placed, SubjectArtist, SubjectJob
+from PIL import Image
+from sampling import encode, pixels
+from subject_sets import train_subjects
+
+NAME = "subjects.safetensors"
+PROMPT = "a smiling cat and a sad woman, on a blue background"
+BOXES = ((0.1, 0.2, 0.45, 1.0), (0.55, 0.2, 0.9, 1.0))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("subjects")
+    write_subjects(folder, 0, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def file(host, root, data, tmp_path_factory):
+    """Trained for a step, with its gates and its location opened wide."""
+    (path,) = train_subjects(root, data, tmp_path_factory.mktemp("training"), max_train_steps=1)
+    tensors, about = read_safetensors(path)
+    for i, (name, value) in enumerate(tensors.items()):
+        if name.endswith(("alpha_attn", "alpha_dense")):
+            tensors[name] = torch.full_like(value, 0.4)
+        if name == "parts.conv_in.weight":
+            noise = torch.randn(value[:, -1:].shape, generator=torch.Generator().manual_seed(i))
+            tensors[name] = torch.cat([value[:, :-1], 0.1 * noise.to(value)], 1)
+    where = host.base / "models" / "subject_diffusion" / NAME
+    where.parent.mkdir(exist_ok=True)
+    write_safetensors(where, tensors, about)
+    return where
+
+
+@pytest.fixture(scope="module")
+def crops(data):
+    found = [one for picture in read_subjects(data) for one in picture.subjects]
+    return [found[0].crop, found[1].crop]
+
+
+def subjects(host, crops, words=("cat", "woman"), boxes=BOXES):
+    listed = ()
+    for crop, word, (left, top, right, bottom) in zip(crops, words, boxes, strict=True):
+        picture = torch.from_numpy(np.asarray(Image.open(crop), np.float32) / 255)
+        (listed,) = node(host, "Subject")(
+            picture[None, ..., :3], word, left, top, right - left, bottom - top, picture[None, ..., 3], None, listed
+        )
+    return listed
+
+
+def applied(host, loaded, clip_vision, listed, prompt=PROMPT):
+    file = node(host, "LoadSubjectDiffusion")(NAME)[0]
+    return node(host, "ApplySubjectDiffusion")(loaded[0], loaded[1], clip_vision, file, listed, prompt)
+
+
+def drawn(host, model, positive, only, negative, noise, scales=(7.5, 1.5), guide=None):
+    nodes = host.nodes.NODE_CLASS_MAPPINGS
+    guider = guide or node(host, "SubjectGuider")(model, positive, only, negative, *scales)[0]
+    import comfy.samplers
+
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "ddim_uniform", 20)
+    sampler = comfy.samplers.sampler_object("euler")
+    assert "SamplerCustomAdvanced" in nodes
+    with torch.inference_mode():
+        return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0)
+
+
+def test_in_comfyui_as_headless(host, root, loaded, clip_vision, file, crops, tmp_path):
+    model, positive, only, clip = applied(host, loaded, clip_vision, subjects(host, crops))
+    negative = encode(host, clip, "")
+    base = load_base(str(root / CHECKPOINT))
+    scheduler = EulerDiscreteScheduler.from_config(base.pipeline.scheduler.config)
+    scheduler.set_timesteps(20)
+    artist = SubjectArtist(base, file, load_image_encoder(root / ENCODER))
+    placed = tuple(Placed(*one) for one in zip(crops, ("cat", "woman"), BOXES, strict=True))
+    job = SubjectJob(tmp_path / "picture.png", PROMPT, 3, placed)
+    artist.draw(Accelerator(), [job], Sampling(64, 20, 7.5, width=96), "Drawing")
+    ours = np.asarray(Image.open(job.path)).astype(np.float32) / 255
+    noise = torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3))
+    sigma = loaded[0].get_model_object("model_sampling").sigma(torch.tensor(951.0))
+    given = noise * scheduler.init_noise_sigma / sigma
+    latent = drawn(host, model, positive, only, negative, given)
+    theirs = pixels(loaded, latent).numpy()[0]
+    assert np.abs(ours - theirs).max() * 255 <= 2
+    plain = pixels(loaded, drawn(host, model, encode(host, clip, PROMPT), negative, negative, given)).numpy()[0]
+    assert np.abs(plain - theirs).max() * 255 > 20
+    moved = subjects(host, crops, boxes=BOXES[::-1])
+    other = applied(host, loaded, clip_vision, moved)
+    exchanged = pixels(loaded, drawn(host, *other[:3], negative, given)).numpy()[0]
+    assert np.abs(exchanged - theirs).max() * 255 > 20
+    assert not loaded[0].patches, "the host's model is as it was"
+
+
+def test_what_is_patched(host, loaded, clip_vision, file, crops):
+    model, _, _, clip = applied(host, loaded, clip_vision, subjects(host, crops))
+    tensors, _ = read_safetensors(file)
+    trained = [name for name in tensors if name.startswith("unet.")]
+    assert len(model.patches) == len(trained) + 2
+    key = "diffusion_model.input_blocks.0.0.weight"
+    torch.testing.assert_close(
+        patched(model, key), tensors["parts.conv_in.weight"][:, :-1].float(), rtol=1e-2, atol=1e-3
+    )
+    assert len(clip.patcher.patches) == len([name for name in tensors if name.startswith("text.")])
+
+
+def test_three_scales_that_are_one(host, loaded, clip_vision, file, crops):
+    """s_i = s_t = 1 is the positive conditioning alone."""
+    model, positive, only, clip = applied(host, loaded, clip_vision, subjects(host, crops))
+    negative, noise = encode(host, clip, ""), torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3))
+    import comfy.samplers
+
+    plain = comfy.samplers.CFGGuider(model)
+    plain.set_conds(positive, negative)
+    plain.set_cfg(1.0)
+    one = drawn(host, model, positive, only, negative, noise, guide=plain)
+    other = drawn(host, model, positive, only, negative, noise, (1.0, 1.0))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_wrong_is_told(host, loaded, clip_vision, file, crops):
+    with pytest.raises(
+        ValueError, match=r'^The word "horse" of a subject is not in the prompt; its words are: a, smiling'
+    ):
+        applied(host, loaded, clip_vision, subjects(host, crops, words=("horse", "woman")))
+    three = subjects(host, [*crops, crops[0]], ("cat", "woman", "cat"), (*BOXES, BOXES[0]))
+    with pytest.raises(ValueError, match=r"knows 2 subjects in a picture, but there are 3"):
+        applied(host, loaded, clip_vision, three)
+    with pytest.raises(ValueError, match=r'^The prompt has "sks" in it'):
+        applied(host, loaded, clip_vision, subjects(host, crops), "a sks cat and a woman")
+    make, picture = node(host, "Subject"), torch.rand(1, 20, 30, 3)
+    cases = {
+        r"^The subject has no word": (picture, " ", 0, 0, 1, 1),
+        r'^The box of "cat" is empty': (picture, "cat", 0.2, 0.2, 0, 0.5),
+        r'^The box of "cat" reaches out of the picture \(right 1\.2, bottom 0\.5\)': (picture, "cat", 0.7, 0, 0.5, 0.5),
+        r'^The mask of "cat" is empty': (picture, "cat", 0, 0, 1, 1, torch.zeros(1, 20, 30)),
+        r'^The mask of "cat" is 5 x 4, its picture 30 x 20': (picture, "cat", 0, 0, 1, 1, torch.ones(1, 4, 5)),
+        r"^The place is an empty mask": (picture, "cat", 0, 0, 1, 1, None, torch.zeros(1, 8, 8)),
+    }
+    for sentence, given in cases.items():
+        with pytest.raises(ValueError, match=sentence):
+            make(*given)
+    place = torch.zeros(1, 8, 10)
+    place[:, 2:6, 5:10] = 1
+    assert make(picture, "cat", 0, 0, 1, 1, None, place)[0][0].box == (0.5, 0.25, 1.0, 0.75)

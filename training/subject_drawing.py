@@ -1,0 +1,200 @@
+"""Pictures by Subject-Diffusion, headless: prompts with subjects from their crops, each in its box."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+from transformers import CLIPVisionModelWithProjection
+
+from .base_model import BaseModel
+from .encoding import guiding, read_text
+from .generate import SOLVERS, Job, Sampling, save_drawn
+from .shared import (
+    PersonalizeError,
+    fused_prompt,
+    inside_boxes,
+    location_mask,
+    read_subject_diffusion,
+    three_way,
+)
+from .subject_data import Entity
+from .subject_diffusion import placeholder_of
+from .subject_features import encode_subjects, look_of
+from .subject_network import Placeholders, SubjectNetwork
+from .watch import decode, resting
+
+IMAGE_SCALE = 1.5
+"""s_i of the authors' code; s_t is the sampling's guidance."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A subject of a picture to draw."""
+
+    crop: Path
+    """The subject alone."""
+    word: str
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom, as shares."""
+
+
+@dataclass(frozen=True)
+class SubjectJob:
+    """One picture to draw."""
+
+    path: Path
+    prompt: str
+    seed: int
+    subjects: tuple[Placed, ...]
+    wishes: Mapping[str, Any] = field(default_factory=dict)
+
+
+class SubjectArtist:
+    """A base with a file of Subject-Diffusion."""
+
+    def __init__(self, base: BaseModel, path: Path, encoder: CLIPVisionModelWithProjection):
+        """Args:
+        base: on its device; it is changed.
+        path: of the file.
+        encoder: that it was trained with, on its device.
+
+        Raises:
+            PersonalizeError: the file is none, or does not fit.
+        """
+        tensors, unet, (text,) = read_subject_diffusion(path), base.pipeline.unet, base.text_encoders
+        config = encoder.config
+        tokens = (config.image_size // config.patch_size) ** 2
+        self.base, self.encoder = base, encoder
+        self.network = SubjectNetwork(unet, config.projection_dim, config.hidden_size, tokens).to(unet.device)
+        try:
+            self.network.load_state_dict(tensors.parts)
+            unet.load_state_dict(tensors.unet, strict=False)
+            text.load_state_dict(tensors.text, strict=False)
+        except RuntimeError as error:
+            raise PersonalizeError(f"{path.name} does not fit {base.name} and the image encoder: {error}") from None
+        self.network.requires_grad_(False)
+        self.network.attach(unet)
+        self.placeholders = Placeholders(text, placeholder_of(base))
+        self.seen: dict[Path, tuple[Tensor, Tensor]] = {}
+
+    def draw(
+        self,
+        accelerator: Accelerator,
+        jobs: Sequence[SubjectJob],
+        sampling: Sampling,
+        title: str,
+        image_scale: float = IMAGE_SCALE,
+    ) -> int:
+        """Draw what is missing of the jobs; returns how many this process drew."""
+        missing = [job for job in jobs if not job.path.exists()]
+        accelerator.wait_for_everyone()
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        bar = tqdm(total=len(mine), desc=title, unit=" pictures", disable=not accelerator.is_main_process, leave=False)
+        with resting(self.base), bar:
+            for start in range(0, len(mine), sampling.batch):
+                some = mine[start : start + sampling.batch]
+                for job, picture in zip(some, self._draw(some, sampling, image_scale), strict=True):
+                    save_drawn(Job(job.path, job.prompt, job.seed, wishes=job.wishes), picture)
+                bar.update(len(some))
+        accelerator.wait_for_everyone()
+        return len(mine)
+
+    def _features(self, one: Placed) -> tuple[Tensor, Tensor]:
+        if one.crop not in self.seen:
+            entity = Entity(one.word, one.box, 1.0, one.crop, one.crop)
+            look = look_of(entity, 0, None, np.random.default_rng(0), self.encoder.config.image_size)
+            pooled, patches = encode_subjects(self.encoder, look[None])
+            self.seen[one.crop] = pooled[0], patches[0]
+        return self.seen[one.crop]
+
+    def _told(self, jobs: Sequence[SubjectJob], height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Object tokens [n, K, C], location [n, 1, h, w], and the placeholders' vectors [m, C], in the order of the texts."""
+        device, most = self.base.pipeline.unet.device, max(len(job.subjects) for job in jobs)
+        scale = self.base.pipeline.vae_scale_factor
+        patches, boxes, there, masks, words = [], [], [], [], []
+        for job in jobs:
+            features = [self._features(one) for one in job.subjects]
+            words += [pooled for pooled, _ in features]
+            lack = most - len(features)
+            empty = torch.zeros_like(features[0][1])
+            patches.append(torch.stack([tokens for _, tokens in features] + [empty] * lack))
+            own = torch.tensor([one.box for one in job.subjects])
+            boxes.append(torch.cat([own, torch.zeros(lack, 4)]))
+            there.append([i < len(features) for i in range(most)])
+            masks.append(location_mask(inside_boxes(own, height, width), height // scale, width // scale))
+        objects = self.network.objects(
+            torch.stack(patches).to(device), torch.stack(boxes).to(device), torch.tensor(there, device=device)
+        )
+        return objects, torch.stack(masks).to(device), self.network.word(torch.stack(words).to(device))
+
+    @torch.no_grad()
+    def _draw(self, jobs: Sequence[SubjectJob], sampling: Sampling, image_scale: float) -> list[Image.Image]:
+        pipeline, n = self.base.pipeline, len(jobs)
+        device, dtype = pipeline.unet.device, pipeline.unet.dtype
+        height, width, step = sampling.resolution, sampling.width or sampling.resolution, pipeline.vae_scale_factor
+        shape = (pipeline.unet.config.in_channels, height // step, width // step)
+        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs]
+        objects, masks, self.placeholders.vectors = self._told(jobs, height, width)
+        texts = [fused_prompt(job.prompt, [one.word for one in job.subjects]) for job in jobs]
+        positive = read_text(self.base, texts).to(device, dtype)
+        nothing = read_text(self.base, [""] * n).to(device, dtype)
+        before, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+        pipeline.scheduler = SOLVERS[sampling.solver].from_config(before.config)
+        pipeline.set_progress_bar_config(disable=True)
+        try:
+            with self._three_ways(objects, masks, nothing.states, positive.states, image_scale, sampling.guidance):
+                latents = pipeline(
+                    **guiding(positive, nothing),
+                    latents=torch.stack(noise).to(device, dtype),
+                    height=height,
+                    width=width,
+                    num_inference_steps=sampling.steps,
+                    guidance_scale=sampling.guidance,
+                    output_type="latent",
+                ).images
+        finally:
+            pipeline.scheduler = before
+            pipeline.set_progress_bar_config(**progress)
+            self.network.seen = self.network.conv_in.mask = self.placeholders.vectors = None
+        return [picture for row in latents.split(1) for picture in decode(pipeline.vae, row)]
+
+    @contextmanager
+    def _three_ways(
+        self, objects: Tensor, masks: Tensor, nothing: Tensor, text: Tensor, image_scale: float, text_scale: float
+    ) -> Iterator[None]:
+        """A block in which the UNet predicts all three, and passes on what guides like them.
+
+        Its caller's guidance, e_0 + s (e - e_0), then is e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img).
+        """
+        unet, network, n = self.base.pipeline.unet, self.network, len(objects)
+        forward = unet.forward
+        network.seen = torch.cat([torch.zeros_like(objects), objects, objects])
+        network.conv_in.mask = torch.cat([torch.zeros_like(masks), masks, masks])
+        states = torch.cat([nothing, nothing, text])
+
+        def predict(sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, **kwargs) -> tuple[Tensor]:
+            out = forward(
+                sample[:n].repeat(3, 1, 1, 1),
+                timestep,
+                encoder_hidden_states=states,
+                **{**kwargs, "return_dict": False},
+            )[0]
+            none, image, both = out.chunk(3)
+            done = three_way(none, image, both, image_scale, text_scale)
+            if len(sample) == n:
+                return (done,)
+            return (torch.cat([none, none + (done - none) / text_scale]),)
+
+        unet.forward = predict
+        try:
+            yield
+        finally:
+            unet.forward = forward
