@@ -175,24 +175,30 @@ class ApplySubjectDiffusion(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="With every subject's word in it; the rest is added by itself.",
                 ),
+                io.String.Input(
+                    "negative_prompt", default="", multiline=True, tooltip="What is guided away from; often nothing."
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="To the sampler or the guider."),
-                io.Conditioning.Output(
-                    display_name="CONDITIONING", tooltip="Prompt and subjects: to the positive input."
-                ),
+                io.Conditioning.Output(display_name="positive", tooltip="Prompt and subjects."),
+                io.Conditioning.Output(display_name="negative", tooltip="Neither, as the model was trained to see it."),
                 io.Conditioning.Output(
                     display_name="subjects only", tooltip="The subjects without the prompt: to Subject Guider."
-                ),
-                io.Clip.Output(
-                    display_name="CLIP", tooltip="The text encoder that was trained: for the negative prompt."
                 ),
             ],
         )
 
     @classmethod
     def execute(
-        cls, model, clip, clip_vision, subject_diffusion: SubjectFile, subjects: Sequence[OneSubject], prompt: str
+        cls,
+        model,
+        clip,
+        clip_vision,
+        subject_diffusion: SubjectFile,
+        subjects: Sequence[OneSubject],
+        prompt: str,
+        negative_prompt: str = "",
     ) -> io.NodeOutput:
         file = subject_diffusion
         check_base(model, file.about, file.name, exactly=False)
@@ -213,11 +219,15 @@ class ApplySubjectDiffusion(io.ComfyNode):
         positive = encode(text, fused_prompt(prompt, [one.word for one in subjects]), words)
         boxes = torch.tensor([one.box for one in subjects])
         there = torch.ones(1, len(subjects), dtype=torch.bool)
-        told = Told(parts.objects(patches[None], boxes[None], there), boxes)
-        added = ("position", patcher_of(parts, layers), told)
-        empty = text.encode_from_tokens_scheduled(text.tokenize(""))
-        with_subjects = (node_helpers.conditioning_set_values(cond, {"gligen": added}) for cond in (positive, empty))
-        return io.NodeOutput(patched, *with_subjects, text)
+        objects, patcher = parts.objects(patches[None], boxes[None], there), patcher_of(parts, layers)
+        negative, empty = (text.encode_from_tokens_scheduled(text.tokenize(own)) for own in (negative_prompt, ""))
+        nobody = Told(torch.zeros_like(objects), None)
+
+        def told(cond: Any, subjects: Told) -> Any:
+            return node_helpers.conditioning_set_values(cond, {"gligen": ("position", patcher, subjects)})
+
+        shown = Told(objects, boxes)
+        return io.NodeOutput(patched, told(positive, shown), told(negative, nobody), told(empty, shown))
 
 
 def check_words_of(prompt: str, subjects: Sequence[OneSubject]) -> None:
@@ -350,9 +360,9 @@ class GuideSubjects(io.ComfyNode):
             search_aliases=["subject diffusion", "three way guidance", "dual cfg"],
             inputs=[
                 io.Model.Input("model", tooltip="From Apply Subject-Diffusion."),
-                io.Conditioning.Input("positive", tooltip="Prompt and subjects, from Apply Subject-Diffusion."),
+                io.Conditioning.Input("positive", tooltip="From Apply Subject-Diffusion."),
+                io.Conditioning.Input("negative", tooltip="From Apply Subject-Diffusion."),
                 io.Conditioning.Input("subjects_only", tooltip="From Apply Subject-Diffusion."),
-                io.Conditioning.Input("negative", tooltip="Of neither: an empty or a negative prompt."),
                 io.Float.Input(
                     "text_cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="How much the prompt guides."
                 ),
@@ -364,7 +374,7 @@ class GuideSubjects(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, subjects_only, negative, text_cfg, subject_cfg) -> io.NodeOutput:
+    def execute(cls, model, positive, negative, subjects_only, text_cfg, subject_cfg) -> io.NodeOutput:
         guider = SubjectGuider(model)
         guider.set_three(positive, subjects_only, negative, subject_cfg, text_cfg)
         return io.NodeOutput(guider)

@@ -95,8 +95,7 @@ def read_subjects(folder: Path) -> list[SubjectPicture]:
     path = folder / METADATA
     if not path.is_file():
         raise PersonalizeError(
-            f"{folder} has no {METADATA}: make the data set with python -m training.build_subject_data, or "
-            "python -m training.pocket subjects."
+            f"{folder} has no {METADATA}: it is no data set of pictures with their subjects' words, boxes, masks and crops."
         )
     found, problems = [], list[str]()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

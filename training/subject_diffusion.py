@@ -3,8 +3,8 @@
     python -m training.subject_diffusion --pretrained_model_name_or_path MODEL --image_encoder ENCODER \\
         --instance_data_dir SUBJECTS --output_dir FOLDER
 
-SUBJECTS is a data set of captions, words, boxes, masks and crops, as `python -m training.build_subject_data` makes it of
-a folder of pictures. What trains: the adapters between self- and cross-attention, the first convolution, W_k and W_v of
+SUBJECTS is a data set of captions, words, boxes, masks and crops (training/subject_data.py says how it looks; `python -m
+training.pocket subjects` draws one). What trains: the adapters between self- and cross-attention, the first convolution, W_k and W_v of
 the cross-attention, the text encoder, and what makes tokens of the image encoder's features.
 """
 

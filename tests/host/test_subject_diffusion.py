@@ -38,7 +38,7 @@ def file(host, root, data, tmp_path_factory):
     tensors, about = read_safetensors(path)
     for i, (name, value) in enumerate(tensors.items()):
         if name.endswith(("alpha_attn", "alpha_dense")):
-            tensors[name] = torch.full_like(value, 0.4)
+            tensors[name] = torch.full_like(value, 0.2)
         if name == "parts.conv_in.weight":
             noise = torch.randn(value[:, -1:].shape, generator=torch.Generator().manual_seed(i))
             tensors[name] = torch.cat([value[:, :-1], 0.1 * noise.to(value)], 1)
@@ -69,46 +69,44 @@ def applied(host, loaded, clip_vision, listed, prompt=PROMPT):
     return node(host, "ApplySubjectDiffusion")(loaded[0], loaded[1], clip_vision, file, listed, prompt)
 
 
-def drawn(host, model, positive, only, negative, noise, scales=(7.5, 1.5), guide=None):
-    nodes = host.nodes.NODE_CLASS_MAPPINGS
-    guider = guide or node(host, "SubjectGuider")(model, positive, only, negative, *scales)[0]
+def drawn(host, model, positive, negative, only, noise, scales=(4.0, 1.5), guide=None):
+    guider = guide or node(host, "SubjectGuider")(model, positive, negative, only, *scales)[0]
     import comfy.samplers
 
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "ddim_uniform", 20)
     sampler = comfy.samplers.sampler_object("euler")
-    assert "SamplerCustomAdvanced" in nodes
     with torch.inference_mode():
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0)
 
 
 def test_in_comfyui_as_headless(host, root, loaded, clip_vision, file, crops, tmp_path):
-    model, positive, only, clip = applied(host, loaded, clip_vision, subjects(host, crops))
-    negative = encode(host, clip, "")
+    model, positive, negative, only = applied(host, loaded, clip_vision, subjects(host, crops))
     base = load_base(str(root / CHECKPOINT))
     scheduler = EulerDiscreteScheduler.from_config(base.pipeline.scheduler.config)
     scheduler.set_timesteps(20)
     artist = SubjectArtist(base, file, load_image_encoder(root / ENCODER))
     placed = tuple(Placed(*one) for one in zip(crops, ("cat", "woman"), BOXES, strict=True))
     job = SubjectJob(tmp_path / "picture.png", PROMPT, 3, placed)
-    artist.draw(Accelerator(), [job], Sampling(64, 20, 7.5, width=96), "Drawing")
+    artist.draw(Accelerator(), [job], Sampling(64, 20, 4.0, width=96), "Drawing")
     ours = np.asarray(Image.open(job.path)).astype(np.float32) / 255
     noise = torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3))
     sigma = loaded[0].get_model_object("model_sampling").sigma(torch.tensor(951.0))
     given = noise * scheduler.init_noise_sigma / sigma
-    latent = drawn(host, model, positive, only, negative, given)
+    latent = drawn(host, model, positive, negative, only, given)
     theirs = pixels(loaded, latent).numpy()[0]
     assert np.abs(ours - theirs).max() * 255 <= 2
-    plain = pixels(loaded, drawn(host, model, encode(host, clip, PROMPT), negative, negative, given)).numpy()[0]
+    plain = encode(host, loaded[1], PROMPT)
+    plain = pixels(loaded, drawn(host, model, plain, negative, negative, given)).numpy()[0]
     assert np.abs(plain - theirs).max() * 255 > 20
-    moved = subjects(host, crops, boxes=BOXES[::-1])
+    moved = subjects(host, crops, boxes=((0.0, 0.0, 0.2, 0.5), (0.7, 0.0, 1.0, 0.4)))
     other = applied(host, loaded, clip_vision, moved)
-    exchanged = pixels(loaded, drawn(host, *other[:3], negative, given)).numpy()[0]
-    assert np.abs(exchanged - theirs).max() * 255 > 20
+    elsewhere = pixels(loaded, drawn(host, *other, given)).numpy()[0]
+    assert np.abs(elsewhere - theirs).max() * 255 > 20
     assert not loaded[0].patches, "the host's model is as it was"
 
 
 def test_what_is_patched(host, loaded, clip_vision, file, crops):
-    model, _, _, clip = applied(host, loaded, clip_vision, subjects(host, crops))
+    model = applied(host, loaded, clip_vision, subjects(host, crops))[0]
     tensors, _ = read_safetensors(file)
     trained = [name for name in tensors if name.startswith("unet.")]
     assert len(model.patches) == len(trained) + 2
@@ -116,20 +114,19 @@ def test_what_is_patched(host, loaded, clip_vision, file, crops):
     torch.testing.assert_close(
         patched(model, key), tensors["parts.conv_in.weight"][:, :-1].float(), rtol=1e-2, atol=1e-3
     )
-    assert len(clip.patcher.patches) == len([name for name in tensors if name.startswith("text.")])
 
 
 def test_three_scales_that_are_one(host, loaded, clip_vision, file, crops):
     """s_i = s_t = 1 is the positive conditioning alone."""
-    model, positive, only, clip = applied(host, loaded, clip_vision, subjects(host, crops))
-    negative, noise = encode(host, clip, ""), torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3))
+    model, positive, negative, only = applied(host, loaded, clip_vision, subjects(host, crops))
+    noise = torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3))
     import comfy.samplers
 
     plain = comfy.samplers.CFGGuider(model)
     plain.set_conds(positive, negative)
     plain.set_cfg(1.0)
-    one = drawn(host, model, positive, only, negative, noise, guide=plain)
-    other = drawn(host, model, positive, only, negative, noise, (1.0, 1.0))
+    one = drawn(host, model, positive, negative, only, noise, guide=plain)
+    other = drawn(host, model, positive, negative, only, noise, (1.0, 1.0))
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 

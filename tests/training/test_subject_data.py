@@ -149,7 +149,7 @@ def test_a_crop_shows_the_subject_alone():
 
 
 def test_what_is_wrong_with_a_data_set_is_told(tmp_path):
-    with pytest.raises(PersonalizeError, match=r"has no metadata.jsonl: make the data set with python -m training"):
+    with pytest.raises(PersonalizeError, match=r"has no metadata.jsonl: it is no data set of pictures with"):
         read_subjects(tmp_path)
     made(tmp_path)
     good = json.loads((tmp_path / METADATA).read_text())

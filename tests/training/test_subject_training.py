@@ -1,0 +1,130 @@
+"""Subject-Diffusion's trainer: what starts as the base, what trains, and what it says when something is wrong."""
+
+import json
+
+import pytest
+import torch
+from finetuning import CHECKPOINT
+from identity_sets import ENCODER
+from pack.models.custom_diffusion import KEYS_AND_VALUES, is_trained
+from pack.models.errors import PersonalizeError
+from pack.models.subject_diffusion import read_subject_diffusion
+from pack.training.base_model import load_base
+from pack.training.image_encoder import load_image_encoder
+from pack.training.pocket.subject_set import subject_scene, write_subjects
+from pack.training.preflight import preflight
+from pack.training.subject_conditioning import PARTS
+from pack.training.subject_data import METADATA, read_subjects
+from pack.training.subject_network import SubjectNetwork
+from subject_sets import settings_of_subjects, train_subjects
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("subjects")
+    write_subjects(folder, 0, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(root, data, tmp_path_factory):
+    """Two steps at a high rate, with held-out pictures: the settings' folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    held = folder / "held"
+    write_subjects(held, 100, 2)
+    values = {"validation_data_dir": str(held), "validation_prompt": ["a {entity} on the beach"], "validation_steps": 2}
+    train_subjects(root, data, folder / "out", learning_rate=1e-3, save_precision="fp32", **values)
+    return folder / "out"
+
+
+def test_it_starts_as_the_base_bit_for_bit(root):
+    base = load_base(str(root / CHECKPOINT))
+    unet, config = base.pipeline.unet, load_image_encoder(root / ENCODER).config
+    x, text = torch.randn(2, 32, 8, 12), torch.randn(2, 77, 64)
+    with torch.no_grad():
+        expected = unet(x, 500, text).sample
+        network = SubjectNetwork(unet, config.projection_dim, config.hidden_size, 64)
+        network.attach(unet)
+        assert torch.equal(unet(x, 500, text).sample, expected)
+        network.conv_in.mask, network.seen = torch.rand(2, 1, 8, 12), torch.randn(2, 128, 64)
+        assert torch.equal(unet(x, 500, text).sample, expected)
+        network.conv_in.weight[:, -1] = 0.1
+        located = unet(x, 500, text).sample
+        assert not torch.equal(located, expected)
+        network.adapters[0].alpha_attn.fill_(0.5)
+        assert not torch.equal(unet(x, 500, text).sample, located)
+
+
+def test_what_trains_is_in_the_file(root, trained):
+    base, file = load_base(str(root / CHECKPOINT)), read_subject_diffusion(trained / "subject_diffusion.safetensors")
+    unet, text = base.pipeline.unet.state_dict(), base.text_encoders[0].state_dict()
+    kv = {name for name in unet if is_trained(name.rpartition(".")[0], KEYS_AND_VALUES)}
+    assert file.unet.keys() == kv
+    assert file.text.keys() == text.keys()
+    for name in kv:
+        assert not torch.equal(file.unet[name], unet[name].float())
+    moved = [name for name in text if not torch.equal(file.text[name], text[name].float())]
+    assert len(moved) > len(text) // 2
+    first = file.parts["conv_in.weight"]
+    assert first.shape[1] == unet["conv_in.weight"].shape[1] + 1
+    assert first[:, -1].abs().max() > 0
+    gates = [value for name, value in file.parts.items() if name.endswith("alpha_attn")]
+    assert len(gates) == 10
+    assert all(gate != 0 for gate in gates)
+    assert file.metadata["personalize.method"] == "subject_diffusion"
+
+
+def test_it_is_watched(trained):
+    lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert any("validation_loss" in line for line in lines)
+    assert (trained / "samples" / "step-0000002.png").exists()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_is_left_out(root, data, tmp_path, part):
+    (path,) = train_subjects(root, data, tmp_path, without=[part], max_train_steps=2, learning_rate=1e-3)
+    parts = read_subject_diffusion(path).parts
+    location = parts["conv_in.weight"][:, -1].abs().max() > 0
+    gates = any(float(value) != 0 for name, value in parts.items() if name.endswith("alpha_attn"))
+    assert (bool(location), gates) == (part != "location control", part != "adapter")
+
+
+def test_true_boxes_and_masks(data):
+    pictures = read_subjects(data)
+    assert {len(one.subjects) for one in pictures} == {1, 2}
+    for number, one in enumerate(pictures):
+        scene = subject_scene(number)
+        for subject, entity, place in zip(scene.subjects, one.subjects, scene.places, strict=True):
+            left, _, right, _ = entity.box
+            assert entity.entity == subject.identity.kind
+            assert abs((left + right) / 2 - place) < 0.12
+    before = (data / METADATA).read_text()
+    assert write_subjects(data, 0, 6) == 6
+    assert (data / METADATA).read_text() == before, "what is there is left as it is"
+
+
+def test_what_is_wrong_is_told(root, data, tmp_path):
+    def told(**values):
+        with pytest.raises(PersonalizeError) as error:
+            preflight(settings_of_subjects(root, data, tmp_path / "out", **values), quiet=True)
+        return str(error.value)
+
+    assert told(image_encoder=None) == (
+        "--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision."
+    )
+    assert "are 1.1 together: less than 1." in told(text_dropout=0.5, subject_dropout=0.5, both_dropout=0.1)
+    assert told(backgrounds=2.0) == "--backgrounds 2 is no share: at most 1."
+    assert "is no file of Subject-Diffusion" in told(subject_diffusion=str(root / ENCODER))
+    assert "has no metadata.jsonl" in told(instance_data_dir=str(tmp_path))
+    lines = [json.loads(line) for line in (data / METADATA).read_text().splitlines()]
+    for part in ("pictures", "masks", "crops"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / part).symlink_to(data / part)
+    lines[0]["text"] += ", a sks"
+    (tmp_path / "other" / METADATA).write_text("\n".join(map(json.dumps, lines)))
+    assert 'The caption of 0000000.png has the placeholder "sks"' in told(instance_data_dir=str(tmp_path / "other"))
+
+
+def test_wrong_parts_are_told(root, data, tmp_path):
+    with pytest.raises(PersonalizeError, match="without is 'legs', but must be one of location control, boxes"):
+        settings_of_subjects(root, data, tmp_path, without=["legs"])
