@@ -24,7 +24,6 @@ from .weight_files import read_safetensors
 PLACEHOLDER = "sks"
 FREQUENCIES, TEMPERATURE = 8, 100.0
 BALANCED, L1 = "balanced", "l1"
-LOCALISATIONS = (BALANCED, L1)
 """The attention control of the authors' code, and of their paper."""
 LITTLE = 1e-5
 """Keeps an empty mask from a division by zero, as in the authors' code."""
@@ -184,7 +183,7 @@ def localisation_loss(maps: Tensor, masks: Tensor, words: Tensor, there: Tensor,
         masks: [B, n, H, W], 1 where the subject is.
         words: the place of each subject's word in the text, [B, n]; of one that is not there any.
         there: [B, n].
-        kind: one of LOCALISATIONS.
+        kind: BALANCED or L1.
 
     Returns:
         The mean over pictures and heads of the mean over their subjects.

@@ -104,7 +104,6 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
     from models.references import References as References
-    from models.subject_diffusion import LOCALISATIONS as LOCALISATIONS
     from models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from models.subject_diffusion import GatedAdapter as GatedAdapter
     from models.subject_diffusion import ImageMLP as ImageMLP
@@ -233,7 +232,6 @@ else:
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
     from ..models.references import References as References
-    from ..models.subject_diffusion import LOCALISATIONS as LOCALISATIONS
     from ..models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from ..models.subject_diffusion import GatedAdapter as GatedAdapter
     from ..models.subject_diffusion import ImageMLP as ImageMLP

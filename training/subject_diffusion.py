@@ -39,7 +39,7 @@ from .shared import (
 from .subject_conditioning import Dropout, SubjectConditioning
 from .subject_data import SubjectPicture, read_subjects
 from .subject_features import SubjectFeatures
-from .subject_network import Placeholders, SubjectNetwork
+from .subject_network import Placeholders, SubjectNetwork, load_subject_file
 
 
 class SubjectDiffusionMethod:
@@ -67,7 +67,7 @@ class SubjectDiffusionMethod:
         text.requires_grad_(True)
         cast_training_params([unet, text], dtype=torch.float32)
         if options.subject_diffusion is not None:
-            self._start_from(Path(options.subject_diffusion).expanduser())
+            load_subject_file(Path(options.subject_diffusion).expanduser(), self.network, base)
         kv = group_of([("unet", unet)], settings.rate)
         self.network.attach(unet)
         others = group_of([("text_encoder", text), ("network", self.network)], settings.rate)
@@ -75,18 +75,6 @@ class SubjectDiffusionMethod:
         self.placeholders = Placeholders(text, self.token)
         self.features: SubjectFeatures | None = None
         self.conditioning: Conditioning | None = None
-
-    def _start_from(self, path: Path) -> None:
-        """Raises PersonalizeError where a file is no Subject-Diffusion for this base and encoder."""
-        tensors = read_subject_diffusion(path)
-        try:
-            self.network.load_state_dict(tensors.parts)
-            self.base.pipeline.unet.load_state_dict(tensors.unet, strict=False)
-            self.base.text_encoders[0].load_state_dict(tensors.text, strict=False)
-        except RuntimeError as error:
-            raise PersonalizeError(
-                f"{path.name} does not fit {self.base.name} and the image encoder: {error}"
-            ) from None
 
     def see(self, pictures: Iterable[SubjectPicture], cache: Cache) -> None:
         """Encode subjects with the image encoder, or take their features from the cache."""

@@ -18,17 +18,14 @@ from .base_model import BaseModel
 from .encoding import guiding, read_text
 from .generate import SOLVERS, Job, Sampling, save_drawn
 from .shared import (
-    PersonalizeError,
     fused_prompt,
     inside_boxes,
     location_mask,
-    read_subject_diffusion,
     three_way,
 )
-from .subject_data import Entity
 from .subject_diffusion import placeholder_of
 from .subject_features import encode_subjects, look_of
-from .subject_network import Placeholders, SubjectNetwork
+from .subject_network import Placeholders, SubjectNetwork, load_subject_file
 from .watch import decode, resting
 
 IMAGE_SCALE = 1.5
@@ -69,17 +66,12 @@ class SubjectArtist:
         Raises:
             PersonalizeError: the file is none, or does not fit.
         """
-        tensors, unet, (text,) = read_subject_diffusion(path), base.pipeline.unet, base.text_encoders
+        unet, (text,) = base.pipeline.unet, base.text_encoders
         config = encoder.config
         tokens = (config.image_size // config.patch_size) ** 2
         self.base, self.encoder = base, encoder
         self.network = SubjectNetwork(unet, config.projection_dim, config.hidden_size, tokens).to(unet.device)
-        try:
-            self.network.load_state_dict(tensors.parts)
-            unet.load_state_dict(tensors.unet, strict=False)
-            text.load_state_dict(tensors.text, strict=False)
-        except RuntimeError as error:
-            raise PersonalizeError(f"{path.name} does not fit {base.name} and the image encoder: {error}") from None
+        load_subject_file(path, self.network, base)
         self.network.requires_grad_(False)
         self.network.attach(unet)
         self.placeholders = Placeholders(text, placeholder_of(base))
@@ -109,8 +101,7 @@ class SubjectArtist:
 
     def _features(self, one: Placed) -> tuple[Tensor, Tensor]:
         if one.crop not in self.seen:
-            entity = Entity(one.word, one.box, 1.0, one.crop, one.crop)
-            look = look_of(entity, 0, None, np.random.default_rng(0), self.encoder.config.image_size)
+            look = look_of(one.crop, 0, None, np.random.default_rng(0), self.encoder.config.image_size)
             pooled, patches = encode_subjects(self.encoder, look[None])
             self.seen[one.crop] = pooled[0], patches[0]
         return self.seen[one.crop]

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from .encoding import Cache, digest_of, digest_of_path
 from .shared import CLIP_MEAN, CLIP_STD
-from .subject_data import Entity, SubjectPicture
+from .subject_data import SubjectPicture
 
 BATCH = 32
 TURN, DISTORTION = 10, 0.5
@@ -55,7 +55,7 @@ class SubjectFeatures:
                     if stored is not None:
                         self.memory[one.crop, view] = stored["pooled"], stored["patches"]
                         continue
-                    seen = look_of(one, view, behind, rng, self.size)
+                    seen = look_of(one.crop, view, behind, rng, self.size)
                     waiting.append(((one.crop, view), key, seen))
                     if len(waiting) == BATCH:
                         self._encode(encoder, waiting)
@@ -81,9 +81,9 @@ def encode_subjects(encoder: CLIPVisionModelWithProjection, seen: Tensor) -> tup
     return output.image_embeds.float().cpu(), output.hidden_states[-1][:, 1:].float().cpu()
 
 
-def look_of(one: Entity, view: int, behind: Path | None, rng: np.random.Generator, size: int) -> Tensor:
+def look_of(crop: Path, view: int, behind: Path | None, rng: np.random.Generator, size: int) -> Tensor:
     """One view of a subject as the encoder takes it, [3, size, size]."""
-    with Image.open(one.crop) as file:
+    with Image.open(crop) as file:
         planes = v2.functional.pil_to_tensor(file.convert("RGBA")).float() / 255
     planes[:3] *= planes[3:]  # so that what is outside of the subject does not run into it
     if view:

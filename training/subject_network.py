@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 
 from .adapter_module import cross_layers
 from .attend_and_excite import levels_of
-from .shared import GatedAdapter, ImageMLP, ObjectTokens, cross_attention_maps, map_size, replace_embeddings
+from .base_model import BaseModel
+from .shared import (
+    GatedAdapter,
+    ImageMLP,
+    ObjectTokens,
+    PersonalizeError,
+    cross_attention_maps,
+    map_size,
+    read_subject_diffusion,
+    replace_embeddings,
+)
 
 FINEST = 32
 """Attention control acts on maps of at most so many cells a side: 32, 16 and 8 of Stable Diffusion's at 512 pixels."""
@@ -41,6 +52,21 @@ class LocatedConvolution(nn.Module):
             return out
         mask = nn.functional.interpolate(self.mask.to(latents), latents.shape[2:], mode="nearest")
         return out + nn.functional.conv2d(mask, location, None, self.stride, self.padding)
+
+
+def load_subject_file(path: Path, network: "SubjectNetwork", base: BaseModel) -> None:
+    """A file's weights into the parts, the UNet and the text encoder.
+
+    Raises:
+        PersonalizeError: it is no Subject-Diffusion, or not for this base and image encoder.
+    """
+    tensors = read_subject_diffusion(path)
+    try:
+        network.load_state_dict(tensors.parts)
+        base.pipeline.unet.load_state_dict(tensors.unet, strict=False)
+        base.text_encoders[0].load_state_dict(tensors.text, strict=False)
+    except RuntimeError as error:
+        raise PersonalizeError(f"{path.name} does not fit {base.name} and the image encoder: {error}") from None
 
 
 class _Given(nn.Module):

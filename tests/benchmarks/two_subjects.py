@@ -4,7 +4,7 @@
 
 A prompt names two subjects of different kinds, each with a colour of its own ("a golden robot and a woman in a purple
 shirt"), 96 x 64 pixels, 20 steps of Euler's method, the same noise for all methods. Without classifier-free guidance
-(the default, as distilled models are sampled) the model forgets a subject in every fifth picture; with 4 it forgets hardly
+(the default, as distilled models are sampled) the model forgets a subject in one of seven pictures; with 4 it forgets hardly
 any, and only colours go astray. Counted are, in the left and in the right half, in either order:
 
 - both: pictures that show both subjects;
