@@ -380,7 +380,7 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example], held: 
                         settings.training.seed,
                     )
                 pictures += [[*shown.pictures, *row] for row in drawn]
-                labels += [f"{shown.label}{prompt}" for prompt in prompts]
+                labels += [f"{shown.label}{shown.said(prompt)}" for prompt in prompts]
             if not pictures:
                 return  # no identity is held out to draw
             sheet = write_samples(settings.folder / "samples" / f"step-{step:07}.png", pictures, labels, step)
