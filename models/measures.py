@@ -124,6 +124,33 @@ def _statistics_by_group(x: Tensor, groups: Tensor, count: int) -> Callable[[Ten
     return statistics
 
 
+def frechet_within_groups(a: Tensor, groups: Tensor, b: Tensor, groups_b: Tensor) -> Statistic:
+    """WCFID (Benny et al. 2020, arXiv:2004.12361, section 4.2): the mean over the groups of FID between a group's pictures
+    in a and those of the same group in b, of which each has two or more. FID of all pictures together is zero where every
+    picture shows another group's identity than it should; this is not.
+
+    The arguments are those of `frechet_by_group`.
+    """
+    count = int(groups.max()) + 1
+    pairs = [same_span(a[groups == i], b[groups_b == i]) for i in range(count)]
+    distances = [frechet_distance(Statistics.of(x), Statistics.of(y)) for x, y in pairs]
+    found = torch.tensor(distances, dtype=torch.float64)
+    return lambda weights: (weights @ found / weights.sum()).item()
+
+
+def frechet_between_groups(a: Tensor, groups: Tensor, b: Tensor, groups_b: Tensor) -> Statistic:
+    """BCFID (Benny et al. 2020, section 4.2): FID between the means of the groups in a and in b, whoever is whose.
+
+    The arguments are those of `frechet_by_group`.
+    """
+    count = int(groups.max()) + 1
+    ones = torch.ones(len(a)), torch.ones(len(b))
+    sizes_a, sizes_b = _by_group(ones[0], groups, count), _by_group(ones[1], groups_b, count)
+    means_a, means_b = _by_group(a, groups, count) / sizes_a[:, None], _by_group(b, groups_b, count) / sizes_b[:, None]
+    alone = torch.arange(count)
+    return frechet_by_group(means_a, alone, means_b, alone)
+
+
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     """[n, m] of features [n, d] and [m, d]."""
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
@@ -217,7 +244,19 @@ _ONE = torch.ones(1, dtype=torch.float64)
 
 def score_by_group(logits: Tensor, groups: Tensor) -> Statistic:
     """`inception_score` of all pictures together; `groups` as in `frechet_by_group`."""
-    sizes, marginals, negative_entropies = _class_sums(logits, groups)
+    return _score(*_class_sums(logits, groups))
+
+
+def score_between_groups(logits: Tensor, groups: Tensor) -> Statistic:
+    """BCIS (Benny et al. 2020, arXiv:2004.12361, section 4.1): exp E KL(p(y|group) || p(y)): whether the pictures of a
+    group agree on their classes, and other groups have others. IS is this times WCIS, the score within the groups."""
+    sizes, marginals, _ = _class_sums(logits, groups)
+    within = marginals / sizes[:, None]
+    return _score(sizes, marginals, sizes * torch.xlogy(within, within).sum(1))
+
+
+def _score(sizes: Tensor, marginals: Tensor, negative_entropies: Tensor) -> Statistic:
+    """From sums by group: pictures, p(y|x), and Σ_y p log p of whatever p is to be told apart from the marginal."""
 
     def score(weights: Tensor) -> float:
         n = weights @ sizes

@@ -17,7 +17,9 @@ from .shared import (
     Statistic,
     bootstrap,
     bootstrap_difference,
+    frechet_between_groups,
     frechet_by_group,
+    frechet_within_groups,
     identity_logits,
     inception_score,
     kernel_by_group,
@@ -26,6 +28,7 @@ from .shared import (
     likeness_to_others,
     mean_by_group,
     paired_cosines,
+    score_between_groups,
     score_by_group,
     uniform_score_by_group,
 )
@@ -51,10 +54,22 @@ KINDS = {
         "FID", "lower", "Fréchet distance between the features of generated and real pictures; depends on how many there are"
     ),
     "kid": Kind("KID", "lower", "kernel distance between the same features; does not depend on how many there are, and may fall below zero"),
+    "wcfid": Kind(
+        "FID within identities",
+        "lower",
+        "WCFID: the mean over the identities of FID between an identity's generated and its real pictures; FID over all "
+        "pictures does not see whose picture is whose",
+    ),
+    "bcfid": Kind("FID between identities", "lower", "BCFID: FID between the means of the identities, whoever is whose"),
     "is": Kind(
         "IS",
         "higher",
         "inception score: pictures of a clear class each, and of many classes together, be they the right ones or not",
+    ),
+    "bcis": Kind(
+        "IS between identities",
+        "higher",
+        "BCIS: the part of IS that comes from the identities: pictures of one agree on their classes, and others have others",
     ),
     "identity_is": Kind(
         "IS over identities",
@@ -155,7 +170,13 @@ def _distances(views: Views, real: Views) -> dict[str, _Measure]:
     given = mine, views.pictures.group_numbers(), theirs, real.pictures.group_numbers() if same else None
     width = min(mine.shape[1], n + len(theirs))
     fid = _Measure(frechet_by_group(*given), n, most_draws=WIDE_DRAWS if width > WIDE else None)
-    return {"fid": fid, "kid": _Measure(kernel_by_group(*given), n)}
+    measures = {"fid": fid, "kid": _Measure(kernel_by_group(*given), n)}
+    if same and len(views.pictures.groups) > 1:
+        whole = mine, given[1], theirs, real.pictures.group_numbers()
+        if min(int(numbers.bincount().min()) for numbers in (whole[1], whole[3])) > 1:
+            measures["wcfid"] = _Measure(frechet_within_groups(*whole), n)
+        measures["bcfid"] = _Measure(frechet_between_groups(*whole), n)
+    return measures
 
 
 def _scores(views: Views, real: Views) -> dict[str, _Measure]:
@@ -169,6 +190,8 @@ def _scores(views: Views, real: Views) -> dict[str, _Measure]:
         parts = {f"mean of {PARTS} parts": mean, f"deviation of {PARTS} parts": deviation}
     uniform = _Measure(uniform_score_by_group(logits, groups), n)
     measures = {"is": _Measure(score_by_group(logits, groups), n, parts), "uniform_is": uniform}
+    if not views.pictures.flat and len(views.pictures.groups) > 1:
+        measures["bcis"] = _Measure(score_between_groups(logits, groups), n)
     names = list(real.pictures.identities)
     if "who" in views.main and len(names) > 1:
         from .pocket.judge import IDENTITY_SCALE

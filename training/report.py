@@ -16,7 +16,19 @@ from .shared import cover_picture, read_picture
 if TYPE_CHECKING:
     from .benchmark import Benchmark
 
-SHOWN = ("fid", "is", "identity_is", "likeness", "attributes", "prompt_following", "clip_i", "clip_t", "dino")
+SHOWN = (
+    "fid",
+    "wcfid",
+    "is",
+    "bcis",
+    "identity_is",
+    "likeness",
+    "attributes",
+    "prompt_following",
+    "clip_i",
+    "clip_t",
+    "dino",
+)
 SHEET = 8  # identities on the contact sheet
 SIDE, GAP, LABEL, HEAD = 96, 4, 190, 22  # pixels
 STYLE = """

@@ -71,7 +71,9 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.losses import offset_noise as offset_noise
     from models.losses import prior_preservation_loss as prior_preservation_loss
     from models.measures import Statistic as Statistic
+    from models.measures import frechet_between_groups as frechet_between_groups
     from models.measures import frechet_by_group as frechet_by_group
+    from models.measures import frechet_within_groups as frechet_within_groups
     from models.measures import identity_logits as identity_logits
     from models.measures import inception_score as inception_score
     from models.measures import kernel_by_group as kernel_by_group
@@ -80,6 +82,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.measures import likeness_to_others as likeness_to_others
     from models.measures import mean_by_group as mean_by_group
     from models.measures import paired_cosines as paired_cosines
+    from models.measures import score_between_groups as score_between_groups
     from models.measures import score_by_group as score_by_group
     from models.measures import uniform_score_by_group as uniform_score_by_group
     from models.merging import EVERYDAY as EVERYDAY
@@ -199,7 +202,9 @@ else:
     from ..models.losses import offset_noise as offset_noise
     from ..models.losses import prior_preservation_loss as prior_preservation_loss
     from ..models.measures import Statistic as Statistic
+    from ..models.measures import frechet_between_groups as frechet_between_groups
     from ..models.measures import frechet_by_group as frechet_by_group
+    from ..models.measures import frechet_within_groups as frechet_within_groups
     from ..models.measures import identity_logits as identity_logits
     from ..models.measures import inception_score as inception_score
     from ..models.measures import kernel_by_group as kernel_by_group
@@ -208,6 +213,7 @@ else:
     from ..models.measures import likeness_to_others as likeness_to_others
     from ..models.measures import mean_by_group as mean_by_group
     from ..models.measures import paired_cosines as paired_cosines
+    from ..models.measures import score_between_groups as score_between_groups
     from ..models.measures import score_by_group as score_by_group
     from ..models.measures import uniform_score_by_group as uniform_score_by_group
     from ..models.merging import EVERYDAY as EVERYDAY

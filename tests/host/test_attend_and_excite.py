@@ -321,7 +321,7 @@ def test_recording_changes_no_picture_and_maps_are_shown_over_it(host, loaded, e
     expected = run(loaded[0], positive, empty, noise)
     assert torch.equal(run(model, positive, empty, noise), expected)
     maps = record.of(1)
-    assert maps.shape == (STEPS, 2, 4, 6, 77)
+    assert maps.shape == (STEPS, 2, 8, 12, 77)
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
     show = node(host, "ShowAttentionMaps")
     pixels = torch.rand(2, 64, 96, 3)

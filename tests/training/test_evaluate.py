@@ -43,7 +43,9 @@ def test_the_judge_tells_the_same_people_from_others(sets, tmp_path, capsys, no_
             assert (figure["groups"], figure["draws"]) == (PEOPLE, DRAWS)
     for name in ("fid", "kid", "clip_i"):
         assert (good[name]["value"] < bad[name]["value"]) == (name != "clip_i")
-    assert set(real) == {"is", "identity_is", "uniform_is", "likeness", "likeness_to_others", "attributes", "clip_i"}
+    assert good["wcfid"]["value"] < bad["wcfid"]["value"]
+    alone = {"is", "bcis", "identity_is", "uniform_is", "likeness", "likeness_to_others", "attributes", "clip_i"}
+    assert set(real) == alone
     (likeness,) = (d for d in result["differences"] if d["figure"] == "likeness")
     assert (likeness["of"], likeness["against"], likeness["apart"]) == ("good", "bad", True)
     assert likeness["difference"] == pytest.approx(good["likeness"]["value"] - bad["likeness"]["value"])
@@ -67,7 +69,10 @@ def test_what_is_not_there_is_left_out(copies, tmp_path, no_network):
     assert set(result["figures"]["good"]) == {
         "fid",
         "kid",
+        "wcfid",
+        "bcfid",
         "is",
+        "bcis",
         "identity_is",
         "uniform_is",
         "likeness",

@@ -8,8 +8,10 @@ import torch
 from pack.models.bootstrap import bootstrap, bootstrap_difference, resamples
 from pack.models.measures import (
     Statistics,
+    frechet_between_groups,
     frechet_by_group,
     frechet_distance,
+    frechet_within_groups,
     identity_logits,
     inception_score,
     kernel_by_group,
@@ -20,6 +22,7 @@ from pack.models.measures import (
     mean_by_group,
     paired_cosines,
     same_span,
+    score_between_groups,
     score_by_group,
     uniform_inception_score,
     uniform_score_by_group,
@@ -149,6 +152,47 @@ def test_over_identities_the_score_sees_who_is_shown():
     assert score(own) > score(own + 2 * stranger) > score(own + 4 * stranger) > score(stranger)
     assert score(stranger) == pytest.approx(1)
     assert score(own[:1].expand(20, 6)) == pytest.approx(1)
+
+
+def test_exchanged_identities_show_within_and_between_only():
+    """Real pictures, each under the next identity's name or under any: FID of all is 0 and IS as high, but they are wrong."""
+    whose = torch.arange(5).repeat_interleave(30)
+    real = features(150, 8, 1) + 3 * features(5, 8, 2)[whose]
+    logits = 9 * real
+    ones = torch.ones(5, dtype=DOUBLE)
+    for exchanged in (real.roll(30, 0), real[torch.randperm(150, generator=torch.Generator().manual_seed(3))]):
+        assert abs(frechet_by_group(exchanged, whose, real, whose)(ones)) < 1e-6
+        assert frechet_within_groups(exchanged, whose, real, whose)(ones) > 1
+        assert inception_score(9 * exchanged).item() == pytest.approx(inception_score(logits).item())
+    assert abs(frechet_between_groups(real.roll(30, 0), whose, real, whose)(ones)) < 1e-6
+    assert score_between_groups(9 * real.roll(30, 0), whose)(ones) == pytest.approx(
+        score_between_groups(logits, whose)(ones)
+    )
+    assert frechet_between_groups(exchanged, whose, real, whose)(ones) > 1  # the pictures of a name are a crowd
+    assert score_between_groups(9 * exchanged, whose)(ones) < 0.8 * score_between_groups(logits, whose)(ones)
+
+
+def test_measures_within_and_between_are_their_definitions():
+    a, b = features(80, 6, 1), features(80, 6, 2, shift=0.5)
+    parts = [i == GROUPS for i in range(3)]
+    ones = torch.ones(3, dtype=DOUBLE)
+    each = [exact_fid(a[part], b[part]) for part in parts]
+    assert frechet_within_groups(a, GROUPS, b, GROUPS)(ones) == pytest.approx(np.mean(each), rel=1e-7)
+    weighted = (2 * each[0] + each[2]) / 3
+    assert frechet_within_groups(a, GROUPS, b, GROUPS)(WEIGHTS) == pytest.approx(weighted, rel=1e-7)
+    means = [torch.stack([x[part].mean(0) for part in parts]) for x in (a, b)]
+    assert frechet_between_groups(a, GROUPS, b, GROUPS)(ones) == pytest.approx(exact_fid(*means), rel=1e-6)
+    p = (9 * a).softmax(1)
+    groups = [p[part].mean(0) for part in parts]
+    sizes = torch.stack([part.sum() for part in parts]) / 80
+
+    def divergence(p, q):
+        return (p * (p / q).log()).sum(-1)
+
+    between = math.exp(sum(w * divergence(g, p.mean(0)) for w, g in zip(sizes, groups, strict=True)))
+    within = math.exp(sum(divergence(p[part], g).sum() for part, g in zip(parts, groups, strict=True)) / 80)
+    assert score_between_groups(9 * a, GROUPS)(ones) == pytest.approx(between, rel=1e-9)
+    assert between * within == pytest.approx(inception_score(9 * a).item(), rel=1e-9)
 
 
 def test_impossible_classes_are_no_nan():
