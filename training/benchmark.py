@@ -50,7 +50,7 @@ class Benchmark:
     tuned_steps: int | None = option(None, "steps of each of those trainings; each method's own by default", least=1)
     train: bool = option(False, "pocket: train the four adapters, too, instead of taking those that come with the pack")
     train_identities: int = option(2000, "pocket: identities to train on", least=2)
-    max_train_steps: int | None = option(None, "of each adapter; 2500 for pocket, 20000 for lfw", least=1)
+    max_train_steps: int | None = option(None, "of each adapter; 1500 for pocket, 20000 for lfw", least=1)
     train_batch_size: int | None = option(None, "32 for pocket, 8 for lfw", least=1)
     resolution: int | None = option(None, "pixels; 64 for pocket, 512 for lfw", least=16)
     weight: float = option(1.0, "λ of the adapters", least=0)

@@ -37,6 +37,9 @@ PROMPTS = (
     "a black and white photo of a {class}",
 )
 CLASS = "person"
+TRUTH, EXCHANGED = "truth, drawn anew", "truth, people exchanged"
+"""Beside the pocket's methods: what a perfect method would draw, and the same with everybody under the next one's name, for
+what each measure makes of it."""
 NEEDED = 10
 """Pictures of a person in the original experiment."""
 FIRST_OF_TRAINING, REAL_HATS = 1000, 0.35
@@ -101,14 +104,15 @@ class Material:
     """Options of training.evaluate."""
     ships: bool
     """Whether trained adapters come with the pack."""
+    truths: tuple[str, ...] = ()
+    """Titles of what is measured beside the methods."""
 
 
 def pocket_material(options: "Benchmark", folder: Path) -> Material:
     """Drawn by the generator: who is held out, what a perfect method would draw, and if need be what to train on."""
-    from .pocket.attributes import BACKGROUND_COLOURS, Scene, Subject
+    from .pocket.attributes import BACKGROUND_COLOURS
     from .pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS
     from .pocket.data import identity
-    from .pocket.draw import draw
     from .pocket.files import ADAPTER, CHECKPOINT, IMAGE_ENCODER
     from .pocket.photos import ATTRIBUTES, SUBJECTS, write_identities
 
@@ -128,15 +132,11 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         who, to = identity(SUBJECTS, number), real / own.name
         references = tuple(sorted(own.glob("*.png")))
         people.append(Person(own.name, who.kind, references, prompts))
+        other = folder / "generated" / EXCHANGED / folders[number - 1].name
         if (to / ATTRIBUTES).exists():
             continue
-        to.mkdir(parents=True, exist_ok=True)
-        for i, wish in enumerate(wishes):
-            for seed in range(options.seeds):
-                rng = np.random.default_rng([SUBJECTS, number, i, seed, 2])
-                subject = Subject(who, wish["pose"], wish["expression"], bool(rng.random() < REAL_HATS))
-                scene = Scene((subject,), wish["background"], seed=int(rng.integers(2**31)))
-                draw(scene).save(to / f"p{i:02}-s{seed}.png")
+        for place, salt in ((to, 2), (folder / "generated" / TRUTH / own.name, 4), (other, 4)):
+            _draw_truth(place, number, wishes, options.seeds, salt)
         (to / ATTRIBUTES).write_text((own / ATTRIBUTES).read_text())
     small = {} if options.max_train_steps is None else {"distil_steps": 1, "max_train_steps": options.max_train_steps}
     return Material(
@@ -149,7 +149,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         train=folder / "train",
         sampling=Sampling(options.resolution or 64, 10, 4.0, options.batch_size or 50, "dpm++"),
         training={
-            "max_train_steps": options.max_train_steps or 2500,
+            "max_train_steps": options.max_train_steps or 1500,
             "train_batch_size": options.train_batch_size or 32,
             "learning_rate": 5e-4,
             "lr_scheduler": "cosine",
@@ -164,7 +164,25 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         },
         measures={"features": "judge", "clip": "pocket"},
         ships=not options.train,
+        truths=(TRUTH, EXCHANGED),
     )
+
+
+def _draw_truth(to: Path, number: int, wishes: Sequence[Mapping[str, str]], seeds: int, salt: int) -> None:
+    """An identity as the prompts ask for it, by the generator."""
+    from .pocket.attributes import Scene, Subject
+    from .pocket.data import identity
+    from .pocket.draw import draw
+    from .pocket.photos import SUBJECTS
+
+    to.mkdir(parents=True, exist_ok=True)
+    who = identity(SUBJECTS, number)
+    for i, wish in enumerate(wishes):
+        for seed in range(seeds):
+            rng = np.random.default_rng([SUBJECTS, number, i, seed, salt])
+            subject = Subject(who, wish["pose"], wish["expression"], bool(rng.random() < REAL_HATS))
+            scene = Scene((subject,), wish["background"], seed=int(rng.integers(2**31)))
+            draw(scene).save(to / f"p{i:02}-s{seed}.png")
 
 
 def draw_training_set(options: "Benchmark", material: Material) -> None:

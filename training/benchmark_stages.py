@@ -305,7 +305,8 @@ def measure_all(options: "Benchmark", material: Material, folder: Path) -> Measu
         return evaluate(make_groups((Evaluation,), values)[0])
 
     rows = [folder_of(folder, row.title) for row in ROWS]
-    adapters = evaluated(rows, material.real, "adapters")
+    truths = [folder_of(folder, title) for title in material.truths]
+    adapters = evaluated([*rows, *truths], material.real, "adapters")
     tuned = None
     if names := [person.name for person in material.people[: options.tuned_identities]]:
         some = folder / "subset"

@@ -12,6 +12,7 @@ cross-attention layer (Ye et al. 2023, arXiv:2308.06721), from a published adapt
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import tee
 from pathlib import Path
 
 import torch
@@ -98,10 +99,10 @@ class IPAdapterMethod:
             self.features = Features(cache, self.encoder, pooled, crops, (options.smallest_crop, options.largest_crop))
             if self.teacher is not None:
                 self.taught = Features(cache, self.encoder, self.teacher.variant.pooled)
-        paths = list(paths) if self.taught is not None else paths
+        paths, again = tee(paths)  # a progress bar goes on with the first
         self.features.add(self.encoder, paths)
         if self.taught is not None:
-            self.taught.add(self.encoder, paths)
+            self.taught.add(self.encoder, again)
 
     def begin(self, sets: Mapping[Path, Sequence[Path]]) -> None:
         """All is seen: the image encoder is let go, and steps can condition on the pictures of each identity."""

@@ -7,7 +7,7 @@ import pytest
 from identity_sets import CHECKPOINT, ENCODER
 from pack.models.errors import PersonalizeError
 from pack.training import benchmark as running
-from pack.training.benchmark_data import real_material, with_trigger
+from pack.training.benchmark_data import EXCHANGED, TRUTH, real_material, with_trigger
 from pack.training.benchmark_stages import ROWS, TRAININGS, TUNED
 from pack.training.settings import make_groups
 from PIL import Image
@@ -73,9 +73,13 @@ def test_the_report_has_tables_plots_and_pictures(done):
     for name in ("sheet.png", "likeness.png", "adapters/fid.png", "tuned/likeness.png"):
         assert f'src="{name}"' in text
         assert Image.open(report.parent / name).width > 300
-    figures = json.loads((folder / "report" / "adapters" / "figures.json").read_text())
-    assert {row.title for row in ROWS} < figures["figures"].keys()
-    assert all(found["likeness"]["groups"] == 3 for found in figures["figures"].values())
+    figures = json.loads((folder / "report" / "adapters" / "figures.json").read_text())["figures"]
+    assert {row.title for row in ROWS} | {TRUTH, EXCHANGED} < figures.keys()
+    assert all(found["likeness"]["groups"] == 3 for found in figures.values())
+    right, wrong = figures[TRUTH], figures[EXCHANGED]
+    assert right["likeness"]["value"] > 0.8 > 0.5 > wrong["likeness"]["value"]
+    assert right["wcfid"]["value"] < wrong["wcfid"]["value"]
+    assert right["fid"]["value"] == pytest.approx(wrong["fid"]["value"]), "which is why there is wcfid"
     tuned = json.loads((folder / "report" / "tuned" / "figures.json").read_text())["figures"]
     assert len(tuned) == len(ROWS) + len(TUNED) + 1
 
