@@ -135,8 +135,8 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         other = folder / "generated" / EXCHANGED / folders[number - 1].name
         if (to / ATTRIBUTES).exists():
             continue
-        for place, salt in ((to, 2), (folder / "generated" / TRUTH / own.name, 4), (other, 4)):
-            _draw_truth(place, number, wishes, options.seeds, salt)
+        for where, salt in ((to, 2), (folder / "generated" / TRUTH / own.name, 4), (other, 4)):
+            _draw_truth(where, number, wishes, options.seeds, salt)
         (to / ATTRIBUTES).write_text((own / ATTRIBUTES).read_text())
     small = {} if options.max_train_steps is None else {"distil_steps": 1, "max_train_steps": options.max_train_steps}
     return Material(

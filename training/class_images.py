@@ -33,7 +33,9 @@ def draw_class_images(
         for i, name in tqdm(
             mine, desc=f"Drawing '{prompt}'", unit=" pictures", disable=not accelerator.is_main_process
         ):
-            picture = draw_samples(accelerator, base, [row], empty, 1, resolution, seed * 100_003 + i)[0][0]
+            picture = draw_samples(accelerator, base, [row], empty, 1, (resolution, resolution), seed * 100_003 + i)[0][
+                0
+            ]
             picture.save(folder / f".{name}.part", format="png")
             (folder / f".{name}.part").rename(folder / name)
     accelerator.wait_for_everyone()

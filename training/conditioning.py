@@ -28,5 +28,8 @@ class Conditioning(Protocol):
     def showing(self, references: Sequence[Path]) -> AbstractContextManager:
         """A block in which the network is told of references, for a guided batch, [without, with]."""
 
+    def frame(self, references: Sequence[Path], resolution: int) -> tuple[int, int]:
+        """Height and width of a sample that shows references; `resolution` is a square's side."""
+
     def said(self, references: Sequence[Path], prompt: str) -> str:
         """A sample's prompt, of references, as the text encoder is to read it."""

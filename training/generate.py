@@ -28,7 +28,7 @@ from .encoding import TextStates, guiding, read_text, stack_texts
 from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, composed, excited_places
 from .image_encoder import encode_references
 from .shared import Concept, Excitement, ImagePrompt, IPAdapter, parse_concepts
-from .watch import decode, resting
+from .watch import decode, resting, solving
 
 SOLVERS = {"euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
 """Of the sampling's differential equation; the second needs half the steps."""
@@ -129,7 +129,6 @@ def _draw(
 ) -> list[Image.Image]:
     pipeline, n = base.pipeline, len(jobs)
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    before, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
     height, width = sampling.resolution, sampling.width or sampling.resolution
     step = pipeline.vae_scale_factor
     shape = (pipeline.unet.config.in_channels, height // step, width // step)
@@ -137,45 +136,40 @@ def _draw(
     latents, arguments = noise.to(device, dtype), dict[str, Any]()
     negative = stack_texts([texts[""]] * n).to(device, dtype)
     sides: tuple[bool, ...] = (False, True) if sampling.guidance > 1 else (True,)  # as the pipeline has it
-    pipeline.scheduler = scheduler = SOLVERS[sampling.solver].from_config(before.config)
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        with ExitStack() as stack:
-            if sampling.prompts == COMPOSABLE_DIFFUSION:
-                rows, weights = _composition(jobs, texts)
-                concepts = [row.to(device, dtype) for row in rows]
-                positive, sides = concepts[0], (False, *(True for _ in concepts))
-                stack.enter_context(composed(pipeline.unet, negative, concepts, weights))
-            else:
-                positive = stack_texts([texts[job.prompt] for job in jobs]).to(device, dtype)
-            stack.enter_context(showing(jobs, sides))
-            if sampling.prompts == ATTEND_AND_EXCITE:
-                scheduler.set_timesteps(sampling.steps, device=device)
-                exciting = AttendAndExcite(
-                    pipeline.unet,
-                    scheduler,
-                    positive.states,
-                    [excited_places(base, job.prompt, job.excite) for job in jobs],
-                    sampling.excitement,
-                    added=_added(base, positive, latents),
-                    showing=lambda pictures: showing([jobs[i] for i in pictures], (True,)),
-                )
-                first = scheduler.init_noise_sigma
-                latents = exciting.before_first(latents * first) / first
-                arguments["callback_on_step_end"] = exciting.callback
-            drawn = pipeline(
-                **guiding(positive, negative),
-                latents=latents,
-                height=height,
-                width=width,
-                num_inference_steps=sampling.steps,
-                guidance_scale=sampling.guidance,
-                output_type="latent",
-                **arguments,
-            ).images
-    finally:
-        pipeline.scheduler = before
-        pipeline.set_progress_bar_config(**progress)
+    with ExitStack() as stack:
+        scheduler = stack.enter_context(solving(pipeline, SOLVERS[sampling.solver]))
+        if sampling.prompts == COMPOSABLE_DIFFUSION:
+            rows, weights = _composition(jobs, texts)
+            concepts = [row.to(device, dtype) for row in rows]
+            positive, sides = concepts[0], (False, *(True for _ in concepts))
+            stack.enter_context(composed(pipeline.unet, negative, concepts, weights))
+        else:
+            positive = stack_texts([texts[job.prompt] for job in jobs]).to(device, dtype)
+        stack.enter_context(showing(jobs, sides))
+        if sampling.prompts == ATTEND_AND_EXCITE:
+            scheduler.set_timesteps(sampling.steps, device=device)
+            exciting = AttendAndExcite(
+                pipeline.unet,
+                scheduler,
+                positive.states,
+                [excited_places(base, job.prompt, job.excite) for job in jobs],
+                sampling.excitement,
+                added=_added(base, positive, latents),
+                showing=lambda pictures: showing([jobs[i] for i in pictures], (True,)),
+            )
+            first = scheduler.init_noise_sigma
+            latents = exciting.before_first(latents * first) / first
+            arguments["callback_on_step_end"] = exciting.callback
+        drawn = pipeline(
+            **guiding(positive, negative),
+            latents=latents,
+            height=height,
+            width=width,
+            num_inference_steps=sampling.steps,
+            guidance_scale=sampling.guidance,
+            output_type="latent",
+            **arguments,
+        ).images
     return [picture for row in drawn.split(1) for picture in decode(pipeline.vae, row)]
 
 

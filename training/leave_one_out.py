@@ -183,6 +183,10 @@ class LeaveOneOut:
         finally:
             self.unet.set_attn_processor(before)
 
+    def frame(self, references: Sequence[Path], resolution: int) -> tuple[int, int]:
+        """A square."""
+        return resolution, resolution
+
     def said(self, references: Sequence[Path], prompt: str) -> str:
         """References call, not words."""
         return prompt

@@ -251,7 +251,7 @@ def prepare(
         made.begin(sets)
     if isinstance(made, SubjectDiffusionMethod):
         shared_work(accelerator, list(subjects.values()), "Seeing", lambda some: made.see(some, cache))
-        made.begin(subjects)
+        made.begin(subjects, {example.path: example.size for example in (*examples, *kept_out)})
     if (long := too_long(base, made, examples)) and accelerator.is_main_process:
         print(
             f"{len(long)} captions are longer than the {base.pipeline.tokenizer.model_max_length} tokens that are read "
@@ -376,7 +376,7 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example], held: 
                         rows([shown.said(prompt) for prompt in prompts]),
                         rows([""])[0],
                         settings.watching.num_validation_images,
-                        settings.resolution,
+                        shown.size,
                         settings.training.seed,
                     )
                 pictures += [[*shown.pictures, *row] for row in drawn]

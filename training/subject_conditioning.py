@@ -74,6 +74,7 @@ class SubjectConditioning:
         control: tuple[str, float],
         without: Sequence[str],
         places_of_tokens: Mapping[str, Sequence[int]],
+        sizes: Mapping[Path, tuple[int, int]],
         scale: int,
         seed: int,
     ):
@@ -88,12 +89,14 @@ class SubjectConditioning:
         control: which attention control, and its weight.
         without: of PARTS.
         places_of_tokens: of each caption the places of its placeholders.
+        sizes: that pictures are brought to, height and width in pixels.
         scale: pixels of a latent.
         seed: of the run.
         """
         self.network, self.unet, self.placeholders, self.features = network, unet, placeholders, features
         self.pictures, self.most, self.dropout, self.control = pictures, most, dropout, control
         self.without, self.tokens, self.scale, self.seed = set(without), places_of_tokens, scale, seed
+        self.sizes = sizes
         self.places: dict[Example, tuple[Place, ...]] = {}
         self.watch = AttentionWatch(unet)
         self.told: list[bool] = []
@@ -188,9 +191,7 @@ class SubjectConditioning:
         """
         (path,) = references
         picture = self.pictures[path]
-        with Image.open(path) as file:
-            width, height = file.size
-        example = Example(path, (picture.text,), (height // self.scale * self.scale, width // self.scale * self.scale))
+        example = Example(path, (picture.text,), self.sizes[path])
         before = self.network.seen, self.network.conv_in.mask, self.placeholders.vectors
         with torch.no_grad():
             self.watch.off(self.unet)
@@ -202,6 +203,10 @@ class SubjectConditioning:
             yield
         finally:
             self.network.seen, self.network.conv_in.mask, self.placeholders.vectors = before
+
+    def frame(self, references: Sequence[Path], resolution: int) -> tuple[int, int]:
+        """The picture's own, as it is trained on."""
+        return self.sizes[references[0]]
 
     def said(self, references: Sequence[Path], prompt: str) -> str:
         """The prompt with the picture's subjects; `{entity}` in it is the first one's word."""

@@ -84,8 +84,8 @@ class SubjectDiffusionMethod:
             self.features = SubjectFeatures(cache, self.encoder, options.augmentations, options.backgrounds)
         self.features.add(self.encoder, pictures, pictures)
 
-    def begin(self, pictures: Mapping[Path, SubjectPicture]) -> None:
-        """All is seen: the image encoder is let go."""
+    def begin(self, pictures: Mapping[Path, SubjectPicture], sizes: Mapping[Path, tuple[int, int]]) -> None:
+        """All is seen: the image encoder is let go. Pictures are brought to `sizes`, height and width."""
         options: Options = self.settings.method
         assert self.features is not None
         self.encoder = None
@@ -105,6 +105,7 @@ class SubjectDiffusionMethod:
             (options.localisation, options.localisation_weight),
             options.without,
             captions,
+            sizes,
             self.base.pipeline.vae_scale_factor,
             self.settings.training.seed,
         )

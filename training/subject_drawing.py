@@ -26,7 +26,7 @@ from .shared import (
 from .subject_diffusion import placeholder_of
 from .subject_features import encode_subjects, look_of
 from .subject_network import Placeholders, SubjectNetwork, load_subject_file
-from .watch import decode, resting
+from .watch import decode, resting, solving
 
 IMAGE_SCALE = 1.5
 """s_i of the authors' code; s_t is the sampling's guidance."""
@@ -137,11 +137,9 @@ class SubjectArtist:
         texts = [fused_prompt(job.prompt, [one.word for one in job.subjects]) for job in jobs]
         positive = read_text(self.base, texts).to(device, dtype)
         nothing = read_text(self.base, [""] * n).to(device, dtype)
-        before, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
-        pipeline.scheduler = SOLVERS[sampling.solver].from_config(before.config)
-        pipeline.set_progress_bar_config(disable=True)
+        told = self._three_ways(objects, masks, nothing.states, positive.states, image_scale, sampling.guidance)
         try:
-            with self._three_ways(objects, masks, nothing.states, positive.states, image_scale, sampling.guidance):
+            with solving(pipeline, SOLVERS[sampling.solver]), told:
                 latents = pipeline(
                     **guiding(positive, nothing),
                     latents=torch.stack(noise).to(device, dtype),
@@ -152,8 +150,6 @@ class SubjectArtist:
                     output_type="latent",
                 ).images
         finally:
-            pipeline.scheduler = before
-            pipeline.set_progress_bar_config(**progress)
             self.network.seen = self.network.conv_in.mask = self.placeholders.vectors = None
         return [picture for row in latents.split(1) for picture in decode(pipeline.vae, row)]
 

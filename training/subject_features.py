@@ -11,7 +11,8 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import CLIPVisionModelWithProjection
 
 from .encoding import Cache, digest_of, digest_of_path
-from .shared import CLIP_MEAN, CLIP_STD
+from .image_encoder import KEPT
+from .shared import CLIP_MEAN, CLIP_STD, PersonalizeError
 from .subject_data import SubjectPicture
 
 BATCH = 32
@@ -20,7 +21,10 @@ TURN, DISTORTION = 10, 0.5
 
 
 class SubjectFeatures:
-    """The CLS feature [D] and the patch tokens [T, H] of each view of each subject; view 0 is the plain crop."""
+    """The CLS feature [D] and the patch tokens [T, H] of each view of each subject; view 0 is the plain crop.
+
+    From memory, or from disk where that would be too much.
+    """
 
     def __init__(self, cache: Cache, encoder: CLIPVisionModelWithProjection, views: int, backgrounds: float):
         """Args:
@@ -31,6 +35,7 @@ class SubjectFeatures:
         """
         self.cache, self.views, self.backgrounds = cache, views, backgrounds
         self.digest, self.size = digest_of(encoder), encoder.config.image_size
+        self.keys: dict[tuple[Path, int], dict] = {}
         self.memory: dict[tuple[Path, int], tuple[Tensor, Tensor]] = {}
 
     def add(
@@ -40,7 +45,7 @@ class SubjectFeatures:
         others: Sequence[SubjectPicture],
     ) -> None:
         """Encode what is not in the cache; `others` are what subjects may stand on."""
-        waiting: list[tuple[tuple[Path, int], dict, Tensor]] = []
+        waiting: list[tuple[tuple[Path, int], Tensor]] = []
         for picture in pictures:
             for one in picture.subjects:
                 crop = digest_of_path(one.crop)
@@ -51,27 +56,37 @@ class SubjectFeatures:
                         behind = others[int(rng.integers(len(others)))].path
                     key = {"subject": crop, "view": view, "encoder": self.digest}
                     key["behind"] = "" if behind is None else digest_of_path(behind)
+                    self.keys[one.crop, view] = key
                     stored = self.cache.get(key)
                     if stored is not None:
-                        self.memory[one.crop, view] = stored["pooled"], stored["patches"]
+                        self._keep((one.crop, view), stored["pooled"], stored["patches"])
                         continue
-                    seen = look_of(one.crop, view, behind, rng, self.size)
-                    waiting.append(((one.crop, view), key, seen))
+                    waiting.append(((one.crop, view), look_of(one.crop, view, behind, rng, self.size)))
                     if len(waiting) == BATCH:
                         self._encode(encoder, waiting)
                         waiting.clear()
         if waiting:
             self._encode(encoder, waiting)
 
-    @torch.no_grad()
-    def _encode(self, encoder: CLIPVisionModelWithProjection, waiting: Sequence[tuple]) -> None:
-        pooled, patches = encode_subjects(encoder, torch.stack([seen for _, _, seen in waiting]))
-        for (where, key, _), one, tokens in zip(waiting, pooled, patches, strict=True):
-            self.cache.put(key, {"pooled": one.clone(), "patches": tokens.clone()})
-            self.memory[where] = one.clone(), tokens.clone()
+    def _encode(
+        self, encoder: CLIPVisionModelWithProjection, waiting: Sequence[tuple[tuple[Path, int], Tensor]]
+    ) -> None:
+        pooled, patches = encode_subjects(encoder, torch.stack([seen for _, seen in waiting]))
+        for (where, _), one, tokens in zip(waiting, pooled, patches, strict=True):
+            self.cache.put(self.keys[where], {"pooled": one.clone(), "patches": tokens.clone()})
+            self._keep(where, one.clone(), tokens.clone())
+
+    def _keep(self, where: tuple[Path, int], pooled: Tensor, patches: Tensor) -> None:
+        if (len(self.memory) + 1) * (pooled.nbytes + patches.nbytes) <= KEPT:
+            self.memory[where] = pooled, patches
 
     def __getitem__(self, where: tuple[Path, int]) -> tuple[Tensor, Tensor]:
-        return self.memory[where]
+        if where in self.memory:
+            return self.memory[where]
+        stored = self.cache.get(self.keys[where])
+        if stored is None:
+            raise PersonalizeError(f"The cache {self.cache.folder} was changed while it was in use: run it again.")
+        return stored["pooled"], stored["patches"]
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def draw_samples(
     rows: Sequence[TextStates],
     empty: TextStates,
     count: int,
-    resolution: int,
+    size: tuple[int, int],
     seed: int,
 ) -> list[list[Image.Image]]:
     """`count` pictures of each prompt, by DPM-Solver++ in 20 steps at guidance 5.
@@ -66,37 +66,45 @@ def draw_samples(
     Args:
         rows: text states of the prompts, one row each.
         empty: of no text.
-        resolution: pixels, of a square.
+        size: height and width, pixels.
         seed: of the first picture of each prompt; the others count on.
     """
     pipeline, device = base.pipeline, accelerator.device
-    scheduler, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
     vae_device = next(pipeline.vae.parameters()).device
     pipeline.vae.to(device)
     try:
-        pictures = []
-        for row in rows:
-            mine = []
-            for i in range(count):
-                mine.append(_one(accelerator, pipeline, row, empty, resolution, seed + i))
-            pictures.append(mine)
-        return pictures
+        with solving(pipeline, DPMSolverMultistepScheduler):
+            return [[_one(accelerator, pipeline, row, empty, size, seed + i) for i in range(count)] for row in rows]
     finally:
-        pipeline.scheduler = scheduler
-        pipeline.set_progress_bar_config(**progress)
         pipeline.vae.to(vae_device)
 
 
-def _one(accelerator, pipeline, row: TextStates, empty: TextStates, resolution: int, seed: int) -> Image.Image:
+@contextmanager
+def solving(pipeline: Any, solver: Any) -> Iterator[Any]:
+    """A block in which a pipeline has another scheduler, which it yields, and no progress bar of its own.
+
+    Args:
+        pipeline: of diffusers.
+        solver: the class of the scheduler.
+    """
+    before, progress = pipeline.scheduler, dict(getattr(pipeline, "_progress_bar_config", {}))
+    pipeline.scheduler = solver.from_config(before.config)
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        yield pipeline.scheduler
+    finally:
+        pipeline.scheduler = before
+        pipeline.set_progress_bar_config(**progress)
+
+
+def _one(accelerator, pipeline, row: TextStates, empty: TextStates, size: tuple[int, int], seed: int) -> Image.Image:
     device, dtype = accelerator.device, pipeline.unet.dtype
     text, nothing = row.to(device, dtype), empty.to(device, dtype)
     with accelerator.autocast():
         latents = pipeline(
             **guiding(text, nothing),
-            height=resolution,
-            width=resolution,
+            height=size[0],
+            width=size[1],
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=torch.Generator().manual_seed(seed),
@@ -129,6 +137,8 @@ class Shown:
     label: str
     pictures: list[Image.Image]
     """References, beside the samples."""
+    size: tuple[int, int]
+    """Height and width of the samples, pixels."""
     around: AbstractContextManager
     """A block in which to draw."""
     said: Callable[[str], str]
@@ -141,18 +151,18 @@ def views(conditioning: Conditioning | None, held: Mapping[Path, Sequence[Path]]
     Args:
         conditioning: takes references, if the method does.
         held: references of each held-out identity, by its folder.
-        resolution: pixels of the references as they are shown.
+        resolution: pixels of a square sample.
     """
     if conditioning is None:
-        yield Shown("", [], nullcontext(), lambda prompt: prompt)
+        yield Shown("", [], (resolution, resolution), nullcontext(), lambda prompt: prompt)
         return
     for folder, paths in held.items():
-        pictures = []
+        pictures, size = [], conditioning.frame(paths, resolution)
         for path in paths:
-            pixels = cover_picture(read_picture(path).pixels, resolution, resolution)
+            pixels = cover_picture(read_picture(path).pixels, *size)
             pictures.append(Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().numpy()))
         label = f"{folder.name}, {len(paths)} references: " if len(paths) > 1 else f"{folder.name}: "
-        yield Shown(label, pictures, conditioning.showing(paths), partial(conditioning.said, paths))
+        yield Shown(label, pictures, size, conditioning.showing(paths), partial(conditioning.said, paths))
 
 
 def grid(pictures: Sequence[Sequence[Image.Image]], labels: Sequence[str]) -> Image.Image:

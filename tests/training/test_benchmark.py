@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from identity_sets import CHECKPOINT, ENCODER
 from pack.models.errors import PersonalizeError
+from pack.models.ip_adapter import IPAdapter, read_ip_adapter
+from pack.models.weight_files import read_safetensors
 from pack.training import benchmark as running
-from pack.training.benchmark_data import EXCHANGED, TRUTH, real_material, with_trigger
-from pack.training.benchmark_stages import ROWS, TRAININGS, TUNED
+from pack.training.benchmark_data import EXCHANGED, TRUTH, pocket_material, real_material, with_trigger
+from pack.training.benchmark_stages import ROWS, TRAININGS, TUNED, find_adapters
 from pack.training.settings import make_groups
+from pack.training.shared import POCKET
 from PIL import Image
 
 SMALL = {
@@ -91,6 +94,27 @@ def test_a_second_run_draws_and_trains_nothing(done, monkeypatch):
     monkeypatch.setattr("pack.training.benchmark_stages.personalize", None)
     assert running.benchmark(options_of(output_dir=str(folder), **SMALL)) == report
     assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+def test_the_adapters_that_come_with_the_pack_are_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("pack.training.benchmark_stages.personalize", None)
+    options = options_of(output_dir=str(tmp_path), identities=1, seeds=1, references=2)
+    material = pocket_material(options, tmp_path)
+    found = find_adapters(options, material, tmp_path, POCKET / "ipadapter")
+    assert list(found) == list(TRAININGS)
+    assert not (tmp_path / "train").exists()
+    states = {name: IPAdapter.from_state(read_ip_adapter(path)) for name, path in found.items()}
+    assert {name: state.trained is not None for name, state in states.items()} == {
+        name: name == "self_attention" for name in TRAININGS
+    }
+    settings = [json.loads(read_safetensors(path)[1]["personalize.settings"]) for path in found.values()]
+    own = {option for values in TRAININGS.values() for option in values} | {"output_name"}
+    assert all(
+        {name: value for name, value in one.items() if name not in own}
+        == {name: value for name, value in settings[0].items() if name not in own}
+        for one in settings
+    ), "trained alike"
+    assert settings[0]["max_train_steps"] == material.training["max_train_steps"]
 
 
 def test_what_is_missing_is_told_at_once(capsys):

