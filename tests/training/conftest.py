@@ -2,10 +2,11 @@
 
 import pytest
 from finetuning import CHECKPOINT, photos
+from known_models import fakes, given
 from measured_sets import copies, no_network, nothing_loads, sets
 from narrow_models import narrow_folder
 
-__all__ = ["copies", "no_network", "nothing_loads", "sets"]
+__all__ = ["copies", "fakes", "given", "no_network", "nothing_loads", "sets"]
 
 
 @pytest.fixture
