@@ -9,8 +9,9 @@ Four IP-Adapters that were trained alike, from the same start and for as many st
 prompt of several references: from one reference, max pooling, average pooling, self-attention. Each draws identities that
 no training saw, with the same prompts and noise. For some of the identities DreamBooth, LoRA and Textual Inversion are
 trained, too. The pocket preset takes adapters that come with the pack, or trains them where there are none, or with
---train. Everything is kept in the folder: stopped at any moment, the same command goes on. report/index.html has the
-tables, plots and pictures.
+--train. Beside its methods stand what the generator itself draws of the identities, and the same with everybody under
+another's name. Everything is kept in the folder: stopped at any moment, the same command goes on. report/index.html has
+the tables, plots and pictures.
 """
 
 import sys
@@ -21,7 +22,7 @@ from accelerate import Accelerator
 
 from .benchmark_data import Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
-from .look import check_writable
+from .look import alone, check_writable
 from .options import option
 from .report import write_report
 from .settings import exit_status, make_groups, read_values
@@ -97,6 +98,11 @@ def benchmark(options: Benchmark) -> Path:
     """
     check(options)
     folder = Path(options.output_dir or ".").expanduser()
+    with alone(folder):
+        return _benchmark(options, folder)
+
+
+def _benchmark(options: Benchmark, folder: Path) -> Path:
     accelerator = Accelerator(mixed_precision="no")
     material: Material = (
         pocket_material(options, folder) if options.preset == "pocket" else real_material(options, folder)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .build_checks import Building, Material, Thresholds, look, shared_settings
 from .dataset import visible_picture
+from .look import alone
 from .settings import exit_status, make_groups, read_values
 from .shared import PersonalizeError
 from .subject_data import Detection, Rules, box_faults, count_fault, write_picture
@@ -52,6 +53,11 @@ def build(building: Building, thresholds: Thresholds) -> str:
         PersonalizeError: whatever the user can mend, a line for each problem.
         OSError: a file cannot be written.
     """
+    with alone(Path(building.output_dir).expanduser() if building.output_dir else None):
+        return _build(building, thresholds)
+
+
+def _build(building: Building, thresholds: Thresholds) -> str:
     material = look(building, thresholds)
     progress = material.progress
     begin(progress.folder, shared_settings(building, thresholds))

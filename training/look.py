@@ -1,10 +1,13 @@
 """Every picture and caption is read before a model loads: how many are good, what is wrong, and what is odd."""
 
+import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .concepts import Concept
@@ -40,6 +43,30 @@ def check_writable(folder: Path, option: str) -> None:
         raise PersonalizeError(
             f"The folder {folder} ({option}) cannot be written to ({error.strerror or error})."
         ) from None
+
+
+@contextmanager
+def alone(folder: Path | None) -> Iterator[None]:
+    """Only one run writes to a folder at a time; its other processes go with the first.
+
+    Raises:
+        PersonalizeError: another one does.
+    """
+    if int(os.environ.get("RANK", "0")) > 0 or folder is None:
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PersonalizeError(f"Another run writes to {folder}: wait for it, or use another --output_dir.") from None
+    except (OSError, NotImplementedError):
+        pass  # a check of its own tells what cannot be written; some disks have no locks
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bool) -> tuple[int, list[str], list[str]]:

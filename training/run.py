@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .about import about, digest_of_file
@@ -29,6 +28,7 @@ from .encoding import Cache, Latent, TextStates, digest_of, encode_captions, enc
 from .going_on import changed_settings, processes, shared_settings
 from .identities import Held, find_sets
 from .ip_adapter import IPAdapterMethod
+from .look import alone
 from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method
@@ -64,8 +64,8 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     try:
         options, prog = METHODS[method][0], f"python -m training.{method}"
         settings = read_settings(options, prog, doc or "", arguments, hints(method))
-        stop = Stop()
-        with stopping_on_signals(stop), explained(settings.folder), alone(settings):
+        stop, folder = Stop(), settings.folder if settings.output.output_dir else None
+        with stopping_on_signals(stop), explained(settings.folder), alone(folder):
             paths = personalize(method, settings, stop)
     except PersonalizeError as error:
         print(error, file=sys.stderr)
@@ -73,32 +73,6 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     if not paths:
         return 128 + (stop.signal or 0)
     return 0
-
-
-@contextmanager
-def alone(settings: Settings) -> Iterator[None]:
-    """Only one training writes to a folder at a time.
-
-    Raises:
-        PersonalizeError: another one does.
-    """
-    if int(os.environ.get("RANK", "0")) > 0 or not settings.output.output_dir:
-        yield
-        return
-    lock = FileLock(settings.folder / ".lock")
-    try:
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise PersonalizeError(
-            f"Another training writes to {settings.folder}: wait for it, or use another --output_dir."
-        ) from None
-    except (OSError, NotImplementedError):
-        pass  # the preflight tells what cannot be written with all other problems; some disks have no locks
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_one_training_at_a_time_writes_to_a_folder(root, tmp_path):
     with FileLock(output / ".lock"):
         done = run(root, *command("lora", root, folder, output, "--max_train_steps", "1"))
     assert done.returncode == 1
-    assert done.stderr.strip() == f"Another training writes to {output}: wait for it, or use another --output_dir."
+    assert done.stderr.strip() == f"Another run writes to {output}: wait for it, or use another --output_dir."
     assert not list(output.glob("*.safetensors"))
 
 
