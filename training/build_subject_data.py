@@ -53,12 +53,12 @@ def build(building: Building, thresholds: Thresholds) -> str:
         PersonalizeError: whatever the user can mend, a line for each problem.
         OSError: a file cannot be written.
     """
-    with alone(Path(building.output_dir).expanduser() if building.output_dir else None):
-        return _build(building, thresholds)
-
-
-def _build(building: Building, thresholds: Thresholds) -> str:
     material = look(building, thresholds)
+    with alone(material.progress.folder):
+        return _build(building, thresholds, material)
+
+
+def _build(building: Building, thresholds: Thresholds, material: Material) -> str:
     progress = material.progress
     begin(progress.folder, shared_settings(building, thresholds))
     progress.drop((material.paths[name], fault, material.captions[name], ()) for name, fault in material.faults.items())

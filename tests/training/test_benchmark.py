@@ -11,6 +11,7 @@ from pack.models.weight_files import read_safetensors
 from pack.training import benchmark as running
 from pack.training.benchmark_data import EXCHANGED, TRUTH, pocket_material, real_material, with_trigger
 from pack.training.benchmark_stages import ROWS, TRAININGS, TUNED, find_adapters
+from pack.training.look import alone
 from pack.training.settings import make_groups
 from pack.training.shared import POCKET
 from PIL import Image
@@ -115,6 +116,15 @@ def test_the_adapters_that_come_with_the_pack_are_taken(tmp_path, monkeypatch):
         for one in settings
     ), "trained alike"
     assert settings[0]["max_train_steps"] == material.training["max_train_steps"]
+
+
+def test_two_benchmarks_do_not_share_a_folder(tmp_path, capsys):
+    with alone(tmp_path):
+        assert running.main(["--output_dir", str(tmp_path)]) == 1
+    assert (
+        capsys.readouterr().err.strip()
+        == f"Another run writes to {tmp_path}: wait for it, or use another --output_dir."
+    )
 
 
 def test_what_is_missing_is_told_at_once(capsys):
