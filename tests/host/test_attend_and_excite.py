@@ -333,7 +333,7 @@ def test_recording_changes_no_picture_and_maps_are_shown_over_it(host, loaded, e
     assert masks.shape == (2 * STEPS * 7, 64, 96)
     assert each.shape[1] > 4 * sheets.shape[1]
     assert each.shape[2] > 3 * sheets.shape[2]
-    with pytest.raises(Exception, match="2 pictures of 6:4, but the image is 1 of 64x64"):
+    with pytest.raises(Exception, match="2 pictures of 12:8, but the image is 1 of 64x64"):
         show(record, torch.zeros(1, 64, 64, 3), loaded[1], PROMPT)
     with pytest.raises(Exception, match="attention maps of 1 conditionings, not of 2"):
         show(record, pixels, loaded[1], PROMPT, "", "average", 2)
