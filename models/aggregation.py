@@ -152,6 +152,8 @@ class SelfAttentionAggregator(nn.Module):
             LookupError, RuntimeError, ValueError: they are not whole or do not fit together.
         """
         heads, (inner, width) = int(state["heads"]), state["proj_in.weight"].shape
+        if heads < 1 or not all(bool(value.isfinite().all()) for value in state.values()):
+            raise ValueError(f"{heads} heads, or weights that are no numbers")
         depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=-1)
         with torch.device("meta"):
             made = cls(width, inner, heads, depth)
@@ -159,7 +161,8 @@ class SelfAttentionAggregator(nn.Module):
         return made.requires_grad_(False)
 
     def forward(self, features: Tensor, weights: Tensor) -> Tensor:
-        """B sets at once: [B, n, T, C], [B, n] (0 is padding) -> [B, T, C]."""
+        """B sets at once: [B, n, T, C], [B, n] (0 is padding, whatever stands there) -> [B, T, C]."""
+        features = torch.where((weights > 0)[:, :, None, None], features, 0)
         mean = mean_of(features, weights)
         seeds, elements, bias = self._prepared(features, weights, mean)
         pooled = self.pool(seeds, elements, self.head_count, bias)

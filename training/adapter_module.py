@@ -169,6 +169,11 @@ def build(
         else:
             outer = adapter.variant.encoder_width if stage == "features" else adapter.variant.cross_width
             inner = min(outer, 512) // heads * heads if width is None else width
+            if inner < heads:
+                raise PersonalizeError(
+                    f"--aggregator_heads {heads} are more than the self-attention is wide ({width or min(outer, 512)}): use "
+                    "fewer."
+                )
             aggregator = SelfAttentionAggregator(outer, inner, heads, depth)
     return TrainableAdapter(adapter, aggregation, stage, aggregator)
 

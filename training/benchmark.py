@@ -6,7 +6,8 @@
         --inception_weights weights-inception-2015-12-05-6726825d.pth
 
 Four IP-Adapters that were trained alike, from the same start and for as many steps, but for how they make one image
-prompt of several references: from one reference, max pooling, average pooling, self-attention. Each draws identities that
+prompt of several references: from one reference, max pooling, average pooling, self-attention, which stands over the
+tokens and has a loss of its own beside the noise's. Each draws identities that
 no training saw, with the same prompts and noise. For some of the identities DreamBooth, LoRA and Textual Inversion are
 trained, too. The pocket preset takes adapters that come with the pack, or trains them where there are none, or with
 --train. Beside its methods stand what the generator itself draws of the identities, and the same with everybody under
@@ -14,19 +15,25 @@ another's name. Everything is kept in the folder: stopped at any moment, the sam
 the tables, plots and pictures.
 """
 
+import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 
-from .benchmark_data import Material, pocket_material, real_material
+from . import features
+from .benchmark_data import FIRST_OF_TRAINING, Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
 from .look import alone, check_writable
 from .options import option
 from .report import write_report
 from .settings import exit_status, make_groups, read_values
 from .shared import POCKET, PersonalizeError
+
+ANYWAY = ("output_dir", "batch_size", "bootstrap_draws")
+"""Settings with which a benchmark may go on otherwise than it began."""
 
 
 @dataclass
@@ -85,8 +92,52 @@ def check(options: Benchmark) -> None:
     else:
         given = [name for name in (*own, "clip", "dino") if getattr(options, name) is not None]
         problems += [f"--{name} is for --preset lfw: the pocket preset brings its own." for name in given]
+        trains = ("ip_adapter", "max_train_steps", "train_batch_size")
+        problems += [
+            f"--{name} is for training, and the adapters that come with the pack are taken: give --train, too."
+            for name in trains
+            if getattr(options, name) is not None and not options.train
+        ]
+        if options.identities > FIRST_OF_TRAINING:
+            problems.append(
+                f"--identities {options.identities}: at most {FIRST_OF_TRAINING}, as those that follow are trained on."
+            )
+    for check_one, arguments in _networks(options):
+        try:
+            check_one(*arguments)
+        except PersonalizeError as error:
+            problems.append(str(error))
     if problems:
         raise PersonalizeError("\n".join(problems))
+
+
+def _networks(options: Benchmark) -> list[tuple[Callable, tuple]]:
+    """Checks of what measures, which is not used before everything is trained and drawn."""
+    if options.preset != "lfw":
+        return []
+    checks: list[tuple[Callable, tuple]] = [(features.check_torch_fidelity, ())]
+    if options.inception_weights and options.inception_weights != features.DOWNLOAD:
+        checks.append((features.check_inception, (Path(options.inception_weights).expanduser(),)))
+    if options.clip:
+        checks.append((features.check_model, (options.clip, "--clip", ("clip",))))
+    if options.dino:
+        checks.append((features.check_model, (options.dino, "--dino", features.VIT_TYPES)))
+    return checks
+
+
+def begin(options: Benchmark, folder: Path) -> None:
+    """A folder is of one benchmark: with other settings, pictures that are there would be taken for what they are not.
+
+    Raises:
+        PersonalizeError: it was begun with others.
+    """
+    path, now = folder / "settings.json", asdict(options)
+    now = {name: value for name, value in now.items() if name not in ANYWAY}
+    before = json.loads(path.read_text()) if path.is_file() else now
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        told = ", ".join(f"--{name} {before.get(name)} (now {now[name]})" for name in changed)
+        raise PersonalizeError(f"The benchmark in {folder} was begun with {told}: use another --output_dir.")
+    path.write_text(json.dumps(now, indent=1))
 
 
 def benchmark(options: Benchmark) -> Path:
@@ -104,6 +155,8 @@ def benchmark(options: Benchmark) -> Path:
 
 def _benchmark(options: Benchmark, folder: Path) -> Path:
     accelerator = Accelerator(mixed_precision="no")
+    if accelerator.is_main_process:
+        begin(options, folder)
     material: Material = (
         pocket_material(options, folder) if options.preset == "pocket" else real_material(options, folder)
     )

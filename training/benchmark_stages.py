@@ -21,7 +21,7 @@ from .image_encoder import load_image_encoder
 from .plots import Mark
 from .run import METHODS, personalize
 from .settings import make_groups, make_settings
-from .shared import SELF_ATTENTION, IPAdapter, bootstrap, likeness, mean_by_group, read_ip_adapter
+from .shared import SELF_ATTENTION, IPAdapter, bootstrap, likeness, mean_by_group, picture_paths, read_ip_adapter
 
 if TYPE_CHECKING:
     from .benchmark import Benchmark
@@ -330,7 +330,7 @@ def _likeness_over_numbers(
     places = {person.name: i for i, person in enumerate(material.people)}
 
     def seen(root: Path) -> tuple[torch.Tensor, torch.Tensor]:
-        paths = [path for name in places for path in sorted((root / name).glob("*.[pj][np]g"))]
+        paths = [path for name in places for path in picture_paths(root / name)]
         numbers = torch.tensor([places[path.parent.name] for path in paths])
         return eye.pictures(paths, root.name)[feature], numbers
 

@@ -126,7 +126,10 @@ def find_sets(
     sets = find_identities(Path(data.instance_data_dir or "").expanduser()).sets
     if data.validation_data_dir:
         others = find_identities(Path(data.validation_data_dir).expanduser()).sets
-        own, held = sorted(sets), sorted(others)[: AT_MOST if options.validation_identities is None else None]
+        own, held = (
+            sorted(sets),
+            sorted(others)[: AT_MOST if options.validation_identities is None else options.validation_identities],
+        )
         sets = sets | {folder: others[folder] for folder in held}
     else:
         own, held = hold_out(sets, options.validation_identities, settings.training.seed)

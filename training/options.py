@@ -261,7 +261,7 @@ class IPAdapter:
         None, "the adapter to start from, as in ComfyUI's models/ipadapter; none: from scratch"
     )
     adapter_kind: str = option("base", "from scratch: 4 tokens of a picture, or 16 of its patches", ("base", "plus"))
-    resampler_depth: int = option(4, "layers of a new plus projection", least=1)
+    resampler_depth: int = option(4, "layers of a new plus projection; diffusers loads 4 only", least=1)
     distil_from: str | None = option(
         None,
         "from scratch: a trained base adapter whose tokens the new projection learns first, and whose W'_k and W'_v",

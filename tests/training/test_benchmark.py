@@ -118,6 +118,25 @@ def test_the_adapters_that_come_with_the_pack_are_taken(tmp_path, monkeypatch):
     assert settings[0]["max_train_steps"] == material.training["max_train_steps"]
 
 
+def test_a_folder_is_of_one_benchmark(done, capsys):
+    _, folder = done
+    with pytest.raises(
+        PersonalizeError, match=r"was begun with --seeds 1 \(now 2\), --weight 1.0 \(now 0.5\): use another"
+    ):
+        running.benchmark(options_of(output_dir=str(folder), **SMALL | {"seeds": 2, "weight": 0.5}))
+
+
+def test_what_cannot_be_is_told_before_anything_is_drawn(tmp_path, capsys):
+    assert running.main(["--output_dir", str(tmp_path), "--max_train_steps", "9", "--identities", "1001"]) == 1
+    told = capsys.readouterr().err
+    assert "--max_train_steps is for training, and the adapters that come with the pack are taken" in told
+    assert "--identities 1001: at most 1000" in told
+    given = ["--data", "x", "--base", "x", "--image_encoder", "x", "--inception_weights", str(tmp_path / "none.pth")]
+    assert running.main(["--preset", "lfw", "--output_dir", str(tmp_path), *given]) == 1
+    assert "none.pth is not in" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/*"))
+
+
 def test_two_benchmarks_do_not_share_a_folder(tmp_path, capsys):
     with alone(tmp_path):
         assert running.main(["--output_dir", str(tmp_path)]) == 1

@@ -76,7 +76,7 @@ def test_padding_changes_nothing(kind):
     aggregator, features = made(width), features_of(6, tokens, width)
     batch, weights = features.expand(2, -1, -1, -1).clone(), torch.ones(2, 6)
     weights[0, 2:] = 0
-    batch[0, 2:] = 1e4  # whatever stands there
+    batch[0, 2:] = torch.nan  # whatever stands there
     both = aggregator(batch, weights)
     for row, n in enumerate((2, 6)):
         alone = aggregator.aggregate(features[:n], torch.ones(n))[0][0]
@@ -197,3 +197,11 @@ def test_an_aggregator_of_another_adapter_is_told():
     other = random_adapter("base", 1024, 768, [8] * 4) | {"aggregator": state["aggregator"]}
     with pytest.raises(PersonalizeError, match="aggregator of width 1280, features of width 1024"):
         IPAdapter.from_state(other)
+
+
+@pytest.mark.parametrize(("name", "value"), [("heads", 0), ("heads", -8), ("gate", torch.nan)])
+def test_weights_that_are_none_are_not_taken(name, value):
+    state = {key: tensor.clone() for key, tensor in made(96).state_dict().items()}
+    state[name].fill_(value)
+    with pytest.raises(ValueError, match="heads, or weights that are no numbers"):
+        SelfAttentionAggregator.from_tensors(state)
