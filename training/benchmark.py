@@ -15,7 +15,6 @@ another's name. Everything is kept in the folder: stopped at any moment, the sam
 the tables, plots and pictures.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from accelerate import Accelerator
 from . import features
 from .benchmark_data import FIRST_OF_TRAINING, Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
-from .look import alone, check_writable
+from .look import alone, check_same, check_writable
 from .options import option
 from .report import write_report
 from .settings import exit_status, make_groups, read_values
@@ -125,21 +124,6 @@ def _networks(options: Benchmark) -> list[tuple[Callable, tuple]]:
     return checks
 
 
-def begin(options: Benchmark, folder: Path) -> None:
-    """A folder is of one benchmark: with other settings, pictures that are there would be taken for what they are not.
-
-    Raises:
-        PersonalizeError: it was begun with others.
-    """
-    path, now = folder / "settings.json", asdict(options)
-    now = {name: value for name, value in now.items() if name not in ANYWAY}
-    before = json.loads(path.read_text()) if path.is_file() else now
-    if changed := [name for name in now if before.get(name) != now[name]]:
-        told = ", ".join(f"--{name} {before.get(name)} (now {now[name]})" for name in changed)
-        raise PersonalizeError(f"The benchmark in {folder} was begun with {told}: use another --output_dir.")
-    path.write_text(json.dumps(now, indent=1))
-
-
 def benchmark(options: Benchmark) -> Path:
     """All stages; returns the report.
 
@@ -156,7 +140,8 @@ def benchmark(options: Benchmark) -> Path:
 def _benchmark(options: Benchmark, folder: Path) -> Path:
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.is_main_process:
-        begin(options, folder)
+        now = {name: value for name, value in asdict(options).items() if name not in ANYWAY}
+        check_same(folder / "settings.json", now, f"The benchmark in {folder} was begun", "--output_dir")
     material: Material = (
         pocket_material(options, folder) if options.preset == "pocket" else real_material(options, folder)
     )

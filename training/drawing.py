@@ -1,7 +1,7 @@
 """Pictures to be measured, drawn first: by a base model with a personalisation file, of the same prompts for everybody."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from .defaults import RESOLUTIONS
 from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, PROMPT_METHODS, excited_places
 from .generate import Job, ReferencePrompts, Sampling, draw_pictures
 from .image_encoder import load_image_encoder
+from .look import check_same
 from .options import option
 from .picture_sets import find_set
 from .shared import SELF_ATTENTION, IPAdapter, PersonalizeError, parse_concepts, parse_words, read_ip_adapter, title_of
@@ -172,5 +173,9 @@ def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
         drawing.draw_batch_size,
         prompts=drawing.prompt_method,
     )
+    if accelerator.is_main_process:
+        now = {name: value for name, value in asdict(drawing).items() if name not in ("name", "draw_batch_size")}
+        what = f"The pictures in {folder} were drawn"
+        check_same(folder.with_name(f"{drawing.name}.json"), now | {"seed": seed}, what, "--name")
     draw_pictures(accelerator, base, jobs, sampling, f"Drawing {drawing.name}", showing)
     return folder

@@ -1,11 +1,13 @@
 """Every picture and caption is read before a model loads: how many are good, what is wrong, and what is odd."""
 
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -43,6 +45,26 @@ def check_writable(folder: Path, option: str) -> None:
         raise PersonalizeError(
             f"The folder {folder} ({option}) cannot be written to ({error.strerror or error})."
         ) from None
+
+
+def check_same(path: Path, now: dict[str, Any], what: str, option: str) -> None:
+    """Note what a folder's pictures are made with: with other settings they would be taken for what they are not.
+
+    Args:
+        path: of the note.
+        now: settings by name.
+        what: "The benchmark in FOLDER was begun", for the message.
+        option: that gives another folder.
+
+    Raises:
+        PersonalizeError: they were made with others.
+    """
+    before = json.loads(path.read_text()) if path.is_file() else now
+    if changed := [name for name in now if before.get(name) != now[name]]:
+        told = ", ".join(f"--{name} {before.get(name)} (now {now[name]})" for name in changed)
+        raise PersonalizeError(f"{what} with {told}: use another {option}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=1))
 
 
 @contextmanager

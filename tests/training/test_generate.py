@@ -242,6 +242,9 @@ def test_evaluate_draws_first(root, people, tmp_path, capsys):
     times = [path.stat().st_mtime_ns for path in drawn]
     assert evaluation.main(arguments) == 0
     assert [path.stat().st_mtime_ns for path in drawn] == times
+    capsys.readouterr()
+    assert evaluation.main([*arguments, "--weight", "0"]) == 1
+    assert "mine were drawn with --weight 1.0 (now 0.0): use another --name." in capsys.readouterr().err
 
 
 def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
