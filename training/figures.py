@@ -57,8 +57,8 @@ KINDS = {
     "wcfid": Kind(
         "FID within identities",
         "lower",
-        "WCFID: the mean over the identities of FID between an identity's generated and its real pictures; FID over all "
-        "pictures does not see whose picture is whose",
+        "WCFID: the mean over the identities of FID between an identity's generated and its real pictures, which depends on "
+        "how many each has; FID over all pictures does not see whose picture is whose",
     ),
     "bcfid": Kind("FID between identities", "lower", "BCFID: FID between the means of the identities, whoever is whose"),
     "is": Kind(
