@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from . import features
 from .benchmark_data import FIRST_OF_TRAINING, Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
-from .look import alone, check_same, check_writable
+from .look import alone, check_same, check_writable, tell
 from .options import option
 from .report import write_report
 from .settings import exit_status, make_groups, read_values
@@ -77,14 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def check(options: Benchmark) -> None:
     """Raises PersonalizeError, a line for each option that is missing or cannot be used."""
-    problems = []
+    problems = list[str]()
     if not options.output_dir:
         problems.append("--output_dir is missing: the folder for everything that is trained, drawn and measured.")
     else:
-        try:
-            check_writable(Path(options.output_dir).expanduser(), "--output_dir")
-        except PersonalizeError as error:
-            problems.append(str(error))
+        tell(problems, check_writable, Path(options.output_dir).expanduser(), "--output_dir")
     own = ("base", "data", "image_encoder", "inception_weights")
     if options.preset == "lfw":
         problems += [f"--preset lfw needs --{name}." for name in own if getattr(options, name) is None]
@@ -102,10 +99,7 @@ def check(options: Benchmark) -> None:
                 f"--identities {options.identities}: at most {FIRST_OF_TRAINING}, as those that follow are trained on."
             )
     for check_one, arguments in _networks(options):
-        try:
-            check_one(*arguments)
-        except PersonalizeError as error:
-            problems.append(str(error))
+        tell(problems, check_one, *arguments)
     if problems:
         raise PersonalizeError("\n".join(problems))
 

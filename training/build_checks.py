@@ -3,13 +3,14 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from .dataset import captions_of, visible_picture
-from .look import check_writable
+from .look import check_writable, tell
 from .options import option
 from .shared import PLACEHOLDER, PersonalizeError, list_pictures
 from .subject_data import Rules, picture_fault
@@ -112,16 +113,8 @@ def look(building: Building, thresholds: Thresholds) -> Material:
     Raises:
         PersonalizeError: a sentence for each problem, a line each.
     """
-    problems: list[str] = []
-
-    def told(check: Callable, *arguments: Any) -> Any:
-        """The check's result; what it raises is a problem."""
-        try:
-            return check(*arguments)
-        except PersonalizeError as error:
-            problems.extend(str(error).splitlines())
-            return None
-
+    problems = list[str]()
+    told = partial(tell, problems)
     problems += _threshold_problems(thresholds)
     told(_models, building)
     found = told(list_pictures, Path(building.pictures).expanduser()) if building.pictures else None

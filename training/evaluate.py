@@ -22,6 +22,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from .dataset import visible_picture
 from .drawing import Drawing, check_drawing, draw_first
 from .encoding import Cache
 from .figures import KINDS, Figure, Views, differences, is_finite, measure, remarks
-from .look import check_writable
+from .look import check_writable, tell
 from .options import option
 from .picture_sets import PictureSet, check_identities, find_set, names_of, prompts_of
 from .plots import Mark, bar_plot, number
@@ -163,16 +164,8 @@ def look(options: Evaluation) -> Material:
     Raises:
         PersonalizeError: a sentence for each problem, a line each.
     """
-    problems: list[str] = []
-
-    def told(check: Callable, *arguments: Any) -> Any:
-        """The check's result; what it raises is a problem."""
-        try:
-            return check(*arguments)
-        except PersonalizeError as error:
-            problems.extend(str(error).splitlines())
-            return None
-
+    problems = list[str]()
+    told = partial(tell, problems)
     told(_options, options)
     folders = [Path(folder).expanduser() for folder in options.generated]
     names = [f"{name} (generated)" if name == REAL else name for name in names_of(folders)]

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +47,15 @@ def check_writable(folder: Path, option: str) -> None:
         ) from None
 
 
+def tell(problems: list[str], check: Callable, *arguments: Any) -> Any:
+    """A check's result; what it raises goes among the problems, a line each."""
+    try:
+        return check(*arguments)
+    except PersonalizeError as error:
+        problems.extend(str(error).splitlines())
+        return None
+
+
 def check_same(path: Path, now: dict[str, Any], what: str, option: str) -> None:
     """Note what a folder's pictures are made with: with other settings they would be taken for what they are not.
 
@@ -57,14 +66,20 @@ def check_same(path: Path, now: dict[str, Any], what: str, option: str) -> None:
         option: that gives another folder.
 
     Raises:
-        PersonalizeError: they were made with others.
+        PersonalizeError: they were made with others, or the note is damaged.
     """
-    before = json.loads(path.read_text()) if path.is_file() else now
+    try:
+        before = dict(json.loads(path.read_text())) if path.is_file() else now
+    except (ValueError, TypeError):
+        raise PersonalizeError(f"{path} is damaged: use another {option}.") from None
     if changed := [name for name in now if before.get(name) != now[name]]:
         told = ", ".join(f"--{name} {before.get(name)} (now {now[name]})" for name in changed)
         raise PersonalizeError(f"{what} with {told}: use another {option}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=1))
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(now, indent=1))
+        part.replace(path)
 
 
 @contextmanager

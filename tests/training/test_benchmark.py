@@ -126,6 +126,12 @@ def test_a_folder_is_of_one_benchmark(done, capsys):
         running.benchmark(options_of(output_dir=str(folder), **SMALL | {"seeds": 2, "weight": 0.5}))
 
 
+def test_a_damaged_note_is_told(tmp_path):
+    (tmp_path / "settings.json").write_text("{")
+    with pytest.raises(PersonalizeError, match=r"settings.json is damaged: use another --output_dir"):
+        running.benchmark(options_of(output_dir=str(tmp_path), **SMALL))
+
+
 def test_what_cannot_be_is_told_before_anything_is_drawn(tmp_path, capsys):
     assert running.main(["--output_dir", str(tmp_path), "--max_train_steps", "9", "--identities", "1001"]) == 1
     told = capsys.readouterr().err
