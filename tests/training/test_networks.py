@@ -132,7 +132,7 @@ def test_photographs_are_measured_as_dreambench_has_it(sets, inception_weights, 
     (few["good"] / "0" / "0.txt").unlink()
     result = evaluate(options(few, tmp_path / "out", ["good"], **asked))
     figures = result["figures"]["good"]
-    assert set(figures) == {"fid", "kid", "is", "uniform_is", "clip_i", "clip_t"}
+    assert set(figures) == {"fid", "kid", "wcfid", "bcfid", "is", "bcis", "uniform_is", "clip_i", "clip_t"}
     assert (figures["clip_i"]["pictures"], figures["clip_t"]["pictures"]) == (4, 3)
     assert any("2048 features need 2049" in remark for remark in result["remarks"])
 
