@@ -103,24 +103,29 @@ def test_references_show_and_leave_no_trace(root, base, people, tmp_path):
     assert np.abs(pixels(tmp_path / "zero" / "0.png") - pixels(tmp_path / "without" / "0.png")).max() <= 1
 
 
-def test_a_file_with_pooling_draws_the_same_in_diffusers_own_ip_adapter(root, base, people, tmp_path):
-    file = train(root, people, tmp_path / "out", aggregation="average", max_train_steps=2)
+@pytest.mark.parametrize("kind", ["base", "plus"])
+def test_a_file_with_pooling_draws_the_same_in_diffusers_own_ip_adapter(root, base, people, tmp_path, kind):
+    fresh = {"ip_adapter": None, "adapter_kind": "plus", "learning_rate": 1e-2} if kind == "plus" else {}
+    file = train(root, people, tmp_path / "out", aggregation="average", max_train_steps=2, **fresh)
     job = jobs(tmp_path / "ours", people)[0]
     draw_pictures(Accelerator(), base, [job], SAMPLING, "", showing(base, root, file=file, weight=0.8))
     pipeline = load_base(str(root / CHECKPOINT)).pipeline
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
     pipeline.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
     pipeline.set_ip_adapter_scale(0.8)
-    mean = encode_references(load_image_encoder(root / ENCODER), job.references).pooled.mean(0)
+    given = encode_references(load_image_encoder(root / ENCODER), job.references)
+    shown, hidden = (given.patches, given.zero_patches[None]) if kind == "plus" else (given.pooled, 0 * given.pooled)
     theirs = pipeline(
         job.prompt,
-        ip_adapter_image_embeds=[torch.stack([torch.zeros_like(mean), mean])[:, None]],
+        ip_adapter_image_embeds=[torch.stack([hidden.mean(0), shown.mean(0)])[:, None]],
         latents=torch.randn(1, 32, 8, 8, generator=torch.Generator().manual_seed(job.seed)),
         num_inference_steps=3,
         guidance_scale=4.0,
         output_type="np",
     ).images[0]
     assert np.abs(pixels(job.path) - theirs * 255).max() <= 2
+    draw_pictures(Accelerator(), base, [replace(job, path=tmp_path / "bare.png")], SAMPLING, "")
+    assert np.abs(pixels(tmp_path / "bare.png") - theirs * 255).max() > 20
 
 
 @pytest.mark.parametrize("shown", [False, True])
