@@ -4,6 +4,7 @@ Pictures of one identity are alike, so that not they are drawn but identities, w
 bootstrap; Davison and Hinkley 1997, section 3.8).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,13 +27,16 @@ class Estimate:
     groups: tuple[str, ...]
     """The identities' names."""
     seed: int
+    least: float = -math.inf
+    """What the number cannot be below."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
         """The middle 95 % of the draws. Where their mean lies beside the value by more than chance, they are moved there.
 
         A picture that is drawn twice makes a set less varied than it is: the draws of FID lie too high, those of IS too
-        low, of a plain mean nowhere else. None without draws.
+        low, of a plain mean nowhere else. What they are moved by may be more than the number is, so that the interval is
+        cut at the least it can be. None without draws.
         """
         draws = self.draws[self.draws.isfinite()]
         if not len(draws):
@@ -41,7 +45,7 @@ class Estimate:
         if bias.abs() > 3 * draws.std(correction=0) / len(draws) ** 0.5:
             draws = draws - bias
         low, high = torch.quantile(draws, torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64))
-        return low.item(), high.item()
+        return max(low.item(), self.least), max(high.item(), self.least)
 
 
 def resamples(groups: int, draws: int, seed: int) -> Iterator[Tensor]:
@@ -57,6 +61,7 @@ def bootstrap(
     draws: int = 1000,
     seed: int = 0,
     watch: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
+    least: float = -math.inf,
 ) -> Estimate:
     """The statistic with every group once, and as often as each is drawn.
 
@@ -66,11 +71,12 @@ def bootstrap(
         draws: how many.
         seed: of them: what is to be compared must have the same.
         watch: passes the draws on, as a progress bar does.
+        least: what the statistic cannot be below, as a distance not below zero.
     """
     value = statistic(torch.ones(len(groups), dtype=torch.float64))
     drawn = watch(resamples(len(groups), draws if len(groups) > 1 else 0, seed))
     numbers = torch.tensor([statistic(weights) for weights in drawn], dtype=torch.float64)
-    return Estimate(value, numbers, tuple(groups), seed)
+    return Estimate(value, numbers, tuple(groups), seed, least)
 
 
 def bootstrap_difference(a: Estimate, b: Estimate) -> Estimate:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,11 +48,16 @@ class Kind:
     better: str
     """"higher", "lower", or "" where neither is."""
     meaning: str
+    least: float = -math.inf
+    """What it cannot be below."""
 
 
 KINDS = {
     "fid": Kind(
-        "FID", "lower", "Fréchet distance between the features of generated and real pictures; depends on how many there are"
+        "FID",
+        "lower",
+        "Fréchet distance between the features of generated and real pictures; depends on how many there are",
+        0,
     ),
     "kid": Kind("KID", "lower", "kernel distance between the same features; does not depend on how many there are, and may fall below zero"),
     "wcfid": Kind(
@@ -59,28 +65,33 @@ KINDS = {
         "lower",
         "WCFID: the mean over the identities of FID between an identity's generated and its real pictures, which depends on "
         "how many each has; FID over all pictures does not see whose picture is whose",
+        0,
     ),
-    "bcfid": Kind("FID between identities", "lower", "BCFID: FID between the means of the identities, whoever is whose"),
+    "bcfid": Kind("FID between identities", "lower", "BCFID: FID between the means of the identities, whoever is whose", 0),
     "is": Kind(
         "IS",
         "higher",
         "inception score: pictures of a clear class each, and of many classes together, be they the right ones or not",
+        1,
     ),
     "bcis": Kind(
         "IS between identities",
         "higher",
         "BCIS: the part of IS that comes from the identities: pictures of one agree on their classes, and others have others",
+        1,
     ),
     "identity_is": Kind(
         "IS over identities",
         "higher",
         "inception score whose classes are the identities of the real pictures, by the judge's identity features: pictures "
         "that show one of them clearly, and all of them alike",
+        1,
     ),
     "uniform_is": Kind(
         "uniform-prior IS",
         "",
         "only how clear the class of each picture is; not the inception score: one picture again and again has as much",
+        1,
     ),
     "likeness": Kind("likeness", "higher", "mean cosine of the judge's identity features to the identity's real pictures"),
     "likeness_to_others": Kind("likeness to others", "lower", "the same to the real pictures of all other identities"),
@@ -157,7 +168,8 @@ def measure(
             count = min(draws, found.most_draws or draws)
             title = f"{views.pictures.name}, {KINDS[name].title}"
             bar = partial(tqdm, desc=title, total=count if len(groups) > 1 else 0, unit=" draws", leave=False)
-            figures[name] = Figure(bootstrap(groups, found.statistic, count, seed, bar), found.n, found.parts)
+            estimate = bootstrap(groups, found.statistic, count, seed, bar, KINDS[name].least)
+            figures[name] = Figure(estimate, found.n, found.parts)
     return figures
 
 
@@ -283,6 +295,7 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
     said, width = [], real.main["features"].shape[1]
     sizes = {views.pictures.name: len(views.pictures.paths) for views in (*methods, real)}
     n_real = sizes[real.pictures.name]
+    few, narrow, within = (defaultdict[int, list[str]](list) for _ in range(3))
     for views in methods:
         name, n = views.pictures.name, sizes[views.pictures.name]
         if min(n, n_real) < 2:
@@ -291,10 +304,7 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
                 "2 of each are needed."
             )
         elif min(n, n_real) < width + 1:
-            said.append(
-                f"FID of {name} is of {n} generated and {n_real} real pictures, but {width} features need {width + 1} of each: "
-                "it is too high, and to be compared with FIDs of as many pictures only; KID is not affected."
-            )
+            few[n].append(name)
         if n < 2:
             said.append(f"IS of {name} is left out: it needs at least 2 pictures, and there is one.")
         groups = len(views.pictures.groups)
@@ -303,10 +313,31 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
                 f"{name} has no intervals: there is one {'picture' if views.pictures.flat else 'identity'} only."
             )
         elif groups < 10:
-            what = "pictures" if views.pictures.flat else "identities"
+            narrow[groups].append(name)
+        shown, there = views.pictures.identities, real.pictures.identities
+        if not views.pictures.flat and len(shown) < len(there):
             said.append(
-                f"The intervals of {name} are of {groups} {what} only, and rather too narrow: 10 or more are better."
+                f"{name} shows {len(shown)} of the {len(there)} identities of the real pictures: its FID and KID are against "
+                "them all, and FID within and between identities are left out."
             )
+        elif 1 < (least := min(len(one) for one in (*shown.values(), *there.values()))) <= width and groups > 1:
+            within[least].append(name)
+    for n, names in few.items():
+        said.append(
+            f"FID of {', '.join(names)} is of {n} generated and {n_real} real pictures, but {width} features need "
+            f"{width + 1} of each: it is too high, and to be compared with FIDs of as many pictures only; KID is not "
+            "affected."
+        )
+    for n, names in within.items() if not real.pictures.flat else ():
+        said.append(
+            f"FID within identities of {', '.join(names)} is of as few as {n} pictures of an identity: it is too high in the "
+            "same way."
+        )
+    for n, names in narrow.items():
+        what = "pictures" if real.pictures.flat else "identities"
+        said.append(
+            f"The intervals of {', '.join(names)} are of {n} {what} only, and rather too narrow: 10 or more are better."
+        )
     if min(width, n_real + max(sizes[views.pictures.name] for views in methods)) > WIDE:
         said.append(f"FID's intervals are of at most {WIDE_DRAWS} draws, each of which takes seconds.")
     if len({sizes[views.pictures.name] for views in methods}) > 1:

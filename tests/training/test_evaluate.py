@@ -49,7 +49,10 @@ def test_the_judge_tells_the_same_people_from_others(sets, tmp_path, capsys, no_
     (likeness,) = (d for d in result["differences"] if d["figure"] == "likeness")
     assert (likeness["of"], likeness["against"], likeness["apart"]) == ("good", "bad", True)
     assert likeness["difference"] == pytest.approx(good["likeness"]["value"] - bad["likeness"]["value"])
-    assert any("160 features need 161" in remark for remark in result["remarks"])
+    assert any("FID of good, bad is of" in remark and "160 features need 161" in remark for remark in result["remarks"])
+    assert any(
+        "FID within identities of good, bad is of as few as 4 pictures" in remark for remark in result["remarks"]
+    )
     assert json.loads((tmp_path / "out" / "figures.json").read_text()) == result
     table = (tmp_path / "out" / "table.md").read_text()
     assert table in capsys.readouterr().out
@@ -85,6 +88,17 @@ def test_what_is_not_there_is_left_out(copies, tmp_path, no_network):
     assert "[" not in table
     assert "brackets" not in table
     assert not (tmp_path / "out" / "attributes.png").exists()
+
+
+def test_a_method_that_shows_some_of_the_identities(copies, tmp_path):
+    shutil.rmtree(copies["good"] / "0")
+    result = evaluate(options(copies, tmp_path / "out", bootstrap_draws=20))
+    assert {"wcfid", "bcfid"} & set(result["figures"]["good"]) == set()
+    assert {"wcfid", "bcfid"} <= set(result["figures"]["bad"])
+    (remark,) = (remark for remark in result["remarks"] if "of the real pictures" in remark)
+    assert remark.startswith(
+        f"good shows {PEOPLE - 1} of the {PEOPLE} identities of the real pictures: its FID and KID"
+    )
 
 
 def test_a_second_time_no_network_is_loaded(copies, tmp_path, monkeypatch):

@@ -302,6 +302,14 @@ def test_intervals_lie_around_measures_that_repetition_biases():
         assert sign * (estimate.draws.mean() - estimate.value) > (high - low) / 10  # where it would lie without moving
 
 
+def test_an_interval_leaves_out_what_cannot_be():
+    groups, x = torch.arange(30).repeat_interleave(4), features(120, 10, 1)
+    alike = frechet_by_group(x, groups, x, (groups + 1) % 30)  # the same pictures, each under another name
+    low, high = bootstrap(names(30), alike, 200).interval
+    assert low < -0.01 < high
+    assert bootstrap(names(30), alike, 200, least=0).interval == (0, high)
+
+
 def test_differences_over_the_same_identities_are_narrower():
     values, groups = identities(30, 4, 1)
     better = values + 0.1 + 0.05 * torch.randn(120, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
