@@ -93,7 +93,7 @@ class Training:
     """Training"""
 
     max_train_steps: int | None = option(None, "steps of the optimiser", least=1)
-    num_train_epochs: int | None = option(None, "instead of steps: how often to see every picture", least=1)
+    num_train_epochs: int | None = option(None, "instead of steps: how often to see every picture, on average", least=1)
     train_batch_size: int = option(1, "pictures a step, on each device", least=1)
     gradient_accumulation_steps: int = option(1, "batches before the optimiser steps", least=1)
     learning_rate: float | None = option(
