@@ -79,7 +79,7 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         told(check_layers, settings, family)
     told(check_vae, settings.base.vae_path)
     if isinstance(settings.method, IPAdapter):
-        told(check_adapter, settings.method, family)
+        warnings += told(check_adapter, settings.method, family) or []
     if isinstance(settings.method, SubjectDiffusion):
         told(check_subject_options, settings.method, family)
     counts: dict[str, int] = {}

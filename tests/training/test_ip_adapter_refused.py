@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from identity_sets import ADAPTER, ENCODER, identities, settings_of, train
+from identity_sets import ADAPTER, ENCODER, POCKET, identities, settings_of, train
 from narrow_models import narrow_folder
 from pack.models.errors import PersonalizeError
 from pack.training.pocket.photos import write_identities
@@ -79,6 +79,51 @@ def test_files_in_the_wrong_place_are_named(root, people, tmp_path):
 def test_whom_a_projection_cannot_learn_from(root, people, tmp_path, monkeypatch, options, sentence):
     monkeypatch.chdir(root)
     assert refused(root, people, tmp_path / "out", **options).endswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"adapter_kind": "base"}, "--adapter_kind would describe a new adapter, but --ip_adapter names one"),
+        (
+            {"adapter_kind": "plus", "resampler_depth": 4},
+            "--adapter_kind and --resampler_depth would describe a new adapter, but --ip_adapter names one",
+        ),
+        (
+            {"ip_adapter": None, "resampler_depth": 2},
+            "--resampler_depth is for --adapter_kind plus: give both or neither.",
+        ),
+        (
+            {"aggregation": "average", "aggregator_heads": 8, "aggregator_lr": 1e-3},
+            "--aggregator_heads and --aggregator_lr would do nothing with --aggregation average: leave out one or the other.",
+        ),
+        (
+            {"aggregation": "concatenate", "aggregation_stage": "features", "aggregator_depth": 0},
+            "--aggregator_depth and --aggregation_stage would do nothing with --aggregation concatenate",
+        ),
+    ],
+)
+def test_what_would_be_silently_passed_over(root, people, tmp_path, options, sentence):
+    assert refused(root, people, tmp_path / "out", **options).startswith(sentence)
+
+
+def test_a_self_attention_in_the_file_stays_as_it_is(root, people, tmp_path):
+    """It stands at the tokens, 64 wide, with eight heads and two blocks."""
+    file = {"ip_adapter": str(root / POCKET / "ipadapter" / "pocket_self_attention.safetensors")}
+    own = {"aggregation_stage": "tokens", "aggregator_width": 64, "aggregator_heads": 8, "aggregator_depth": 2}
+    told = refused(
+        root, people, tmp_path / "out", **file, aggregation_stage="features", aggregator_heads=4, aggregator_width=64
+    )
+    assert told == (
+        "pocket_self_attention.safetensors has a self-attention with --aggregation_stage tokens, --aggregator_heads 8, which "
+        "you want otherwise: leave the options out or start from an adapter without one."
+    )
+    for options in ({}, own):
+        assert preflight(settings_of(root, people, tmp_path / "out", **file, **options), quiet=True).warnings == []
+    pooled = settings_of(root, people, tmp_path / "out", **file, aggregation="max", aggregation_stage="features")
+    assert preflight(pooled, quiet=True).warnings == [
+        "--aggregation max leaves the self-attention that pocket_self_attention.safetensors has out of the result."
+    ]
 
 
 def test_an_adapter_for_another_base_is_told(root, people, tmp_path):

@@ -323,9 +323,11 @@ def test_a_pooling_trains_the_adapter_and_writes_no_aggregator(root, people, tmp
     assert all(changed)
 
 
-def test_started_again_from_its_own_file_it_goes_on_from_it(monkeypatch, root, people, tmp_path):
-    first = train(root, people, tmp_path / "first")
+@pytest.mark.parametrize("stage", ["features", "tokens"])
+def test_started_again_from_its_own_file_it_goes_on_from_it(monkeypatch, root, people, tmp_path, stage):
+    first = train(root, people, tmp_path / "first", aggregation_stage=stage)
     trainer = prepared(monkeypatch, root, people, tmp_path / "second", ip_adapter=str(first))
+    assert trainer.method.adapter.stage == stage
     for name, value in trainer.method.adapter.tensors().items():
         assert torch.equal(value.cpu(), load_file(first)[name])
 
