@@ -85,7 +85,7 @@ def check_drawing(drawing: Drawing) -> None:
             problems.append(f"--{name} {where} does not exist.")
     if drawing.resolution is not None and family in OFFLINE:
         told(check_size, drawing.resolution, size_step_of(family or ""), title_of(family or ""))
-    if not drawing.name.strip() or any(letter in drawing.name for letter in "/\\"):
+    if drawing.name.strip() in ("", ".", "..") or any(letter in drawing.name for letter in "/\\\0"):
         problems.append(f"--name {drawing.name!r} is no name for a folder.")
     if problems:
         raise PersonalizeError("\n".join(problems))

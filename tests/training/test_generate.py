@@ -266,6 +266,9 @@ def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
     ):
         assert sentence in told
     assert "--generated is missing" not in told
+    for name in (".", "..", " ", "a\\b"):
+        assert evaluation.main([*arguments, "--name", name]) == 1
+        assert f"--name {name!r} is no name for a folder." in capsys.readouterr().err
 
 
 def test_identities_without_references_are_named(root, people, tmp_path, capsys):
