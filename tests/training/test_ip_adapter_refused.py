@@ -8,6 +8,7 @@ from narrow_models import narrow_folder
 from pack.models.errors import PersonalizeError
 from pack.training.pocket.photos import write_identities
 from pack.training.preflight import preflight
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 
@@ -27,6 +28,7 @@ def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
     shutil.copytree(people, folder)
     broken = sorted(next(folder.iterdir()).glob("*.png"))[0]
     broken.write_bytes(b"no picture")
+    Image.new("RGB", (1, 1)).save(broken.with_name("tiny.png"))
     message = refused(
         root,
         folder,
@@ -46,6 +48,7 @@ def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
         "are 1.05 together: less than 1",
         "--smallest_crop 0.35 and --largest_crop 0.2 are not the smaller first, and at most 1.",
         f"{broken.name} in {broken.parent} cannot be read as a picture",
+        f"tiny.png in {broken.parent} is 1x1 pixels: at least 16 on each side are needed.",
     ):
         assert sentence in message
     assert not (tmp_path / "out" / "config.toml").exists()
@@ -140,6 +143,8 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
     lonely.mkdir()
     shutil.copy(next(folder.glob("*/*.png")), lonely / "1.png")
     shutil.copy(lonely / "1.png", folder / "loose.png")
+    own = next(folder.glob("*/*.png"))
+    shutil.copy(own, own.with_name("zz.png"))
     warnings = preflight(
         settings_of(
             root,
@@ -147,6 +152,7 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
             tmp_path / "out",
             train_text_encoder=True,
             caption_dropout=0.1,
+            masked_loss=True,
             validation_prompt=["a {class}"],
         ),
         quiet=True,
@@ -157,5 +163,10 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
     assert "1 pictures are in no identity's folder (loose.png)" in told
     assert "--train_text_encoder has no effect: an IP-Adapter trains beside a base" in told
     assert "--caption_dropout has no effect" in told
+    assert f"1 pictures are copies of others of the same identity ({own.parent.name}/zz.png) and are left out" in told
+    assert told.count("--masked_loss") == 1
+    assert "--masked_loss has no effect on 2 of the 2 identities in people: none of their pictures has" in told.replace(
+        str(folder), "people"
+    )
     assert "of the 2 in people none is held out" in told.replace(str(folder), "people")
     assert "trigger" not in told

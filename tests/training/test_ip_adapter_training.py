@@ -1,6 +1,7 @@
 """Training an IP-Adapter by leave-one-out: the step against a plain computation, files, resume, bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -169,6 +170,19 @@ def test_where_only_the_aggregator_trains_every_step_has_references(monkeypatch,
     trainer = prepared(monkeypatch, root, people, tmp_path / "whole", train_adapter=True, **options)
     told = [trainer.method.conditioning.told(trainer.examples[0], number, 0) for number in range(100)]
     assert 80 <= sum(not one.references for one in told) <= 99
+
+
+def test_a_copy_of_the_target_is_neither_target_nor_reference(monkeypatch, root, people, tmp_path):
+    folder = tmp_path / "people"
+    shutil.copytree(people, folder)
+    for one in folder.iterdir():
+        shutil.copy(sorted(one.glob("*.png"))[0], one / "zz.png")
+    trainer = prepared(monkeypatch, root, folder, tmp_path / "out", validation_identities=1)
+    used = {example.path.name for example in trainer.examples} | {
+        path.name for paths in trainer.method.conditioning.sets.values() for path in paths
+    }
+    assert len(trainer.examples) == 2 * 4
+    assert "zz.png" not in used
 
 
 def test_the_warm_up_predicts_the_identitys_other_pictures(monkeypatch, root, people, tmp_path):

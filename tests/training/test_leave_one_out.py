@@ -1,5 +1,7 @@
 """Which picture is predicted from which: never from itself, each as often as any other, from any number of others."""
 
+import shutil
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -137,9 +139,11 @@ def test_an_only_picture_has_no_references():
         draw_references(SET[:1], SET[0], None, NONE, torch.Generator())
 
 
-def picture(path):
+def picture(path, grey=None):
+    """No two are the same, but those of the same grey."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 32)).save(path)
+    value = zlib.crc32(str(path).encode()) % 2**24 if grey is None else grey * 0x010101
+    Image.new("RGB", (32, 32), f"#{value:06x}").save(path)
 
 
 def test_folders_of_identities(tmp_path):
@@ -156,6 +160,26 @@ def test_folders_of_identities(tmp_path):
     assert one.startswith("2 of the identities in ")
     assert "a single picture (eve, zed) and are left out" in one
     assert other.startswith("2 pictures are in no identity's folder (loose.png, ann/old/x.png)")
+
+
+def test_a_copy_of_a_picture_is_left_out(tmp_path):
+    """Or it would be predicted from itself; that of another identity is another picture."""
+    for name, greys in (("ann", (1, 2, 1, 3, 2, 1)), ("ben", (1, 2)), ("cid", (5, 5))):
+        for i, grey in enumerate(greys):
+            picture(tmp_path / name / f"{i}.png", grey)
+    shutil.copy(tmp_path / "ann" / "0.png", tmp_path / "ann" / "a_copy.jpg")
+    (tmp_path / "ben" / "gone.png").symlink_to(tmp_path / "nowhere.png")  # which the preflight tells
+    found = find_identities(tmp_path)
+    assert {folder.name: [path.name for path in paths] for folder, paths in found.sets.items()} == {
+        "ann": ["0.png", "1.png", "3.png"],
+        "ben": ["0.png", "1.png", "gone.png"],
+    }
+    single, copies = found.warnings(tmp_path)
+    assert "have a single picture (cid)" in single
+    assert copies == (
+        "5 pictures are copies of others of the same identity (ann/2.png, ann/4.png, ann/5.png, ...) and are left out: a "
+        "picture would be predicted from itself."
+    )
 
 
 @pytest.mark.parametrize(
