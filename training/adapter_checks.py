@@ -37,7 +37,7 @@ def check_adapter(options: Options, family: str | None) -> list[str]:
     try:
         check_files(options.ip_adapter, options.image_encoder, family)
         if options.ip_adapter is not None:
-            trained = _with_self_attention(Path(options.ip_adapter).expanduser())
+            trained = with_self_attention(Path(options.ip_adapter).expanduser())
     except PersonalizeError as error:
         problems += str(error).splitlines()
     problems += _of_new(options) + _of_teacher(options, family) + _of_self_attention(options, trained)
@@ -62,7 +62,7 @@ def check_adapter(options: Options, family: str | None) -> list[str]:
     return odd
 
 
-def _with_self_attention(path: Path) -> IPAdapter | None:
+def with_self_attention(path: Path) -> IPAdapter | None:
     """The adapter of a file, if the file has a self-attention."""
     if path.suffix == ".safetensors" and not any(name.startswith("aggregator.") for name in read_header(path)[0]):
         return None
