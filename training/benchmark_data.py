@@ -55,6 +55,8 @@ START = {
     "max_train_steps": 6000,
     "learning_rate": 1e-3,
     "reference_crops": 0,
+    "smallest_crop": None,
+    "largest_crop": None,
     "aggregation": "average",
     "max_references": 1,
 }
@@ -153,7 +155,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
             "train_batch_size": options.train_batch_size or 32,
             "learning_rate": 5e-4,
             "lr_scheduler": "cosine",
-            "lr_warmup_steps": 100,
+            "lr_warmup_steps": min(100, options.max_train_steps or 100),
             "snr_gamma": 5.0,
             "use_ema": True,
             "ema_decay": 0.999,

@@ -93,6 +93,10 @@ def test_whom_a_projection_cannot_learn_from(root, people, tmp_path, monkeypatch
             "--adapter_kind and --resampler_depth would describe a new adapter, but --ip_adapter names one",
         ),
         (
+            {"warmup_steps": 4},
+            "--distil_steps 0 and --warmup_steps 4 are more than the 3 steps of the training: it would end before they do",
+        ),
+        (
             {"ip_adapter": None, "resampler_depth": 2},
             "--resampler_depth is for --adapter_kind plus: give both or neither.",
         ),
@@ -153,6 +157,11 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
             train_text_encoder=True,
             caption_dropout=0.1,
             masked_loss=True,
+            trigger="sks",
+            aggregation="average",
+            warmup_steps=1000,
+            warmup_loss_weight=1.0,
+            smallest_crop=0.2,
             validation_prompt=["a {class}"],
         ),
         quiet=True,
@@ -169,4 +178,16 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
         str(folder), "people"
     )
     assert "of the 2 in people none is held out" in told.replace(str(folder), "people")
-    assert "trigger" not in told
+    assert "--trigger has no effect: an IP-Adapter trains" in told
+    for name in ("warmup_steps", "warmup_loss_weight"):
+        assert f"--{name} has no effect without --aggregation self-attention." in told
+    assert "--smallest_crop has no effect without --reference_crops." in told
+
+
+def test_what_a_self_attention_alone_does_not_take_is_said(root, people, tmp_path):
+    held = identities(tmp_path / "held", 1)
+    options = {"reference_dropout": 0.2, "validation_data_dir": str(held), "validation_identities": 0}
+    assert preflight(settings_of(root, people, tmp_path / "out", **options), quiet=True).warnings == [
+        "--reference_dropout has no effect without --train_adapter.",
+        "--validation_data_dir has no effect: --validation_identities 0 takes none of it.",
+    ]

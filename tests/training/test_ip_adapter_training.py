@@ -186,7 +186,7 @@ def test_a_copy_of_the_target_is_neither_target_nor_reference(monkeypatch, root,
 
 
 def test_the_warm_up_predicts_the_identitys_other_pictures(monkeypatch, root, people, tmp_path):
-    trainer = prepared(monkeypatch, root, people, tmp_path, warmup_steps=5, validation_identities=0)
+    trainer = prepared(monkeypatch, root, people, tmp_path, warmup_steps=5, max_train_steps=5, validation_identities=0)
     assert trainer.method.conditioning.early_loss([], 5, []) is None
     adapter, losses = trainer.method.adapter, []
     for number in range(40):  # five batches, eight times
@@ -231,6 +231,7 @@ def test_references_are_shown_through_squares_and_what_is_predicted_is_whole(mon
         "smallest_crop": 0.5,
         "largest_crop": 0.8,
         "warmup_steps": 5,
+        "max_train_steps": 5,
         "validation_identities": 0,
     }
     trainer = prepared(monkeypatch, root, people, tmp_path, **options)

@@ -164,6 +164,14 @@ def test_the_command_line_says_how_long(tmp_path):
         assert (flat[inside], flat[outside]) == (None, left)
 
 
+def test_a_warm_up_that_epochs_do_not_last_for_is_told(root, folder, tmp_path):
+    """Only the pictures tell how many steps those are: five in two epochs are ten."""
+    options = {"num_train_epochs": 2, "max_train_steps": None, "lr_warmup_steps": 11}
+    with pytest.raises(PersonalizeError, match="--lr_warmup_steps 11 are more than the 10 steps of the training"):
+        train("lora", root, folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "config.toml").exists()
+
+
 def test_odd_values_come_back_from_the_file(root, tmp_path):
     settings = settings_of("lora", root, tmp_path, tmp_path, class_name='a\x7f"\\\nä')
     save_settings(settings, tmp_path / "config.toml")
