@@ -55,7 +55,9 @@ def check_adapter(options: Options, family: str | None) -> list[str]:
             f"--smallest_crop {options.smallest_crop:g} and --largest_crop {options.largest_crop:g} are not the smaller "
             "first, and at most 1."
         )
-    if options.aggregation != SELF_ATTENTION and options.train_adapter is False:
+    if options.ip_adapter is None and options.train_adapter is False:
+        problems.append("--no-train_adapter needs --ip_adapter: a new adapter would stay as untrained as it is.")
+    elif options.aggregation != SELF_ATTENTION and options.train_adapter is False:
         problems.append(f"--no-train_adapter with --aggregation {options.aggregation} leaves nothing to train.")
     if problems:
         raise PersonalizeError("\n".join(problems))

@@ -210,6 +210,7 @@ class Order:
         self.ends = np.cumsum([len(group) for _, group in self.groups])
         self.count = int(self.ends[-1])
         """Examples of the subject, and batches in a round, which has as many epochs as a batch has places."""
+        self.shuffled: dict[int, tuple[int, np.ndarray]] = {}
 
     def batches(self, epochs: int) -> int:
         """How many so many epochs have on average, rounded up."""
@@ -242,10 +243,12 @@ class Order:
             before[whose == which] = np.arange(len(self.groups[which][1]))
         return whose, before
 
-    @lru_cache(maxsize=64)  # noqa: B019 - lives as long as the training
     def _shuffled(self, which: int, time: int) -> np.ndarray:
-        """The random order in which a group's examples are shown for the `time`-th time."""
-        return np.random.default_rng([self.seed, 4, which, time]).permutation(len(self.groups[which][1]))
+        """The random order in which a group's examples are shown for the `time`-th time, of which the last is kept."""
+        if self.shuffled.get(which, (-1,))[0] != time:
+            rng = np.random.default_rng([self.seed, 4, which, time])
+            self.shuffled[which] = time, rng.permutation(len(self.groups[which][1]))
+        return self.shuffled[which][1]
 
     def _prior(self, size: tuple[int, int], number: int) -> list[int]:
         """As many of the class, of the same size."""

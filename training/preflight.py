@@ -208,11 +208,14 @@ def _kept_out(settings: Settings, concepts: Sequence[Concept]) -> None:
 def _idle(settings: Settings) -> list[str]:
     """Options that do nothing without another one."""
     data, training, method = settings.data, settings.training, settings.method
+    base = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
     needs: dict[str, tuple[bool, tuple[str, ...]]] = {
         "with_prior_preservation": (
             data.with_prior_preservation,
             ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
         ),
+        "pretrained_model_name_or_path OWNER/NAME": (not base.exists(), ("revision",)),
+        "pretrained_model_name_or_path of a folder": (not base.is_file(), ("variant",)),
         "validation_prompt": (bool(settings.watching.validation_prompt), ("num_validation_images",)),
         "use_ema": (training.use_ema, ("ema_decay",)),
         "lr_scheduler cosine_with_restarts": (

@@ -93,6 +93,10 @@ def test_whom_a_projection_cannot_learn_from(root, people, tmp_path, monkeypatch
             "--adapter_kind and --resampler_depth would describe a new adapter, but --ip_adapter names one",
         ),
         (
+            {"ip_adapter": None, "train_adapter": False},
+            "--no-train_adapter needs --ip_adapter: a new adapter would stay as untrained as it is.",
+        ),
+        (
             {"warmup_steps": 4},
             "--distil_steps 0 and --warmup_steps 4 are more than the 3 steps of the training: it would end before they do",
         ),

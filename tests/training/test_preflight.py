@@ -178,6 +178,8 @@ def test_what_has_no_effect_is_a_warning(root, tmp_path):
         ("lora", {"optimizer": "prodigy", "learning_rate": 0.1}, "--learning_rate scales what prodigy finds by itself"),
         ("lora", {"masked_loss": True}, "--masked_loss has no effect: no picture in"),
         ("lora", {"class_data_dir": "x"}, "--class_data_dir has no effect without --with_prior_preservation."),
+        ("lora", {"revision": "main"}, "--revision has no effect without --pretrained_model_name_or_path OWNER/NAME."),
+        ("lora", {"variant": "fp16"}, "--variant has no effect without --pretrained_model_name_or_path of a folder."),
         ("lora", {"ema_decay": 0.9}, "--ema_decay has no effect without --use_ema."),
         ("lora", {"num_validation_images": 2}, "--num_validation_images has no effect without --validation_prompt."),
         ("lora", {"lr_power": 2.0}, "--lr_power has no effect without --lr_scheduler polynomial."),
