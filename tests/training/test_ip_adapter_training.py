@@ -189,18 +189,17 @@ def test_the_warm_up_predicts_the_identitys_other_pictures(monkeypatch, root, pe
     trainer = prepared(monkeypatch, root, people, tmp_path, warmup_steps=5, max_train_steps=5, validation_identities=0)
     assert trainer.method.conditioning.early_loss([], 5, []) is None
     adapter, losses = trainer.method.adapter, []
+    optimizer = torch.optim.Adam(adapter.aggregator.parameters(), 1e-2)
     for number in range(40):  # five batches, eight times
         loss = trainer.method.conditioning.early_loss(
             [trainer.examples[i] for i in trainer.order(number % 5)], number % 5, [0, 1]
         )
         losses.append(loss.item())
         loss.backward()
-        with torch.no_grad():
-            for parameter in adapter.aggregator.parameters():
-                parameter -= 0.05 * parameter.grad
-                parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
     assert all(parameter.grad is None for name, parameter in adapter.named_parameters() if "aggregator" not in name)
-    assert all(after < before for before, after in zip(losses[:5], losses[-5:], strict=True))
+    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
 
 
 @pytest.mark.parametrize("stage", ["features", "tokens"])
