@@ -1,6 +1,6 @@
 """Reading photographs as people have them, and framing them for an image encoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ def read_picture(path: Path) -> Picture:
     companion = path.with_name(f"{path.stem}{MASK_ENDING}.png")
     if companion.is_file():
         mask = _read(companion)[..., :3].mean(dim=-1)
-    return make_picture(pixels[..., :3], mask, path.name)
+    return replace(make_picture(pixels[..., :3], mask, f"{path.name} in {path.parent}"), name=path.name)
 
 
 def _read(path: Path) -> Tensor:

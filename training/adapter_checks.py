@@ -1,9 +1,10 @@
-"""Whether an adapter, an image encoder and a base go together: from headers only."""
+"""Whether an adapter, an image encoder and a base go together: from headers, and of a self-attention from its weights."""
 
 from pathlib import Path
 
 import torch
 
+from .adapter_module import AGGREGATOR_HEADS, stage_of
 from .image_encoder import widths_of_encoder
 from .options import IPAdapter as Options
 from .shared import (
@@ -22,19 +23,28 @@ FRESH_SHARE = 0.1
 """About how large a fresh adapter is, by the size of its base's file."""
 
 
-def check_adapter(options: Options, family: str | None) -> None:
-    """Raises PersonalizeError where the adapter to start from, the image encoder or the self-attention's options are wrong.
+def check_adapter(options: Options, family: str | None) -> list[str]:
+    """A sentence for what is odd.
 
     Args:
         options: as the user gave them.
         family: of the base; None for a hub id.
+
+    Raises:
+        PersonalizeError: the adapter to start from, the image encoder or the options of what is new are wrong.
     """
-    problems = []
+    problems, odd, trained = [], [], None
     try:
         check_files(options.ip_adapter, options.image_encoder, family)
+        if options.ip_adapter is not None:
+            trained = with_self_attention(Path(options.ip_adapter).expanduser())
     except PersonalizeError as error:
         problems += str(error).splitlines()
-    problems += _of_teacher(options, family)
+    problems += _of_new(options) + _of_teacher(options, family) + _of_self_attention(options, trained)
+    if trained is not None and options.aggregation != SELF_ATTENTION:
+        odd.append(
+            f"--aggregation {options.aggregation} leaves the self-attention that {trained.name} has out of the result."
+        )
     dropped = options.text_dropout + options.reference_dropout + options.both_dropout
     if dropped >= 1:
         problems.append(
@@ -45,13 +55,66 @@ def check_adapter(options: Options, family: str | None) -> None:
             f"--smallest_crop {options.smallest_crop:g} and --largest_crop {options.largest_crop:g} are not the smaller "
             "first, and at most 1."
         )
-    width, heads = options.aggregator_width, options.aggregator_heads
-    if options.aggregation == SELF_ATTENTION and width is not None and width % heads:
-        problems.append(f"--aggregator_width {width} does not divide into --aggregator_heads {heads}.")
-    if options.aggregation != SELF_ATTENTION and options.train_adapter is False:
+    if options.ip_adapter is None and options.train_adapter is False:
+        problems.append("--no-train_adapter needs --ip_adapter: a new adapter would stay as untrained as it is.")
+    elif options.aggregation != SELF_ATTENTION and options.train_adapter is False:
         problems.append(f"--no-train_adapter with --aggregation {options.aggregation} leaves nothing to train.")
     if problems:
         raise PersonalizeError("\n".join(problems))
+    return odd
+
+
+def with_self_attention(path: Path) -> IPAdapter | None:
+    """The adapter of a file, if the file has a self-attention."""
+    if path.suffix == ".safetensors" and not any(name.startswith("aggregator.") for name in read_header(path)[0]):
+        return None
+    adapter = IPAdapter.from_state(read_ip_adapter(path))
+    return None if adapter.trained is None else adapter
+
+
+def _of_new(options: Options) -> list[str]:
+    given = _given(options, "adapter_kind", "resampler_depth")
+    if options.ip_adapter is not None and given:
+        return [
+            f"{given} would describe a new adapter, but --ip_adapter names one that is made: give one or the other."
+        ]
+    if options.resampler_depth is not None and options.adapter_kind != "plus":
+        return ["--resampler_depth is for --adapter_kind plus: give both or neither."]
+    return []
+
+
+def _of_self_attention(options: Options, started: IPAdapter | None) -> list[str]:
+    """Args:
+    options: as the user gave them.
+    started: the adapter to start from, if it has a self-attention.
+    """
+    if options.aggregation != SELF_ATTENTION:
+        names = ["aggregator_width", "aggregator_heads", "aggregator_depth", "aggregator_lr"]
+        names += ["aggregation_stage"] * (options.aggregation == "concatenate")
+        if given := _given(options, *names):
+            return [f"{given} would do nothing with --aggregation {options.aggregation}: leave out one or the other."]
+        return []
+    if started is not None and started.trained is not None:
+        found = started.trained[1]
+        own = {
+            "aggregation_stage": stage_of(started),
+            "aggregator_width": found.proj_in.out_features,
+            "aggregator_heads": found.head_count,
+            "aggregator_depth": len(found.blocks),
+        }
+        wrong = [f"--{name} {value}" for name, value in own.items() if getattr(options, name) not in (None, value)]
+        return [
+            f"{started.name} has a self-attention with {', '.join(wrong)}, which you want otherwise: leave the options out "
+            "or start from an adapter without one."
+        ] * bool(wrong)
+    width, heads = options.aggregator_width, options.aggregator_heads or AGGREGATOR_HEADS
+    if width is not None and width % heads:
+        return [f"--aggregator_width {width} does not divide into --aggregator_heads {heads}."]
+    return []
+
+
+def _given(options: Options, *names: str) -> str:
+    return " and ".join(f"--{name}" for name in names if getattr(options, name) is not None)
 
 
 def _of_teacher(options: Options, family: str | None) -> list[str]:

@@ -21,6 +21,8 @@ from .shared import (
 )
 
 BASE_TOKENS, PLUS_TOKENS = 4, 16
+RESAMPLER_DEPTH, AGGREGATOR_HEADS, AGGREGATOR_DEPTH = 4, 8, 2
+"""Of what is new where nobody says."""
 PLUS_WIDTHS = {2048: 1280}
 """Of a fresh Plus adapter's resampler by the width of the text features; elsewhere 768, or theirs if that is less."""
 
@@ -30,7 +32,9 @@ def cross_layers(unet: UNet2DConditionModel) -> list[str]:
     return [name for name in unet.attn_processors if name.endswith("attn2.processor")]
 
 
-def fresh_adapter(unet: UNet2DConditionModel, kind: str, encoder_width: int, depth: int = 4) -> AdapterTensors:
+def fresh_adapter(
+    unet: UNet2DConditionModel, kind: str, encoder_width: int, depth: int = RESAMPLER_DEPTH
+) -> AdapterTensors:
     """An untrained adapter of the official layout; W'_k and W'_v start as the UNet's W_k and W_v, as the official ones did.
 
     Args:
@@ -150,32 +154,45 @@ class TrainableAdapter(nn.Module):
         return {name: value.detach() for name, value in state.items()}
 
 
+def stage_of(adapter: IPAdapter) -> str | None:
+    """Where the self-attention in its file stands, "features" or "tokens"; None where it has none."""
+    where = None if adapter.trained is None else adapter.trained[0]
+    return {pooling: stage for stage, pooling in AGGREGATOR_STAGES.items()}.get(where or "")
+
+
 def build(
-    adapter: IPAdapter, aggregation: str, stage: str, width: int | None, heads: int, depth: int
+    adapter: IPAdapter,
+    aggregation: str,
+    stage: str | None = None,
+    width: int | None = None,
+    heads: int | None = None,
+    depth: int | None = None,
 ) -> TrainableAdapter:
     """An adapter that trains, starting from a file's or a fresh one.
 
     Args:
         adapter: as it was read.
-        aggregation: of AGGREGATIONS or "self-attention", whose weights are the file's if it has any for this stage.
-        stage: "features" or "tokens".
-        width: of the self-attention; by default the features', 512 at most, rounded to a multiple of the heads.
-        heads, depth: of the self-attention.
+        aggregation: of AGGREGATIONS or "self-attention", which is the file's, where it stands there, if it has one.
+        stage: "features", which is the default, or "tokens".
+        width: of a new self-attention; by default the features', 512 at most, rounded to a multiple of the heads.
+        heads, depth: of a new self-attention.
+
+    Raises:
+        PersonalizeError: the self-attention has more heads than it is wide.
     """
-    aggregator = None
-    if aggregation == SELF_ATTENTION:
-        if adapter.trained is not None and adapter.trained[0] == AGGREGATOR_STAGES[stage]:
-            aggregator = adapter.trained[1]
-        else:
-            outer = adapter.variant.encoder_width if stage == "features" else adapter.variant.cross_width
-            inner = min(outer, 512) // heads * heads if width is None else width
-            if inner < heads:
-                raise PersonalizeError(
-                    f"--aggregator_heads {heads} are more than the self-attention is wide ({width or min(outer, 512)}): use "
-                    "fewer."
-                )
-            aggregator = SelfAttentionAggregator(outer, inner, heads, depth)
-    return TrainableAdapter(adapter, aggregation, stage, aggregator)
+    if aggregation != SELF_ATTENTION:
+        return TrainableAdapter(adapter, aggregation, stage or "features", None)
+    if adapter.trained is not None:
+        return TrainableAdapter(adapter, aggregation, stage_of(adapter) or "features", adapter.trained[1])
+    stage, heads = stage or "features", heads or AGGREGATOR_HEADS
+    outer = adapter.variant.encoder_width if stage == "features" else adapter.variant.cross_width
+    inner = min(outer, 512) // heads * heads if width is None else width
+    if inner < heads:
+        raise PersonalizeError(
+            f"--aggregator_heads {heads} are more than the self-attention is wide ({width or min(outer, 512)}): use fewer."
+        )
+    made = SelfAttentionAggregator(outer, inner, heads, AGGREGATOR_DEPTH if depth is None else depth)
+    return TrainableAdapter(adapter, aggregation, stage, made)
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -55,6 +55,8 @@ START = {
     "max_train_steps": 6000,
     "learning_rate": 1e-3,
     "reference_crops": 0,
+    "smallest_crop": None,
+    "largest_crop": None,
     "aggregation": "average",
     "max_references": 1,
 }
@@ -153,7 +155,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
             "train_batch_size": options.train_batch_size or 32,
             "learning_rate": 5e-4,
             "lr_scheduler": "cosine",
-            "lr_warmup_steps": 100,
+            "lr_warmup_steps": min(100, options.max_train_steps or 100),
             "snr_gamma": 5.0,
             "use_ema": True,
             "ema_decay": 0.999,
@@ -193,20 +195,21 @@ def draw_training_set(options: "Benchmark", material: Material) -> None:
 
 
 def real_material(options: "Benchmark", folder: Path) -> Material:
-    """Of photographs: people with ten pictures or more are drawn, all others are trained on.
+    """Of photographs: people with ten pictures or more, or as many as there are references, are drawn, others trained on.
 
     Raises:
         PersonalizeError: there are not enough people.
     """
     data = Path(options.data or "").expanduser()
     sets = find_identities(data).sets
-    enough = [one for one in sorted(sets) if len(sets[one]) >= min(NEEDED, options.references)]
+    needed = min(NEEDED, options.references)
+    enough = [one for one in sorted(sets) if len(sets[one]) >= needed]
     order = np.random.default_rng(0).permutation(len(enough))
     held = sorted(enough[i] for i in order[: options.identities])
     rest = [one for one in sorted(sets) if one not in held]
     if not held or not rest:
         raise PersonalizeError(
-            f"{data} has {len(sets)} people with two pictures or more, {len(enough)} of them with {NEEDED} or more: "
+            f"{data} has {len(sets)} people with two pictures or more, {len(enough)} of them with {needed} or more: "
             f"--identities {options.identities} leaves {len(rest)} to train on and {len(held)} to draw; hold out fewer."
         )
     for part, chosen in (("real", held), ("train", rest)):

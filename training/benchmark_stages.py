@@ -299,7 +299,7 @@ def measure_all(options: "Benchmark", material: Material, folder: Path) -> Measu
             "output_dir": str(report / name),
             "cache_dir": str(cache),
             "bootstrap_draws": options.bootstrap_draws,
-            **({"trigger": TRIGGER} if name == "tuned" else {}),
+            **({"trigger": TRIGGER} if name == "tuned" and "clip" in material.measures else {}),
             **material.measures,
         }
         return evaluate(make_groups((Evaluation,), values)[0])

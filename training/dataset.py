@@ -185,10 +185,14 @@ def mask_file(path: Path) -> Path:
 
 
 class Order:
-    """Which examples each batch holds.
+    """Which examples each batch holds, all of one size.
 
-    Every epoch shuffles the examples and cuts each group of equal size into batches; the last batch of a group is filled
-    up from its beginning. With prior preservation a batch holds as many pictures of the class as of the subject.
+    The examples of a size come one after the other, in a new random order each time that all were shown, and batches are
+    cut from that, so that one may hold the end of one such order and the beginning of the next. The sizes take turns so
+    that every example is shown as often as any other: in as many batches as the subject has examples, each as often as
+    a batch is large. In every epoch a size with n examples has n / batch batches, or where that is no whole number the
+    next one below or above, at random: examples that fill whole batches are shown once in every epoch, others once on
+    average. With prior preservation a batch holds as many pictures of the class as of the subject.
     """
 
     def __init__(self, examples: Sequence[Example], batch: int, seed: int):
@@ -198,31 +202,53 @@ class Order:
         seed: of the shuffling.
         """
         self.batch, self.seed = batch, seed
-        self.groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         self.priors: dict[tuple[int, int], list[int]] = defaultdict(list)
         for i, example in enumerate(examples):
-            (self.priors if example.is_prior else self.groups)[example.size].append(i)
-        self.length = sum(-(-len(group) // batch) for group in self.groups.values())
-        """Batches in an epoch."""
+            (self.priors if example.is_prior else groups)[example.size].append(i)
+        self.groups = sorted(groups.items())
+        self.ends = np.cumsum([len(group) for _, group in self.groups])
+        self.count = int(self.ends[-1])
+        """Examples of the subject, and batches in a round, which has as many epochs as a batch has places."""
+        self.shuffled: dict[int, tuple[int, np.ndarray]] = {}
+
+    def batches(self, epochs: int) -> int:
+        """How many so many epochs have on average, rounded up."""
+        return -(-epochs * self.count // self.batch)
 
     def __call__(self, number: int) -> list[int]:
         """The examples of batch `number`, counted from the first epoch's first: the subject's, then the class's."""
-        epoch, position = divmod(number, self.length)
-        size, own = self._epoch(epoch)[position]
-        return own + self._prior(size, number)
+        round_, place = divmod(number, self.count)
+        turns, before = self._turns(round_)
+        which = int(turns[place])
+        size, group = self.groups[which]
+        start = (round_ * len(group) + int(before[place])) * self.batch
+        shown = [divmod(i, len(group)) for i in range(start, start + self.batch)]
+        return [group[self._shuffled(which, time)[i]] for time, i in shown] + self._prior(size, number)
 
     @lru_cache(maxsize=2)  # noqa: B019 - lives as long as the training
-    def _epoch(self, epoch: int) -> list[tuple[tuple[int, int], list[int]]]:
-        rng = np.random.default_rng([self.seed, 0, epoch])
-        batches = []
-        for size, group in sorted(self.groups.items()):
-            order = [group[i] for i in rng.permutation(len(group))]
-            for start in range(0, len(order), self.batch):
-                chosen = order[start : start + self.batch]
-                while len(chosen) < self.batch:
-                    chosen += order[: self.batch - len(chosen)]
-                batches.append((size, chosen))
-        return [batches[i] for i in rng.permutation(len(batches))]
+    def _turns(self, round_: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each batch of a round the number of its group, and how many batches of the round that had before.
+
+        An epoch lays the groups on a line, n / batch long each, and counts the whole numbers on it after a shift. Over the
+        round's epochs every shift comes once, so that each group gets n batches of the round's.
+        """
+        rng, turns = np.random.default_rng([self.seed, 0, round_]), []
+        for shift in rng.permutation(self.batch):
+            counts = np.diff((self.ends + shift) // self.batch, prepend=0)
+            turns.append(rng.permutation(np.repeat(np.arange(len(counts)), counts)))
+        whose = np.concatenate(turns)
+        before = np.zeros_like(whose)
+        for which in range(len(self.groups)):
+            before[whose == which] = np.arange(len(self.groups[which][1]))
+        return whose, before
+
+    def _shuffled(self, which: int, time: int) -> np.ndarray:
+        """The random order in which a group's examples are shown for the `time`-th time, of which the last is kept."""
+        if self.shuffled.get(which, (-1,))[0] != time:
+            rng = np.random.default_rng([self.seed, 4, which, time])
+            self.shuffled[which] = time, rng.permutation(len(self.groups[which][1]))
+        return self.shuffled[which][1]
 
     def _prior(self, size: tuple[int, int], number: int) -> list[int]:
         """As many of the class, of the same size."""

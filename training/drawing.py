@@ -1,13 +1,13 @@
 """Pictures to be measured, drawn first: by a base model with a personalisation file, of the same prompts for everybody."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from .adapter_checks import check_files
+from .adapter_checks import check_files, with_self_attention
 from .base_checks import check_size, family_at
 from .base_model import OFFLINE, load_base, size_step_of
 from .dataset import fill_in
@@ -76,19 +76,58 @@ def check_drawing(drawing: Drawing) -> None:
     family = told(family_at, drawing.pretrained_model_name_or_path)
     if not drawing.prompt:
         problems.append("--prompt is missing: what to draw.")
-    problems += _prompt_problems(drawing)
+    problems += _prompt_problems(drawing) + _idle_problems(drawing)
     if drawing.ip_adapter is not None:
-        told(check_files, drawing.ip_adapter, drawing.image_encoder, family)
+        told(_check_adapter, drawing, family)
+    if drawing.references is not None:
+        told(find_set, Path(drawing.references).expanduser(), "references")
     for name in ("lora", "textual_inversion"):
         where = getattr(drawing, name)
         if where is not None and not Path(where).expanduser().is_file():
             problems.append(f"--{name} {where} does not exist.")
     if drawing.resolution is not None and family in OFFLINE:
         told(check_size, drawing.resolution, size_step_of(family or ""), title_of(family or ""))
-    if not drawing.name.strip() or any(letter in drawing.name for letter in "/\\"):
+    if drawing.name.strip() in ("", ".", "..") or any(letter in drawing.name for letter in "/\\\0"):
         problems.append(f"--name {drawing.name!r} is no name for a folder.")
     if problems:
         raise PersonalizeError("\n".join(problems))
+
+
+def check_no_drawing(drawing: Drawing) -> None:
+    """Raises PersonalizeError where there is no base to draw with, but something that is to be drawn."""
+    if given := _given(drawing, *(f.name for f in fields(drawing))):
+        raise PersonalizeError(f"{given} would draw nothing: give --pretrained_model_name_or_path, too.")
+
+
+def _given(drawing: Drawing, *names: str) -> str:
+    plain = Drawing()
+    return " and ".join(f"--{name}" for name in names if getattr(drawing, name) != getattr(plain, name))
+
+
+def _idle_problems(drawing: Drawing) -> list[str]:
+    """A sentence for each option that would do nothing."""
+    problems, texts = [], " ".join([*drawing.prompt, *drawing.excite])
+    own = ("image_encoder", "references", "max_references", "aggregation", "weight")
+    if drawing.ip_adapter is None and (given := _given(drawing, *own)):
+        problems.append(f"{given} would do nothing without --ip_adapter: give both or neither.")
+    if not drawing.prompt:
+        return problems
+    if drawing.textual_inversion is not None and "{trigger}" not in texts and drawing.word not in texts:
+        problems.append("--textual_inversion would do nothing: write {trigger} into a --prompt.")
+    elif _given(drawing, "word") and "{trigger}" not in texts and drawing.textual_inversion is None:
+        problems.append("--word would do nothing: write {trigger}, for which it stands, into a --prompt.")
+    if _given(drawing, "class_name") and "{class}" not in texts:
+        problems.append("--class_name would do nothing: write {class}, for which it stands, into a --prompt.")
+    return problems
+
+
+def _check_adapter(drawing: Drawing, family: str | None) -> None:
+    check_files(drawing.ip_adapter, drawing.image_encoder, family)
+    path = Path(drawing.ip_adapter or "").expanduser()
+    if drawing.aggregation == SELF_ATTENTION and with_self_attention(path) is None:
+        raise PersonalizeError(
+            f"{path.name} has no self-attention over the references: use --aggregation concatenate, average or max."
+        )
 
 
 def _prompt_problems(drawing: Drawing) -> list[str]:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from . import features
 from .dataset import visible_picture
-from .drawing import Drawing, check_drawing, draw_first
+from .drawing import Drawing, check_drawing, check_no_drawing, draw_first
 from .encoding import Cache
 from .figures import KINDS, Figure, Views, differences, is_finite, measure, remarks
 from .look import check_writable, tell
@@ -96,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
         if drawing.pretrained_model_name_or_path:
             drawn = _draw(options, drawing)
             options = replace(options, generated=[*options.generated, str(drawn)])
+        else:
+            _check_no_drawing(options, drawing)
         if int(os.environ.get("RANK", "0")) == 0:
             evaluate(options)
 
@@ -124,6 +126,15 @@ def _draw(options: Evaluation, drawing: Drawing) -> Path:
     if problems:
         raise PersonalizeError("\n".join(problems))
     return draw_first(drawing, real, Path(options.output_dir or "").expanduser(), options.seed)
+
+
+def _check_no_drawing(options: Evaluation, drawing: Drawing) -> None:
+    """Raises PersonalizeError, a line for each problem, where something is to be drawn without a base."""
+    problems = list[str]()
+    tell(problems, check_no_drawing, drawing)
+    if problems:
+        tell(problems, _options, options)
+        raise PersonalizeError("\n".join(problems))
 
 
 def evaluate(options: Evaluation) -> dict[str, Any]:
@@ -229,6 +240,8 @@ def _options(options: Evaluation) -> None:
         )
     if options.clip and options.clip != "pocket":
         told(features.check_model, options.clip, "--clip", ("clip",))
+    if options.trigger is not None and not options.clip:
+        problems.append("--trigger would do nothing without --clip, which reads the prompts: give both or neither.")
     if options.dino:
         told(features.check_model, options.dino, "--dino", features.VIT_TYPES)
     if problems:

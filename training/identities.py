@@ -1,14 +1,16 @@
 """Sets of pictures of one identity each: a folder for each, as LFW has them (`name/name_0001.jpg`), or plain folders."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from .dataset import Example, Sizes, find_examples
+from .encoding import digest_of_path
 from .methods import templates_of
-from .options import IPAdapter
+from .options import Data, IPAdapter
 from .settings import Settings
 from .shared import SUFFIXES, PersonalizeError, picture_paths
 
@@ -32,6 +34,8 @@ class Identities:
     """Folders of a single picture, which can be predicted from nothing."""
     misplaced: tuple[Path, ...]
     """Pictures beside the identities' folders, or in folders within them: it is not known whose they are."""
+    copies: tuple[Path, ...] = ()
+    """Pictures with the same bytes as another one of their identity, which would be predicted from itself."""
 
     def warnings(self, folder: Path) -> list[str]:
         """A sentence for what is left out."""
@@ -46,6 +50,11 @@ class Identities:
                 f"{len(self.misplaced)} pictures are in no identity's folder ({_some(self.misplaced, folder)}) and are left "
                 f"out: put each into {folder.name}/NAME/."
             )
+        if self.copies:
+            sentences.append(
+                f"{len(self.copies)} pictures are copies of others of the same identity ({_some(self.copies, folder)}) and are "
+                "left out: a picture would be predicted from itself."
+            )
         return sentences
 
 
@@ -59,9 +68,10 @@ def find_identities(folder: Path) -> Identities:
         raise PersonalizeError(f"{folder} is no folder." if folder.exists() else f"The folder {folder} does not exist.")
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     misplaced = list(picture_paths(folder))
-    sets, single = dict[Path, tuple[Path, ...]](), list[Path]()
+    sets, single, copies = dict[Path, tuple[Path, ...]](), list[Path](), list[Path]()
     for one in inside:
-        pictures = picture_paths(one)
+        pictures, same = _apart(picture_paths(one))
+        copies += same
         misplaced += sorted(
             path for path in one.rglob("*") if path.parent != one and path.suffix.lower() in SUFFIXES and path.is_file()
         )
@@ -80,7 +90,22 @@ def find_identities(folder: Path) -> Identities:
             f"The folder {folder} has no identity to learn from ({why}): every identity needs a folder of its own with two "
             "pictures or more."
         )
-    return Identities(sets, tuple(single), tuple(misplaced))
+    return Identities(sets, tuple(single), tuple(misplaced), tuple(copies))
+
+
+def _apart(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The first of all pictures with the same bytes, and the others; what cannot be read is like nothing."""
+    kept, copies = dict[Hashable, Path](), list[Path]()
+    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+    alike = Counter(sizes.values())
+    for path in paths:
+        try:
+            mark: Hashable = digest_of_path(path) if alike[sizes.get(path, -1)] > 1 else path
+        except OSError:
+            mark = path
+        if kept.setdefault(mark, path) is not path:
+            copies.append(path)
+    return list(kept.values()), copies
 
 
 def hold_out(sets: dict[Path, tuple[Path, ...]], count: int | None, seed: int) -> tuple[list[Path], list[Path]]:
@@ -134,8 +159,12 @@ def find_sets(
     else:
         own, held = hold_out(sets, options.validation_identities, settings.training.seed)
     templates, plain = templates_of(settings), replace(data, repeats=1, random_flip=False)
-    examples = [example for folder in own for example in find_examples(folder, data, sizes, templates)]
-    kept_out = [example for folder in held for example in find_examples(folder, plain, sizes, templates)[:VALIDATED]]
+
+    def examples_of(folder: Path, data: Data) -> list[Example]:
+        return [one for one in find_examples(folder, data, sizes, templates) if one.path in sets[folder]]
+
+    examples = [example for folder in own for example in examples_of(folder, data)]
+    kept_out = [example for folder in held for example in examples_of(folder, plain)[:VALIDATED]]
     most = min(SHOWN, options.max_references or SHOWN)
     return examples, kept_out, sets, {folder: sets[folder][:most] for folder in held}
 

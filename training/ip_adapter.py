@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
-from .adapter_module import TrainableAdapter, build, fresh_adapter
+from .adapter_module import RESAMPLER_DEPTH, TrainableAdapter, build, fresh_adapter
 from .base_model import BaseModel
 from .conditioning import Conditioning
 from .distillation import Distillation
@@ -50,9 +50,9 @@ class IPAdapterMethod:
         torch.manual_seed(settings.training.seed)
         encoder = load_image_encoder(options.image_encoder or "").to(device)
         if options.ip_adapter is None:
-            pooled = options.adapter_kind == "base"
-            width = encoder.config.projection_dim if pooled else encoder.config.hidden_size
-            state = fresh_adapter(base.pipeline.unet, options.adapter_kind, width, options.resampler_depth)
+            kind = options.adapter_kind or "base"
+            width = encoder.config.projection_dim if kind == "base" else encoder.config.hidden_size
+            state = fresh_adapter(base.pipeline.unet, kind, width, options.resampler_depth or RESAMPLER_DEPTH)
             state.name = "the new adapter"
             if options.distil_from is not None:
                 teacher = read_ip_adapter(Path(options.distil_from).expanduser())

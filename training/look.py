@@ -16,9 +16,11 @@ from .concepts import Concept
 from .dataset import call_of, captions_of
 from .identities import find_identities, hold_out
 from .methods import templates_of
-from .options import IPAdapter, TextualInversion
+from .options import Data, TextualInversion
 from .settings import Settings
 from .shared import PersonalizeError, list_pictures, picture_paths, read_picture
+
+MASK = "has an alpha channel or a -masklabel.png that is neither black nor white all over"
 
 
 def has_class_pictures(path: Path) -> bool:
@@ -108,7 +110,7 @@ def alone(folder: Path | None) -> Iterator[None]:
 
 def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bool) -> tuple[int, list[str], list[str]]:
     """Read every picture and caption of a folder: how many are good, what is wrong, and what is odd."""
-    data, wrong, odd = settings.data, [], []
+    data, wrong, odd = settings.data, list[str](), list[str]()
     templates = (data.class_prompt,) if is_prior else templates_of(settings)
     try:
         paths = list_pictures(folder)
@@ -117,22 +119,15 @@ def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bo
     good, masked, without = 0, 0, []
     called = call_of(data.trigger)
     for path in _bar(paths, f"Looking at {folder.name}", quiet):
-        try:
-            texts = captions_of(path, templates, data.trigger, data.class_name)
-            masked += read_picture(path).mask is not None
-        except PersonalizeError as error:
-            wrong.append(str(error))
+        texts, has_mask = _read(path, templates, data, wrong)
+        if texts is None:
             continue
         good += 1
+        masked += has_mask
         if not is_prior and not any(called.search(text) for text in texts):
             without.append(path.name)
     if data.masked_loss and good and not masked and not is_prior:
-        odd.append(
-            f"--masked_loss has no effect: no picture in {folder} has an alpha channel or a -masklabel.png that is "
-            "neither black nor white all over."
-        )
-    if isinstance(settings.method, IPAdapter):
-        without = []  # references call, not words
+        odd.append(f"--masked_loss has no effect: no picture in {folder} {MASK}.")
     if without and len(without) == good and isinstance(settings.method, TextualInversion):
         wrong.append(f"No caption in {folder} has the trigger {data.trigger!r}: the word would learn nothing.")
     elif without:
@@ -142,6 +137,15 @@ def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bo
             "what is learned from them."
         )
     return good, wrong, odd
+
+
+def _read(path: Path, templates: Sequence[str], data: Data, wrong: list[str]) -> tuple[tuple[str, ...] | None, bool]:
+    """A picture's captions, and whether it has a mask; what is wrong goes to the others, and None is returned."""
+    try:
+        return captions_of(path, templates, data.trigger, data.class_name), read_picture(path).mask is not None
+    except PersonalizeError as error:
+        wrong.append(str(error))
+        return None, False
 
 
 def look_at_concepts(concepts: Sequence[Concept], settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
@@ -165,7 +169,7 @@ def look_at_concepts(concepts: Sequence[Concept], settings: Settings, quiet: boo
 
 def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[int, list[str], list[str]]:
     """Read every picture and caption of every identity: how many are good, what is wrong, and what is odd."""
-    good, wrong = 0, list[str]()
+    good, wrong, templates = 0, list[str](), templates_of(settings)
     try:
         found = find_identities(folder)
         odd = found.warnings(folder)
@@ -178,9 +182,16 @@ def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[i
                 )
     except PersonalizeError as error:
         return 0, [str(error)], []
+    without = 0
     for one in _bar(found.sets, f"Looking at {folder.name}", quiet):
-        seen, bad, strange = look_at_pictures(one, settings, False, True)
-        good, wrong, odd = good + seen, wrong + bad, odd + strange
+        seen = [_read(path, templates, settings.data, wrong) for path in found.sets[one]]
+        read = [has_mask for texts, has_mask in seen if texts is not None]
+        good, without = good + len(read), without + (bool(read) and not any(read))
+    if settings.data.masked_loss and without:
+        odd.append(
+            f"--masked_loss has no effect on {without} of the {len(found.sets)} identities in {folder}: none of their "
+            f"pictures {MASK}."
+        )
     return good, wrong, odd
 
 

@@ -128,7 +128,7 @@ class Trainer:
         training = self.settings.training
         if training.max_train_steps is not None:
             return training.max_train_steps
-        return math.ceil((training.num_train_epochs or 1) * self.order.length / training.gradient_accumulation_steps)
+        return math.ceil(self.order.batches(training.num_train_epochs or 1) / training.gradient_accumulation_steps)
 
     def loss(self, number: int) -> Tensor:
         """Of this process's part of batch `number`, with gradients."""

@@ -93,7 +93,7 @@ class Training:
     """Training"""
 
     max_train_steps: int | None = option(None, "steps of the optimiser", least=1)
-    num_train_epochs: int | None = option(None, "instead of steps: how often to see every picture", least=1)
+    num_train_epochs: int | None = option(None, "instead of steps: how often to see every picture, on average", least=1)
     train_batch_size: int = option(1, "pictures a step, on each device", least=1)
     gradient_accumulation_steps: int = option(1, "batches before the optimiser steps", least=1)
     learning_rate: float | None = option(
@@ -260,8 +260,12 @@ class IPAdapter:
     ip_adapter: str | None = option(
         None, "the adapter to start from, as in ComfyUI's models/ipadapter; none: from scratch"
     )
-    adapter_kind: str = option("base", "from scratch: 4 tokens of a picture, or 16 of its patches", ("base", "plus"))
-    resampler_depth: int = option(4, "layers of a new plus projection; diffusers loads 4 only", least=1)
+    adapter_kind: str | None = option(
+        None, "from scratch: 4 tokens of a picture, or 16 of its patches; base by default", ("base", "plus")
+    )
+    resampler_depth: int | None = option(
+        None, "layers of a new plus projection; 4 by default, which is all that diffusers loads", least=1
+    )
     distil_from: str | None = option(
         None,
         "from scratch: a trained base adapter whose tokens the new projection learns first, and whose W'_k and W'_v",
@@ -272,16 +276,23 @@ class IPAdapter:
         "how several references become one",
         ("self-attention", "average", "max", "concatenate"),
     )
-    aggregation_stage: str = option(
-        "features", "over the image encoder's features, or over the projected tokens", ("features", "tokens")
+    aggregation_stage: str | None = option(
+        None,
+        "over the image encoder's features, or over the projected tokens; by default where the self-attention in the file "
+        "of --ip_adapter stands, else features",
+        ("features", "tokens"),
     )
     train_adapter: bool | None = option(
         None,
         "train the projection and W'_k, W'_v; by default unless self-attention is added to a published adapter",
     )
-    aggregator_width: int | None = option(None, "of the self-attention; the features' by default, 512 at most", least=1)
-    aggregator_heads: int = option(8, "of the self-attention", least=1)
-    aggregator_depth: int = option(2, "self-attention blocks before the pooling", least=0)
+    aggregator_width: int | None = option(
+        None, "of a new self-attention; the features' by default, 512 at most", least=1
+    )
+    aggregator_heads: int | None = option(None, "of a new self-attention; 8 by default", least=1)
+    aggregator_depth: int | None = option(
+        None, "of a new self-attention: blocks before the pooling; 2 by default", least=0
+    )
     aggregator_lr: float | None = option(
         None,
         "learning rate of the self-attention; --learning_rate by default, which is better lower for what is trained"

@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from .concepts import Concept, check_places, check_start, concepts_of
 from .custom_diffusion import word_names
 from .defaults import UNCALLED, default_name, fill_defaults
 from .going_on import changed_settings, processes
+from .ip_adapter import trains_adapter
 from .look import check_writable, has_class_pictures, look_at_concepts, look_at_identities, look_at_pictures
 from .lora import unet_config
 from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion, Training
@@ -77,9 +78,12 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         if family in OFFLINE:
             told(check_size, filled.resolution, size_step_of(family), title_of(family))
         told(check_layers, settings, family)
+    if filled.training.max_train_steps is not None:
+        told(check_steps, filled, filled.training.max_train_steps)
+    told(_kept_out, settings, concepts or [])
     told(check_vae, settings.base.vae_path)
     if isinstance(settings.method, IPAdapter):
-        told(check_adapter, settings.method, family)
+        warnings += told(check_adapter, settings.method, family) or []
     if isinstance(settings.method, SubjectDiffusion):
         told(check_subject_options, settings.method, family)
     counts: dict[str, int] = {}
@@ -172,6 +176,77 @@ def _options(settings: Settings) -> None:
         raise PersonalizeError("\n".join(problems))
 
 
+def check_steps(settings: Settings, steps: int) -> None:
+    """Raises PersonalizeError where what comes first takes more steps than there are in all."""
+    method, warming, problems = settings.method, settings.training.lr_warmup_steps, []
+    if warming > steps:
+        problems.append(
+            f"--lr_warmup_steps {warming} are more than the {steps} steps of the training: the learning rate would never be "
+            "reached; use fewer."
+        )
+    if isinstance(method, IPAdapter):
+        first = method.distil_steps + method.warmup_steps * (method.aggregation == SELF_ATTENTION)
+        if first > steps:
+            problems.append(
+                f"--distil_steps {method.distil_steps} and --warmup_steps {method.warmup_steps} are more than the {steps} "
+                "steps of the training: it would end before they do; use fewer."
+            )
+    if problems:
+        raise PersonalizeError("\n".join(problems))
+
+
+def _kept_out(settings: Settings, concepts: Sequence[Concept]) -> None:
+    place = settings.data.validation_data_dir
+    if place and _real(place) in [_real(one.folder) for one in concepts if one.folder]:
+        trained = "--concept" if getattr(settings.method, "concept", None) else "--instance_data_dir"
+        raise PersonalizeError(
+            f"{trained} and --validation_data_dir are the same folder: the validation loss would be of pictures that are "
+            "trained on; name another folder, or none."
+        )
+
+
+def _idle(settings: Settings) -> list[str]:
+    """Options that do nothing without another one."""
+    data, training, method = settings.data, settings.training, settings.method
+    base = Path(settings.base.pretrained_model_name_or_path or "").expanduser()
+    needs: dict[str, tuple[bool, tuple[str, ...]]] = {
+        "with_prior_preservation": (
+            data.with_prior_preservation,
+            ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight"),
+        ),
+        "pretrained_model_name_or_path OWNER/NAME": (not base.exists(), ("revision",)),
+        "pretrained_model_name_or_path of a folder": (not base.is_file(), ("variant",)),
+        "validation_prompt": (bool(settings.watching.validation_prompt), ("num_validation_images",)),
+        "use_ema": (training.use_ema, ("ema_decay",)),
+        "lr_scheduler cosine_with_restarts": (
+            training.lr_scheduler == "cosine_with_restarts",
+            ("lr_num_cycles",),
+        ),
+        "lr_scheduler polynomial": (training.lr_scheduler == "polynomial", ("lr_power",)),
+        "optimizer adamw, adamw8bit or prodigy": (
+            training.optimizer != "adafactor",
+            ("adam_beta1", "adam_beta2", "adam_epsilon"),
+        ),
+    }
+    if isinstance(method, IPAdapter):
+        needs |= {
+            "aggregation self-attention": (
+                method.aggregation == SELF_ATTENTION,
+                ("warmup_steps", "warmup_loss_weight"),
+            ),
+            "reference_crops": (method.reference_crops > 0, ("smallest_crop", "largest_crop")),
+            "train_adapter": (trains_adapter(method), ("reference_dropout", "both_dropout")),
+        }
+    values = settings.flat()
+    plain = {f.name: f.default for group in settings.groups for f in fields(group)}
+    return [
+        f"--{name} has no effect without --{needed}."
+        for needed, (there, names) in needs.items()
+        for name in names
+        if not there and values[name] != plain[name]
+    ]
+
+
 def _without_effect(settings: Settings) -> list[str]:
     """What was asked for and does nothing."""
     training, method = settings.training, settings.method
@@ -189,18 +264,20 @@ def _without_effect(settings: Settings) -> list[str]:
         text += ["train_text_encoder"] * bool(training.train_text_encoder)
         text += ["with_prior_preservation"] * settings.data.with_prior_preservation
         text += ["caption_dropout"] * (settings.data.caption_dropout > 0)
-        if method.aggregation != SELF_ATTENTION:
-            text += [name for name in ("warmup_steps", "warmup_loss_weight") if getattr(method, name) > 0]
-        why = "an IP-Adapter trains beside a base that does not change, and has dropouts of its own"
+        text += ["trigger"] * (settings.data.trigger != Data.trigger)
+        why = "an IP-Adapter trains beside a base that does not change, has dropouts of its own, and no word calls it"
     elif isinstance(method, SubjectDiffusion):
+        text += ["trigger"] * (settings.data.trigger != Data.trigger)
         text += ["train_text_encoder"] * (training.train_text_encoder is False)
         text += ["with_prior_preservation"] * settings.data.with_prior_preservation
         text += ["caption_dropout"] * (settings.data.caption_dropout > 0)
-        why = "Subject-Diffusion trains the text encoder at --learning_rate, and has dropouts of its own"
+        why = "Subject-Diffusion trains the text encoder at --learning_rate, has dropouts of its own, and no word calls it"
     else:
         off = training.train_text_encoder is False or (isinstance(method, Lora) and not training.train_text_encoder)
         text, why = text * off, "the text encoder does not train without --train_text_encoder"
-    odd = [f"--{name} has no effect: {why}." for name in text]
+    odd = [f"--{name} has no effect: {why}." for name in text] + _idle(settings)
+    if isinstance(method, IPAdapter) and settings.data.validation_data_dir and method.validation_identities == 0:
+        odd.append("--validation_data_dir has no effect: --validation_identities 0 takes none of it.")
     if training.fused_backward and training.max_grad_norm not in (0.0, Training.max_grad_norm):
         odd.append("--max_grad_norm has no effect with --fused_backward, which never sees all gradients.")
     if training.optimizer == "prodigy" and training.learning_rate is not None:

@@ -33,7 +33,7 @@ from .loop import Stop, Trainer, stopping_on_signals
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method
 from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion
-from .preflight import preflight
+from .preflight import check_steps, preflight
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
@@ -141,6 +141,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     record = Record(settings.folder, begun, accelerator)
     vae = digest_of(base.pipeline.vae)
     trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop, vae)
+    check_steps(settings, trainer.steps)  # of epochs, or of a hub id, which the preflight could not tell
     material = material_of(trainer.examples, mark, vae)
     if trainer.method.conditioning is not None:
         material |= trainer.method.conditioning.material

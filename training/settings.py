@@ -171,8 +171,6 @@ def save_settings(settings: Settings, path: Path) -> None:
 
 
 def _toml(value: Any) -> str:
-    if value == math.inf:
-        return "inf"
     text = json.dumps(value, ensure_ascii=False)  # strings, numbers, booleans and lists are written alike,
     return text.replace("\x7f", "\\u007f")  # but for DEL
 
@@ -301,6 +299,8 @@ def _check(name: str, value: Any, kind: Any, metadata: Any) -> tuple[str, Any]:
         return f"{name} is {value!r}, but must be {wanted[plain]}.", value
     if isinstance(value, list) and not all(isinstance(entry, str) for entry in value):
         return f"{name} is {value!r}, but must be a list of texts.", value
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{name} is {value}, but must be a finite number.", value
     choices, least, below = metadata["choices"], metadata["least"], metadata["below"]
     for one in value if isinstance(value, list) else [value]:
         if choices and one not in choices:

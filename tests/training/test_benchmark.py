@@ -193,6 +193,8 @@ def test_people_with_enough_pictures_are_held_out(tmp_path):
     few = people(tmp_path / "few", {"ann": 12})
     with pytest.raises(PersonalizeError, match=r"has 1 people with two pictures or more, 1 of them with 10 or more"):
         real_material(lfw(tmp_path / "none", few), tmp_path / "none")
+    with pytest.raises(PersonalizeError, match="1 of them with 4 or more"):
+        real_material(lfw(tmp_path / "none", few, references=4), tmp_path / "none")
 
 
 def test_captions_call_by_the_trigger():

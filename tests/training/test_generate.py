@@ -15,8 +15,8 @@ from narrow_models import narrow_folder
 from pack.models.attend_and_excite import Excitement
 from pack.models.composable_diffusion import parse_concepts
 from pack.models.ip_adapter import IPAdapter, read_ip_adapter
+from pack.training import drawing, generate
 from pack.training import evaluate as evaluation
-from pack.training import generate
 from pack.training.base_model import load_base
 from pack.training.encoding import read_text
 from pack.training.generate import Job, ReferencePrompts, Sampling, draw_pictures
@@ -271,6 +271,65 @@ def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
     ):
         assert sentence in told
     assert "--generated is missing" not in told
+    for name in (".", "..", " ", "a\\b"):
+        assert evaluation.main([*arguments, "--name", name]) == 1
+        assert f"--name {name!r} is no name for a folder." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ["--weight", "0.5", "--references", "people"],
+            "--references and --weight would do nothing without --ip_adapter",
+        ),
+        (["--word", "sks"], "--word would do nothing: write {trigger}, for which it stands, into a --prompt."),
+        (
+            ["--class_name", "dog"],
+            "--class_name would do nothing: write {class}, for which it stands, into a --prompt.",
+        ),
+        (["--textual_inversion", "ADAPTER"], "--textual_inversion would do nothing: write {trigger} into a --prompt."),
+        (
+            ["--trigger", "sks"],
+            "--trigger would do nothing without --clip, which reads the prompts: give both or neither.",
+        ),
+        (
+            ["--ip_adapter", "ADAPTER", "--image_encoder", "ENCODER"],
+            "pocket_portraits_ip_adapter.safetensors has no self-attention over the references: use --aggregation conc",
+        ),
+        (
+            [
+                "--ip_adapter",
+                "ADAPTER",
+                "--image_encoder",
+                "ENCODER",
+                "--aggregation",
+                "max",
+                "--references",
+                "/nowhere",
+            ],
+            "The folder /nowhere does not exist.",
+        ),
+        (["--weight", "nan"], "weight is nan, but must be a finite number."),
+    ],
+)
+def test_what_would_be_drawn_without_is_told(root, people, tmp_path, capsys, monkeypatch, options, sentence):
+    monkeypatch.setattr(drawing, "load_base", None)
+    places = {"ADAPTER": str(root / ADAPTER), "ENCODER": str(root / ENCODER), "people": str(people)}
+    common = ["--pretrained_model_name_or_path", str(root / CHECKPOINT), "--prompt", "a dog", "--real", str(people)]
+    common += ["--output_dir", str(tmp_path / "measured"), *(places.get(word, word) for word in options)]
+    assert evaluation.main(common) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith(sentence)
+
+
+def test_nothing_is_drawn_without_a_base(people, tmp_path, capsys):
+    assert evaluation.main(["--prompt", "a dog", "--lora", "x", "--real", str(people), "--generated", str(people)]) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "--lora and --prompt would draw nothing: give --pretrained_model_name_or_path, too.",
+        "--output_dir is missing: the folder for the results.",
+    ]
 
 
 def test_identities_without_references_are_named(root, people, tmp_path, capsys):

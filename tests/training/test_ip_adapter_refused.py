@@ -3,11 +3,12 @@
 import shutil
 
 import pytest
-from identity_sets import ADAPTER, ENCODER, identities, settings_of, train
+from identity_sets import ADAPTER, ENCODER, POCKET, identities, settings_of, train
 from narrow_models import narrow_folder
 from pack.models.errors import PersonalizeError
 from pack.training.pocket.photos import write_identities
 from pack.training.preflight import preflight
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 
@@ -27,6 +28,7 @@ def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
     shutil.copytree(people, folder)
     broken = sorted(next(folder.iterdir()).glob("*.png"))[0]
     broken.write_bytes(b"no picture")
+    Image.new("RGB", (1, 1)).save(broken.with_name("tiny.png"))
     message = refused(
         root,
         folder,
@@ -46,6 +48,7 @@ def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
         "are 1.05 together: less than 1",
         "--smallest_crop 0.35 and --largest_crop 0.2 are not the smaller first, and at most 1.",
         f"{broken.name} in {broken.parent} cannot be read as a picture",
+        f"tiny.png in {broken.parent} is 1x1 pixels: at least 16 on each side are needed.",
     ):
         assert sentence in message
     assert not (tmp_path / "out" / "config.toml").exists()
@@ -81,6 +84,59 @@ def test_whom_a_projection_cannot_learn_from(root, people, tmp_path, monkeypatch
     assert refused(root, people, tmp_path / "out", **options).endswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"adapter_kind": "base"}, "--adapter_kind would describe a new adapter, but --ip_adapter names one"),
+        (
+            {"adapter_kind": "plus", "resampler_depth": 4},
+            "--adapter_kind and --resampler_depth would describe a new adapter, but --ip_adapter names one",
+        ),
+        (
+            {"ip_adapter": None, "train_adapter": False},
+            "--no-train_adapter needs --ip_adapter: a new adapter would stay as untrained as it is.",
+        ),
+        (
+            {"warmup_steps": 4},
+            "--distil_steps 0 and --warmup_steps 4 are more than the 3 steps of the training: it would end before they do",
+        ),
+        (
+            {"ip_adapter": None, "resampler_depth": 2},
+            "--resampler_depth is for --adapter_kind plus: give both or neither.",
+        ),
+        (
+            {"aggregation": "average", "aggregator_heads": 8, "aggregator_lr": 1e-3},
+            "--aggregator_heads and --aggregator_lr would do nothing with --aggregation average: leave out one or the other.",
+        ),
+        (
+            {"aggregation": "concatenate", "aggregation_stage": "features", "aggregator_depth": 0},
+            "--aggregator_depth and --aggregation_stage would do nothing with --aggregation concatenate",
+        ),
+    ],
+)
+def test_what_would_be_silently_passed_over(root, people, tmp_path, options, sentence):
+    assert refused(root, people, tmp_path / "out", **options).startswith(sentence)
+
+
+def test_a_self_attention_in_the_file_stays_as_it_is(root, people, tmp_path):
+    """It stands at the tokens, 64 wide, with eight heads and two blocks."""
+    file = {"ip_adapter": str(root / POCKET / "ipadapter" / "pocket_self_attention.safetensors")}
+    own = {"aggregation_stage": "tokens", "aggregator_width": 64, "aggregator_heads": 8, "aggregator_depth": 2}
+    told = refused(
+        root, people, tmp_path / "out", **file, aggregation_stage="features", aggregator_heads=4, aggregator_width=64
+    )
+    assert told == (
+        "pocket_self_attention.safetensors has a self-attention with --aggregation_stage tokens, --aggregator_heads 8, which "
+        "you want otherwise: leave the options out or start from an adapter without one."
+    )
+    for options in ({}, own):
+        assert preflight(settings_of(root, people, tmp_path / "out", **file, **options), quiet=True).warnings == []
+    pooled = settings_of(root, people, tmp_path / "out", **file, aggregation="max", aggregation_stage="features")
+    assert preflight(pooled, quiet=True).warnings == [
+        "--aggregation max leaves the self-attention that pocket_self_attention.safetensors has out of the result."
+    ]
+
+
 def test_an_adapter_for_another_base_is_told(root, people, tmp_path):
     base = narrow_folder("sd15", tmp_path / "sd15")
     with pytest.raises(
@@ -95,6 +151,8 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
     lonely.mkdir()
     shutil.copy(next(folder.glob("*/*.png")), lonely / "1.png")
     shutil.copy(lonely / "1.png", folder / "loose.png")
+    own = next(folder.glob("*/*.png"))
+    shutil.copy(own, own.with_name("zz.png"))
     warnings = preflight(
         settings_of(
             root,
@@ -102,6 +160,12 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
             tmp_path / "out",
             train_text_encoder=True,
             caption_dropout=0.1,
+            masked_loss=True,
+            trigger="sks",
+            aggregation="average",
+            warmup_steps=1000,
+            warmup_loss_weight=1.0,
+            smallest_crop=0.2,
             validation_prompt=["a {class}"],
         ),
         quiet=True,
@@ -112,5 +176,22 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
     assert "1 pictures are in no identity's folder (loose.png)" in told
     assert "--train_text_encoder has no effect: an IP-Adapter trains beside a base" in told
     assert "--caption_dropout has no effect" in told
+    assert f"1 pictures are copies of others of the same identity ({own.parent.name}/zz.png) and are left out" in told
+    assert told.count("--masked_loss") == 1
+    assert "--masked_loss has no effect on 2 of the 2 identities in people: none of their pictures has" in told.replace(
+        str(folder), "people"
+    )
     assert "of the 2 in people none is held out" in told.replace(str(folder), "people")
-    assert "trigger" not in told
+    assert "--trigger has no effect: an IP-Adapter trains" in told
+    for name in ("warmup_steps", "warmup_loss_weight"):
+        assert f"--{name} has no effect without --aggregation self-attention." in told
+    assert "--smallest_crop has no effect without --reference_crops." in told
+
+
+def test_what_a_self_attention_alone_does_not_take_is_said(root, people, tmp_path):
+    held = identities(tmp_path / "held", 1)
+    options = {"reference_dropout": 0.2, "validation_data_dir": str(held), "validation_identities": 0}
+    assert preflight(settings_of(root, people, tmp_path / "out", **options), quiet=True).warnings == [
+        "--reference_dropout has no effect without --train_adapter.",
+        "--validation_data_dir has no effect: --validation_identities 0 takes none of it.",
+    ]

@@ -1,5 +1,7 @@
 """Which picture is predicted from which: never from itself, each as often as any other, from any number of others."""
 
+import shutil
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -74,16 +76,62 @@ def test_text_references_and_both_are_left_out_as_often_as_said():
         assert abs(kinds[kind] / DRAWS - share) < 0.02
 
 
-def test_every_picture_is_the_target_as_often():
-    examples = [Example(path, ("a photo",), (64, 64)) for path in SET]
-    order = Order(examples, 3, 0)
-    epochs = 7 * 3  # whose filled-up batches take every picture in turn
-    seen = Counter(examples[i].path for number in range(epochs * order.length) for i in order(number))
-    assert set(seen) == set(SET)
-    expected = epochs * order.length * 3 / len(SET)
-    assert all(abs(count - expected) < 5 * expected**0.5 for count in seen.values())
-    firsts = Counter(examples[Order(examples, 1, seed)(0)[0]].path for seed in range(DRAWS))
+def examples_of(*counts):
+    """So many pictures of each size."""
+    return [
+        Example(Path(f"ann/{16 * k}_{i}.jpg"), ("a photo",), (64, 64 + 16 * k))
+        for k, count in enumerate(counts)
+        for i in range(count)
+    ]
+
+
+def shown(order, first, last):
+    """How often each example is in the batches from one to before another."""
+    return Counter(i for number in range(first, last) for i in order(number))
+
+
+@pytest.mark.parametrize("counts", [(10,), (1,), (3,), (12, 8), (7, 1, 4, 2), (1, 1, 1), (97, 3, 30, 1, 5)])
+@pytest.mark.parametrize("batch", [1, 3, 4, 8])
+def test_every_picture_is_the_target_as_often(counts, batch):
+    examples = examples_of(*counts)
+    order = Order(examples, batch, 5)
+    for round_ in range(2):
+        seen = shown(order, round_ * len(examples), (round_ + 1) * len(examples))
+        assert seen == dict.fromkeys(range(len(examples)), batch)
+    batches = -(-DRAWS // batch)
+    seen, expected = shown(order, 1000, 1000 + batches), batches * batch / len(examples)
+    assert all(abs(seen[i] - expected) < 3 * batch + 0.02 * expected for i in range(len(examples)))
+
+
+@pytest.mark.parametrize("counts", [(10,), (7, 1, 4, 2), (3,)])
+def test_every_picture_is_the_target_as_often_in_the_first_epoch(counts):
+    """Whatever its size: over seeds, by a chi-square of as many degrees as there are pictures, less one."""
+    examples, seen = examples_of(*counts), Counter()
+    for seed in range(DRAWS // 4):
+        order = Order(examples, 4, seed)
+        seen.update(shown(order, 0, order.batches(1)))
+    expected = sum(seen.values()) / len(examples)
+    degrees = len(examples) - 1
+    assert sum((seen[i] - expected) ** 2 / expected for i in range(len(examples))) < degrees + 5 * (2 * degrees) ** 0.5
+
+
+def test_a_batch_is_of_one_size_and_an_epoch_shows_every_picture_once_where_batches_are_full():
+    examples = examples_of(8, 12, 4, 3)
+    order = Order(examples, 4, 0)
+    batches = [order(number) for number in range(4 * len(examples))]
+    assert all(len({examples[i].size for i in batch}) == 1 for batch in batches)
+    whole = [i for batch in batches for i in batch if examples[i].size[1] < 64 + 16 * 3]
+    for epoch in range(len(whole) // 24):
+        assert sorted(whole[24 * epoch : 24 * (epoch + 1)]) == list(range(24))
+    assert batches[30] == Order(examples, 4, 0)(30), "by the seed and the number alone"
+    assert batches != [Order(examples, 4, 1)(number) for number in range(len(batches))]
+    firsts = Counter(examples[Order(examples_of(10), 1, seed)(0)[0]].path for seed in range(DRAWS))
     assert all(abs(count - DRAWS / 10) < 5 * (DRAWS / 10) ** 0.5 for count in firsts.values())
+
+
+def test_epochs_are_whole_steps():
+    assert [Order(examples_of(10), 4, 0).batches(epochs) for epochs in (1, 2, 3)] == [3, 5, 8]
+    assert [Order(examples_of(1, 2), 8, 0).batches(epochs) for epochs in (1, 2, 3, 8)] == [1, 1, 2, 3]
 
 
 def test_an_only_picture_has_no_references():
@@ -91,9 +139,11 @@ def test_an_only_picture_has_no_references():
         draw_references(SET[:1], SET[0], None, NONE, torch.Generator())
 
 
-def picture(path):
+def picture(path, grey=None):
+    """No two are the same, but those of the same grey."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (32, 32)).save(path)
+    value = zlib.crc32(str(path).encode()) % 2**24 if grey is None else grey * 0x010101
+    Image.new("RGB", (32, 32), f"#{value:06x}").save(path)
 
 
 def test_folders_of_identities(tmp_path):
@@ -110,6 +160,26 @@ def test_folders_of_identities(tmp_path):
     assert one.startswith("2 of the identities in ")
     assert "a single picture (eve, zed) and are left out" in one
     assert other.startswith("2 pictures are in no identity's folder (loose.png, ann/old/x.png)")
+
+
+def test_a_copy_of_a_picture_is_left_out(tmp_path):
+    """Or it would be predicted from itself; that of another identity is another picture."""
+    for name, greys in (("ann", (1, 2, 1, 3, 2, 1)), ("ben", (1, 2)), ("cid", (5, 5))):
+        for i, grey in enumerate(greys):
+            picture(tmp_path / name / f"{i}.png", grey)
+    shutil.copy(tmp_path / "ann" / "0.png", tmp_path / "ann" / "a_copy.jpg")
+    (tmp_path / "ben" / "gone.png").symlink_to(tmp_path / "nowhere.png")  # which the preflight tells
+    found = find_identities(tmp_path)
+    assert {folder.name: [path.name for path in paths] for folder, paths in found.sets.items()} == {
+        "ann": ["0.png", "1.png", "3.png"],
+        "ben": ["0.png", "1.png", "gone.png"],
+    }
+    single, copies = found.warnings(tmp_path)
+    assert "have a single picture (cid)" in single
+    assert copies == (
+        "5 pictures are copies of others of the same identity (ann/2.png, ann/4.png, ann/5.png, ...) and are left out: a "
+        "picture would be predicted from itself."
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,14 @@ import re
 import tomllib
 
 import pytest
-from finetuning import CHECKPOINT, command, run, settings_of, train
+from finetuning import CHECKPOINT, command, photos, run, settings_of, train
 from pack.models.errors import PersonalizeError
 from pack.training import run as running
 from pack.training.base_model import load_base
+from pack.training.drawing import Drawing
 from pack.training.options import TextualInversion
 from pack.training.run import METHODS
-from pack.training.settings import make_settings, read_settings, save_settings
+from pack.training.settings import make_groups, make_settings, read_settings, save_settings
 from PIL import Image
 from safetensors import safe_open
 
@@ -21,7 +22,14 @@ def test_a_command_from_options_and_a_file(root, folder, tmp_path):
     config = tmp_path / "my.toml"
     config.write_text('trigger = "sks"\n[training]\nmax_train_steps = 9\nlearning_rate = 1e-3\n[lora]\nrank = 2\n')
     options = ["--config", str(config), "--max-train-steps", "2", "--validation_prompt", "a {trigger} {class}"]
-    options += ["--num_validation_images", "2", "--validation_steps", "1", "--validation_data_dir", str(folder)]
+    options += [
+        "--num_validation_images",
+        "2",
+        "--validation_steps",
+        "1",
+        "--validation_data_dir",
+        str(photos(tmp_path / "others", 1)),
+    ]
     done = run(root, *command("lora", root, folder, output, *options))
     assert done.returncode == 0, done.stderr
     assert "sks.safetensors" in done.stdout
@@ -92,6 +100,20 @@ def test_a_share_is_below_one(name):
     assert make_settings(METHODS["lora"][0], {name: 0.99}).flat()[name] == 0.99
 
 
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e999"])
+def test_a_number_is_finite(tmp_path, value):
+    """Of the command line and of a file, of every float: nothing but the settings' reader looks at that."""
+    said = rf"^{{}} is {float(value)}, but must be a finite number\.$"
+    with pytest.raises(PersonalizeError, match=said.format("learning_rate")):
+        read_settings(METHODS["lora"][0], "", "", [f"--learning_rate={value}"])
+    with pytest.raises(PersonalizeError, match=said.format("weight")):
+        make_groups((Drawing,), {"weight": float(value)})
+    config = tmp_path / "my.toml"
+    config.write_text(f"adam_epsilon = {value}\n")
+    with pytest.raises(PersonalizeError, match=said.format("adam_epsilon")):
+        read_settings(METHODS["lora"][0], "", "", ["--config", str(config)])
+
+
 @pytest.mark.parametrize("table", ["textual_inversion", "textualinversion"])
 def test_the_table_of_textual_inversion(tmp_path, table):
     config = tmp_path / "my.toml"
@@ -142,8 +164,16 @@ def test_the_command_line_says_how_long(tmp_path):
         assert (flat[inside], flat[outside]) == (None, left)
 
 
+def test_a_warm_up_that_epochs_do_not_last_for_is_told(root, folder, tmp_path):
+    """Only the pictures tell how many steps those are: five in two epochs are ten."""
+    options = {"num_train_epochs": 2, "max_train_steps": None, "lr_warmup_steps": 11}
+    with pytest.raises(PersonalizeError, match="--lr_warmup_steps 11 are more than the 10 steps of the training"):
+        train("lora", root, folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "config.toml").exists()
+
+
 def test_odd_values_come_back_from_the_file(root, tmp_path):
-    settings = settings_of("lora", root, tmp_path, tmp_path, max_grad_norm=float("inf"), class_name='a\x7f"\\\nä')
+    settings = settings_of("lora", root, tmp_path, tmp_path, class_name='a\x7f"\\\nä')
     save_settings(settings, tmp_path / "config.toml")
     again = read_settings(METHODS["lora"][0], "", "", ["--config", str(tmp_path / "config.toml")])
     assert again.flat() == settings.flat()

@@ -122,6 +122,16 @@ def test_nothing_said_at_all(capsys):
             {"block_ranks": [f"{block}=0" for block in unet_blocks_of("pocket")]},
             "--block_ranks leaves every block out: nothing would train.",
         ),
+        (
+            "lora",
+            {"lr_warmup_steps": 4},
+            "--lr_warmup_steps 4 are more than the 3 steps of the training: the learning rate",
+        ),
+        (
+            "lora",
+            {"validation_data_dir": "PHOTOS"},
+            "--instance_data_dir and --validation_data_dir are the same folder: the validation loss would be of pictures",
+        ),
         ("lora", {"num_train_epochs": 2}, "--max_train_steps and --num_train_epochs say the same thing: give one"),
         ("dreambooth", {"delta_megabytes": 1.0}, "--delta_megabytes cuts a difference: use it with --save_as delta"),
         ("lora", {"output_name": "a.safetensors"}, "--output_name a.safetensors is without ending: write a."),
@@ -167,6 +177,18 @@ def test_what_has_no_effect_is_a_warning(root, tmp_path):
         ("lora", {"fused_backward": True, "max_grad_norm": 0.5}, "--max_grad_norm has no effect with --fused_backward"),
         ("lora", {"optimizer": "prodigy", "learning_rate": 0.1}, "--learning_rate scales what prodigy finds by itself"),
         ("lora", {"masked_loss": True}, "--masked_loss has no effect: no picture in"),
+        ("lora", {"class_data_dir": "x"}, "--class_data_dir has no effect without --with_prior_preservation."),
+        ("lora", {"revision": "main"}, "--revision has no effect without --pretrained_model_name_or_path OWNER/NAME."),
+        ("lora", {"variant": "fp16"}, "--variant has no effect without --pretrained_model_name_or_path of a folder."),
+        ("lora", {"ema_decay": 0.9}, "--ema_decay has no effect without --use_ema."),
+        ("lora", {"num_validation_images": 2}, "--num_validation_images has no effect without --validation_prompt."),
+        ("lora", {"lr_power": 2.0}, "--lr_power has no effect without --lr_scheduler polynomial."),
+        ("lora", {"lr_num_cycles": 2}, "--lr_num_cycles has no effect without --lr_scheduler cosine_with_restarts."),
+        (
+            "lora",
+            {"optimizer": "adafactor", "adam_beta1": 0.5},
+            "--adam_beta1 has no effect without --optimizer adamw,",
+        ),
     ):
         (warning,) = warned(method, **values)
         assert warning.startswith(said)

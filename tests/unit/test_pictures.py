@@ -111,6 +111,11 @@ def test_bad_folders_and_files(tmp_path):
         with pytest.raises(PersonalizeError, match=f"{name} in .* cannot be read") as error:
             read_picture(tmp_path / name)
         assert "\n" not in str(error.value)
+    Image.new("RGB", (8, 20)).save(tmp_path / "tiny.png")
+    with pytest.raises(PersonalizeError) as error:
+        read_picture(tmp_path / "tiny.png")
+    assert str(error.value) == f"tiny.png in {tmp_path} is 8x20 pixels: at least 16 on each side are needed."
+    assert read_picture(tmp_path / "whole.jpg").name == "whole.jpg"
 
 
 def test_bad_pixels():
