@@ -41,6 +41,10 @@ def check_adapter(options: Options, family: str | None) -> list[str]:
     except PersonalizeError as error:
         problems += str(error).splitlines()
     problems += _of_new(options) + _of_teacher(options, family) + _of_self_attention(options, trained)
+    names = ["aggregator_width", "aggregator_heads", "aggregator_depth", "aggregator_lr"]
+    names += ["aggregation_stage"] * (options.aggregation == "concatenate")
+    if options.aggregation != SELF_ATTENTION and (given := _given(options, *names)):
+        odd.append(f"With --aggregation {options.aggregation} there is no effect of {given}.")
     if trained is not None and options.aggregation != SELF_ATTENTION:
         odd.append(
             f"--aggregation {options.aggregation} leaves the self-attention that {trained.name} has out of the result."
@@ -89,10 +93,6 @@ def _of_self_attention(options: Options, started: IPAdapter | None) -> list[str]
     started: the adapter to start from, if it has a self-attention.
     """
     if options.aggregation != SELF_ATTENTION:
-        names = ["aggregator_width", "aggregator_heads", "aggregator_depth", "aggregator_lr"]
-        names += ["aggregation_stage"] * (options.aggregation == "concatenate")
-        if given := _given(options, *names):
-            return [f"{given} would do nothing with --aggregation {options.aggregation}: leave out one or the other."]
         return []
     if started is not None and started.trained is not None:
         found = started.trained[1]

@@ -104,18 +104,29 @@ def test_whom_a_projection_cannot_learn_from(root, people, tmp_path, monkeypatch
             {"ip_adapter": None, "resampler_depth": 2},
             "--resampler_depth is for --adapter_kind plus: give both or neither.",
         ),
-        (
-            {"aggregation": "average", "aggregator_heads": 8, "aggregator_lr": 1e-3},
-            "--aggregator_heads and --aggregator_lr would do nothing with --aggregation average: leave out one or the other.",
-        ),
-        (
-            {"aggregation": "concatenate", "aggregation_stage": "features", "aggregator_depth": 0},
-            "--aggregator_depth and --aggregation_stage would do nothing with --aggregation concatenate",
-        ),
     ],
 )
 def test_what_would_be_silently_passed_over(root, people, tmp_path, options, sentence):
     assert refused(root, people, tmp_path / "out", **options).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (
+            {"aggregation": "average", "aggregator_heads": 8, "aggregator_lr": 1e-3},
+            "--aggregator_heads and --aggregator_lr",
+        ),
+        (
+            {"aggregation": "concatenate", "aggregation_stage": "features", "aggregator_depth": 0},
+            "--aggregator_depth and --aggregation_stage",
+        ),
+    ],
+)
+def test_a_pooling_has_no_options_of_self_attention(root, people, tmp_path, options, given):
+    """Not refused, as a configuration with them must do with another --aggregation, too."""
+    warnings = preflight(settings_of(root, people, tmp_path / "out", **options), quiet=True).warnings
+    assert warnings == [f"With --aggregation {options['aggregation']} there is no effect of {given}."]
 
 
 def test_a_self_attention_in_the_file_stays_as_it_is(root, people, tmp_path):
