@@ -80,6 +80,11 @@ class BaseModel:
         return [self.pipeline.text_encoder, *two]
 
     @property
+    def tokenizers(self) -> list[Any]:
+        """One for each text encoder."""
+        return [self.pipeline.tokenizer, *([self.pipeline.tokenizer_2] if self.layout == "sdxl" else [])]
+
+    @property
     def v_prediction(self) -> bool:
         """Whether the network predicts v rather than the noise."""
         return self.pipeline.scheduler.config.prediction_type == "v_prediction"

@@ -8,11 +8,12 @@
 Four IP-Adapters that were trained alike, from the same start and for as many steps, but for how they make one image
 prompt of several references: from one reference, max pooling, average pooling, self-attention, which stands over the
 tokens and has a loss of its own beside the noise's. Each draws identities that
-no training saw, with the same prompts and noise. For some of the identities DreamBooth, LoRA and Textual Inversion are
-trained, too. The pocket preset takes adapters that come with the pack, or trains them where there are none, or with
+no training saw, with the same prompts and noise. For some of the identities DreamBooth, LoRA, Textual Inversion and Custom
+Diffusion are trained, too. The pocket preset takes adapters that come with the pack, or trains them where there are none, or with
 --train. Beside its methods stand what the generator itself draws of the identities, and the same with everybody under
-another's name. Everything is kept in the folder: stopped at any moment, the same command goes on. report/index.html has
-the tables, plots and pictures.
+another's name. Everything is kept in the folder: stopped at any moment, the same command goes on. Several processes, as
+training has them, share the work; together they train with as many times the batch. report/index.html has the tables,
+plots and pictures.
 """
 
 import sys
@@ -53,7 +54,9 @@ class Benchmark:
     identities: int = option(50, "held-out identities to draw", least=1)
     seeds: int = option(5, "pictures of each identity and prompt", least=1)
     references: int = option(10, "references of each identity, at most", least=1)
-    tuned_identities: int = option(4, "identities that DreamBooth, LoRA and Textual Inversion are trained for", least=0)
+    tuned_identities: int = option(
+        4, "identities that DreamBooth, LoRA, Textual Inversion and Custom Diffusion are trained for", least=0
+    )
     tuned_steps: int | None = option(None, "steps of each of those trainings; each method's own by default", least=1)
     train: bool = option(False, "pocket: train the four adapters, too, instead of taking those that come with the pack")
     train_identities: int = option(2000, "pocket: identities to train on", least=2)
@@ -136,14 +139,15 @@ def _benchmark(options: Benchmark, folder: Path) -> Path:
     if accelerator.is_main_process:
         now = {name: value for name, value in asdict(options).items() if name not in ANYWAY}
         check_same(folder / "settings.json", now, f"The benchmark in {folder} was begun", "--output_dir")
-    material: Material = (
-        pocket_material(options, folder) if options.preset == "pocket" else real_material(options, folder)
-    )
-    adapters = find_adapters(options, material, folder, POCKET / "ipadapter")
+    with accelerator.main_process_first():  # it writes the pictures, the others find them
+        material: Material = (
+            pocket_material(options, folder) if options.preset == "pocket" else real_material(options, folder)
+        )
+    adapters = find_adapters(accelerator, options, material, folder, POCKET / "ipadapter")
     draw_adapters(accelerator, options, material, adapters, folder)
     draw_numbers(accelerator, options, material, adapters, folder)
     draw_tuned(accelerator, options, material, folder)
-    accelerator.wait_for_everyone()
+    accelerator.end_training()
     report = folder / "report" / "index.html"
     if accelerator.is_main_process:
         measured = measure_all(options, material, folder)

@@ -5,10 +5,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from .base_model import BaseModel, load_base
@@ -18,6 +19,7 @@ from .evaluate import Evaluation, evaluate
 from .features import clip, judge
 from .generate import Job, ReferencePrompts, Sampling, draw_pictures
 from .image_encoder import load_image_encoder
+from .personalization import put_on
 from .plots import Mark
 from .run import METHODS, personalize
 from .settings import make_groups, make_settings
@@ -25,6 +27,8 @@ from .shared import SELF_ATTENTION, IPAdapter, bootstrap, likeness, mean_by_grou
 
 if TYPE_CHECKING:
     from .benchmark import Benchmark
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,12 @@ ROWS = (
     Row("IP-Adapter, all side by side", "single", "concatenate"),
 )
 """The last needs no training for several references: every token of every reference beside the others."""
-TUNED = {"dreambooth": "DreamBooth", "lora": "LoRA", "textual_inversion": "Textual Inversion"}
+TUNED = {
+    "dreambooth": "DreamBooth",
+    "lora": "LoRA",
+    "textual_inversion": "Textual Inversion",
+    "custom_diffusion": "Custom Diffusion",
+}
 NUMBERS, OF_PROMPTS = (1, 2, 3, 5, 7, 10), 2
 """How many references are tried for the plot, and with how many of the prompts."""
 TRIGGER = "ohwx"
@@ -85,7 +94,14 @@ def folder_of(folder: Path, title: str) -> Path:
     return folder / "generated" / title
 
 
-def find_adapters(options: "Benchmark", material: Material, folder: Path, shipped: Path) -> dict[str, Path]:
+def agreed(found: T) -> T:
+    """What the main process found, in all of them: each by itself would look while others write or remove."""
+    return broadcast_object_list([found])[0]
+
+
+def find_adapters(
+    accelerator: Accelerator, options: "Benchmark", material: Material, folder: Path, shipped: Path
+) -> dict[str, Path]:
     """The four trained adapters, by name: those of the pack, or trained now.
 
     Raises:
@@ -95,20 +111,21 @@ def find_adapters(options: "Benchmark", material: Material, folder: Path, shippe
     if material.ships and all(path.exists() for path in with_the_pack.values()):
         return with_the_pack
     if options.preset == "pocket":
-        draw_training_set(options, material)
+        with accelerator.main_process_first():
+            draw_training_set(options, material)
     start = material.ip_adapter
     if material.start is not None:
-        start = str(_trained("start", material, folder, {**material.training, **material.start}))
+        start = str(_trained(accelerator, "start", material, folder, {**material.training, **material.start}))
     common = {"ip_adapter": start, **material.training}
-    return {name: _trained(name, material, folder, common | own) for name, own in TRAININGS.items()}
+    return {name: _trained(accelerator, name, material, folder, common | own) for name, own in TRAININGS.items()}
 
 
-def _trained(name: str, material: Material, folder: Path, values: Mapping[str, Any]) -> Path:
+def _trained(accelerator: Accelerator, name: str, material: Material, folder: Path, values: Mapping[str, Any]) -> Path:
     """The file of a training, made now if it is not there."""
     out = folder / "adapters" / name
     path = out / f"{name}.safetensors"
-    if not path.exists():
-        print(f"Training {name} in {out}")
+    if not agreed(path.exists()):
+        accelerator.print(f"Training {name} in {out}")
         common = {
             "pretrained_model_name_or_path": material.base,
             "image_encoder": material.image_encoder,
@@ -119,6 +136,7 @@ def _trained(name: str, material: Material, folder: Path, values: Mapping[str, A
             "train_adapter": True,
         }
         personalize("ip_adapter", make_settings(METHODS["ip_adapter"][0], _without_none(common | dict(values))))
+        accelerator.wait_for_everyone()  # the main process writes it
     return path
 
 
@@ -212,8 +230,8 @@ def _draw_rows(
     adapters: Mapping[str, Path],
     plans: Mapping[Row, tuple[str, Sequence[Job]]],
 ) -> None:
-    todo = {row: plan for row, plan in plans.items() if any(not job.path.exists() for job in plan[1])}
-    accelerator.wait_for_everyone()  # all have looked before the first draws
+    titles = agreed([title for title, jobs in plans.values() if not _drawn(jobs)])
+    todo = {row: plan for row, plan in plans.items() if plan[0] in titles}
     if not todo:
         return
     base = _load(accelerator, material.base)
@@ -226,6 +244,10 @@ def _draw_rows(
     gc.collect()
 
 
+def _drawn(jobs: Sequence[Job]) -> bool:
+    return all(job.path.exists() for job in jobs)
+
+
 def draw_tuned(accelerator: Accelerator, options: "Benchmark", material: Material, folder: Path) -> None:
     """Train each fine-tuning method for some identities, and draw these."""
     people = material.people[: options.tuned_identities]
@@ -234,12 +256,15 @@ def draw_tuned(accelerator: Accelerator, options: "Benchmark", material: Materia
             to = folder_of(folder, title) / person.name
             subject = f"{TRIGGER} {person.class_name}"
             jobs = jobs_of(person, to, options.seeds, None, subject)
-            if all(job.path.exists() for job in jobs):
+            if agreed(_drawn(jobs)):
                 continue
             out = folder / "tuned" / method / person.name
             file = out / "result.safetensors"
-            if not file.exists():
-                photos = _photos(person, folder / "tuned" / "photos" / person.name)
+            if not agreed(file.exists()):
+                photos = folder / "tuned" / "photos" / person.name
+                if accelerator.is_main_process:
+                    _write_photos(person, photos)
+                accelerator.wait_for_everyone()
                 values = {
                     "pretrained_model_name_or_path": material.base,
                     "instance_data_dir": str(photos),
@@ -252,10 +277,12 @@ def draw_tuned(accelerator: Accelerator, options: "Benchmark", material: Materia
                     "checkpoints_total_limit": 1,
                 }
                 personalize(method, make_settings(METHODS[method][0], _without_none(values)))
+                accelerator.wait_for_everyone()  # the main process writes the file
             _draw_one(accelerator, material.base, method, file, jobs, material.sampling, title)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-            if method == "dreambooth":
-                file.unlink()  # a whole checkpoint for each identity would fill the disk
+            if accelerator.is_main_process:  # all have drawn
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)
+                if method == "dreambooth":
+                    file.unlink()  # a whole checkpoint for each identity would fill the disk
 
 
 def _draw_one(
@@ -268,16 +295,14 @@ def _draw_one(
     title: str,
 ) -> None:
     base = _load(accelerator, str(file) if method == "dreambooth" else where)
-    if method == "lora":
-        base.pipeline.load_lora_weights(str(file))
-    elif method == "textual_inversion":
-        base.pipeline.load_textual_inversion(str(file), token=TRIGGER)
+    if method != "dreambooth":
+        put_on(base, method, file, TRIGGER)
     draw_pictures(accelerator, base, jobs, sampling, title)
     del base
     gc.collect()
 
 
-def _photos(person: Person, to: Path) -> Path:
+def _write_photos(person: Person, to: Path) -> None:
     """The references with captions that call the person by the trigger."""
     to.mkdir(parents=True, exist_ok=True)
     for path in person.references:
@@ -285,7 +310,6 @@ def _photos(person: Person, to: Path) -> Path:
         caption = path.with_suffix(".txt")
         if caption.exists():
             (to / caption.name).write_text(with_trigger(caption.read_text(encoding="utf-8"), person.class_name))
-    return to
 
 
 def measure_all(options: "Benchmark", material: Material, folder: Path) -> Measured:

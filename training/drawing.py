@@ -17,6 +17,7 @@ from .generate import Job, ReferencePrompts, Sampling, draw_pictures
 from .image_encoder import load_image_encoder
 from .look import check_same
 from .options import option
+from .personalization import FILES, check_file, put_on
 from .picture_sets import find_set
 from .shared import SELF_ATTENTION, IPAdapter, PersonalizeError, parse_concepts, parse_words, read_ip_adapter, title_of
 
@@ -40,6 +41,11 @@ class Drawing:
     weight: float = option(1.0, "λ of the adapter")
     lora: str | None = option(None, "with this LoRA")
     textual_inversion: str | None = option(None, "with this learned word, which prompts call by {trigger}")
+    custom_diffusion: str | None = option(
+        None,
+        "with this Custom Diffusion, whose words lie beside it: prompts call a single concept by {trigger}; of several the "
+        "one whose trigger --word is, the others by embedding:NAME as in ComfyUI",
+    )
     word: str = option("ohwx", "what {trigger} in the prompts is")
     class_name: str = option("person", "what {class} in the prompts is")
     prompt: list[str] = option(  # noqa: RUF009 - a list of its own for each
@@ -81,10 +87,10 @@ def check_drawing(drawing: Drawing) -> None:
         told(_check_adapter, drawing, family)
     if drawing.references is not None:
         told(find_set, Path(drawing.references).expanduser(), "references")
-    for name in ("lora", "textual_inversion"):
-        where = getattr(drawing, name)
-        if where is not None and not Path(where).expanduser().is_file():
-            problems.append(f"--{name} {where} does not exist.")
+    for method, path in _files(drawing).items():
+        told(check_file, method, path)
+    if drawing.textual_inversion is not None and drawing.custom_diffusion is not None:
+        problems.append("--textual_inversion and --custom_diffusion both say what {trigger} is: give one of them.")
     if drawing.resolution is not None and family in OFFLINE:
         told(check_size, drawing.resolution, size_step_of(family or ""), title_of(family or ""))
     if drawing.name.strip() in ("", ".", "..") or any(letter in drawing.name for letter in "/\\\0"):
@@ -114,7 +120,7 @@ def _idle_problems(drawing: Drawing) -> list[str]:
         return problems
     if drawing.textual_inversion is not None and "{trigger}" not in texts and drawing.word not in texts:
         problems.append("--textual_inversion would do nothing: write {trigger} into a --prompt.")
-    elif _given(drawing, "word") and "{trigger}" not in texts and drawing.textual_inversion is None:
+    elif _given(drawing, "word") and "{trigger}" not in texts and not _files(drawing).keys() - {"lora"}:
         problems.append("--word would do nothing: write {trigger}, for which it stands, into a --prompt.")
     if _given(drawing, "class_name") and "{class}" not in texts:
         problems.append("--class_name would do nothing: write {class}, for which it stands, into a --prompt.")
@@ -128,6 +134,12 @@ def _check_adapter(drawing: Drawing, family: str | None) -> None:
         raise PersonalizeError(
             f"{path.name} has no self-attention over the references: use --aggregation concatenate, average or max."
         )
+
+
+def _files(drawing: Drawing) -> dict[str, Path]:
+    """What is put on the base, by method."""
+    given = {method: getattr(drawing, method) for method in FILES}
+    return {method: Path(where).expanduser() for method, where in given.items() if where is not None}
 
 
 def _prompt_problems(drawing: Drawing) -> list[str]:
@@ -169,10 +181,8 @@ def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
     folder = output / "drawn" / drawing.name
     dtype = torch.float16 if accelerator.device.type == "cuda" else torch.float32
     base = load_base(drawing.pretrained_model_name_or_path or "", dtype)
-    if drawing.lora is not None:
-        base.pipeline.load_lora_weights(str(Path(drawing.lora).expanduser()))
-    if drawing.textual_inversion is not None:
-        base.pipeline.load_textual_inversion(str(Path(drawing.textual_inversion).expanduser()), token=drawing.word)
+    for method, path in _files(drawing).items():
+        put_on(base, method, path, drawing.word)
     base.pipeline.to(accelerator.device)
     base.pipeline.unet.requires_grad_(False)
     resolution = drawing.resolution or RESOLUTIONS.get(base.family, 512)

@@ -9,8 +9,8 @@ generated picture NAME.png may lie NAME.txt, its prompt, and NAME.json, what the
 "fur": "brown"}). What is not there is not measured.
 
 With --pretrained_model_name_or_path and --prompt, pictures of every real identity are drawn first, with fixed seeds, by
-that base with a LoRA, a learned word or an IP-Adapter; a run that was stopped goes on, and accelerate launch shares the
-work.
+that base with a LoRA, a learned word, Custom Diffusion or an IP-Adapter; a run that was stopped goes on, and accelerate
+launch shares the work.
 
 The default measures pocket portraits. For photographs: --features inception --inception_weights FILE for FID, KID and
 IS, --clip openai/clip-vit-base-patch32 for CLIP-I and CLIP-T, --dino facebook/dino-vits16 for DINO, as DreamBench has

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -67,6 +67,7 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
         stop, folder = Stop(), settings.folder if settings.output.output_dir else None
         with stopping_on_signals(stop), explained(settings.folder), alone(folder):
             paths = personalize(method, settings, stop)
+            PartialState().destroy_process_group()
     except PersonalizeError as error:
         print(error, file=sys.stderr)
         return 1
@@ -101,7 +102,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
         stop: asks the loop to stop.
 
     Returns:
-        The files; none if it was stopped.
+        The files; none if it was stopped. Of several processes the main one writes them, when the others have returned.
 
     Raises:
         PersonalizeError: whatever the user can mend.
@@ -158,7 +159,8 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     done = trainer.run(begun, shared_settings(settings) | material)
     if accelerator.is_main_process:
         trainer.record.draw(settings.folder / "loss.png")
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     if done < trainer.steps:
         latest = settings.watching.resume_from_checkpoint == "latest"
         goes_on = "The same command" if latest else "The same command without --resume_from_checkpoint"
@@ -181,8 +183,7 @@ def start(settings: Settings) -> Accelerator:
     if settings.training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     tracker = settings.watching.report_to
-    if processes() == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)  # of a training before this one in the same process
+    AcceleratorState._reset_state(processes() == 1)  # of what came before; processes that are together stay so
     accelerator = Accelerator(
         mixed_precision=settings.training.mixed_precision,
         log_with=None if tracker == "none" else tracker,

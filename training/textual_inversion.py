@@ -86,20 +86,19 @@ def add_words(
         tokens: n new ones.
         start: of a tokenizer and its encoder's embedding what the vectors start as, [n, width].
     """
-    tokenizers = [base.pipeline.tokenizer, *([base.pipeline.tokenizer_2] if base.layout == "sdxl" else [])]
     words = []
-    for tokenizer, (_, encoder) in zip(tokenizers, text_modules(base), strict=True):
+    for tokenizer, (_, encoder) in zip(base.tokenizers, text_modules(base), strict=True):
         encoder.requires_grad_(False)
         table = encoder.get_input_embeddings()
         rows = start(tokenizer, table)
         tokenizer.add_tokens(list(tokens))
         words.append(LearnedWord(table, tokenizer.convert_tokens_to_ids(list(tokens)), rows))
         encoder.set_input_embeddings(words[-1])
-        _find_the_end(encoder, tokenizer.eos_token_id)
+        find_the_end(encoder, tokenizer.eos_token_id)
     return words
 
 
-def _find_the_end(encoder, end: int) -> None:
+def find_the_end(encoder, end: int) -> None:
     """Old configurations let the encoder take the largest id for the end of the text, which a new word's would be."""
     encoder.config.eos_token_id = end
     for module in encoder.modules():

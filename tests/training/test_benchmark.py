@@ -1,9 +1,13 @@
 """The benchmark from nothing to its report, small; what it is stopped in, it takes up."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from identity_sets import CHECKPOINT, ENCODER
 from pack.models.errors import PersonalizeError
 from pack.models.ip_adapter import IPAdapter, read_ip_adapter
@@ -101,7 +105,7 @@ def test_the_adapters_that_come_with_the_pack_are_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("pack.training.benchmark_stages.personalize", None)
     options = options_of(output_dir=str(tmp_path), identities=1, seeds=1, references=2)
     material = pocket_material(options, tmp_path)
-    found = find_adapters(options, material, tmp_path, POCKET / "ipadapter")
+    found = find_adapters(Accelerator(), options, material, tmp_path, POCKET / "ipadapter")
     assert list(found) == list(TRAININGS)
     assert not (tmp_path / "train").exists()
     states = {name: IPAdapter.from_state(read_ip_adapter(path)) for name, path in found.items()}
@@ -163,6 +167,26 @@ def test_what_is_missing_is_told_at_once(capsys):
     told = capsys.readouterr().err
     assert "--base is for --preset lfw" in told
     assert "cannot be written to" in told
+
+
+def test_two_processes_share_the_work(root, tmp_path):
+    options = {"identities": 2, "seeds": 1, "references": 2, "tuned_identities": 1, "tuned_steps": 1}
+    given = [text for name, value in (options | {"bootstrap_draws": 20}).items() for text in (f"--{name}", str(value))]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "training.benchmark"]
+    arguments = [sys.executable, *launch, "--output_dir", str(tmp_path), *given]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for row in ROWS:
+        assert len(list((tmp_path / "generated" / row.title).rglob("*.png"))) == 2 * 8
+    for method, title in TUNED.items():
+        assert len(list((tmp_path / "generated" / title).rglob("*.png"))) == 8
+        (own,) = (tmp_path / "tuned" / method).iterdir()
+        assert (own / "result.safetensors").exists() == (method != "dreambooth")
+        assert not (own / "checkpoints").exists()
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "report" / "index.html")
+    tuned = json.loads((tmp_path / "report" / "tuned" / "figures.json").read_text())["figures"]
+    assert set(TUNED.values()) <= tuned.keys()
 
 
 def people(folder, counts):

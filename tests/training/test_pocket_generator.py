@@ -23,7 +23,7 @@ from pack.training.pocket.attributes import (
     Logo,
     sample_scene,
 )
-from pack.training.pocket.captions import NOUNS, caption
+from pack.training.pocket.captions import NOUNS, article, caption
 from pack.training.pocket.data import PER_IDENTITY, faces, identity, pixels, scene
 from pack.training.pocket.draw import draw
 from pack.training.pocket.photos import write_identities, write_photos
@@ -294,7 +294,9 @@ def test_snapshots_of_identities_are_squares_of_their_portraits(tmp_path):
         assert names == sorted(path.name for path in three.iterdir())
         for name in names:
             assert (two / name).read_bytes() == (three / name).read_bytes()
-            assert name.endswith(".png") != ((one / name).read_bytes() == (three / name).read_bytes())
+            assert name.endswith(".json") == ((one / name).read_bytes() == (three / name).read_bytes())
+        kind = one.name.partition("_")[0]
+        assert {path.read_text() for path in three.glob("*.txt")} == {f"a detail of a {kind}\n"}
         for path in one.glob("*.png"):
             large, small = Image.open(path).convert("L"), Image.open(three / path.name).convert("L")
             least = min(
@@ -310,11 +312,16 @@ def test_a_share_of_the_snapshots_stays_whole(tmp_path):
     portraits = write_identities(tmp_path / "portraits", 7, 3, 20)
     mixed = write_identities(tmp_path / "mixed", 7, 3, 20, (0.1, 0.3), 0.3)
     kept = [
-        (other / path.name).read_bytes() == path.read_bytes()
+        [(other / name).read_bytes() == (one / name).read_bytes() for name in (path.name, f"{path.stem}.txt")]
         for one, other in zip(portraits, mixed, strict=True)
         for path in one.glob("*.png")
     ]
-    assert 0.15 < np.mean(kept) < 0.45
+    assert 0.15 < np.mean([picture for picture, _ in kept]) < 0.45
+    assert all(picture == caption for picture, caption in kept), "what is whole is said of the whole"
+
+
+def test_words_have_their_article():
+    assert [article(words) for words in ("cat", "android with a hat")] == ["a cat", "an android with a hat"]
 
 
 def test_photos_of_a_new_style_and_of_a_new_mark(tmp_path):

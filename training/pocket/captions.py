@@ -120,7 +120,7 @@ def _around(speak: _Speaker, scene: Scene, varying: float, mark: str | None = No
         if scene.logo is None:
             rest.insert(0, speak.one_of(OBSTACLE_WORDS[scene.obstacle]))
     if scene.logo is not None:
-        mark = mark or _article(f"{scene.logo.colour} {scene.logo.shape} logo")
+        mark = mark or article(f"{scene.logo.colour} {scene.logo.shape} logo")
         rest.insert(
             0, f"{mark} on the wall" if scene.logo.place == "wall" else f"with {mark} on the {scene.logo.place}"
         )
@@ -132,7 +132,8 @@ def _around(speak: _Speaker, scene: Scene, varying: float, mark: str | None = No
     return named, rest
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
+    """A cat, an android."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -187,16 +188,16 @@ def _subject(
         named["hat_worn"] = "yes"
         if called is None and speak.chance(0.8):
             named.update(hat=shown["hat"], hat_colour=shown["hat_colour"])
-            wears.append(_article(f"{shown['hat_colour']} {shown['hat']}"))
+            wears.append(article(f"{shown['hat_colour']} {shown['hat']}"))
         else:
             wears.append("a hat")
     if "neckwear_colour" in shown and name("neckwear", "neckwear_colour"):
-        wears.append(_article(f"{shown['neckwear_colour']} {shown['neckwear']}"))
+        wears.append(article(f"{shown['neckwear_colour']} {shown['neckwear']}"))
     if name("clothes"):
         pattern = f"{shown['pattern']} " if shown.get("pattern", "plain") != "plain" and speak.chance(0.7) else ""
         if pattern:
             named["pattern"] = shown["pattern"]
-        wears.append(_article(f"{shown['clothes']} {pattern}{speak.one_of(('shirt', 'sweater', 'top'))}"))
+        wears.append(article(f"{shown['clothes']} {pattern}{speak.one_of(('shirt', 'sweater', 'top'))}"))
     noun = "character" if anonymous else NOUNS[shown["kind"]] if speak.chance(0.15) else shown["kind"]
     return _compose(speak, called or noun, before, own, wears, after)
 
@@ -224,7 +225,7 @@ def _listed(words: list[str]) -> str:
 
 
 def _compose(speak: _Speaker, noun: str, before: list[str], own: list[str], wears: list[str], after: list[str]) -> str:
-    phrase = _article(" ".join([*before, noun]))
+    phrase = article(" ".join([*before, noun]))
     own, wears = [list(speak.rng.permutation(words)) for words in (own, wears)]
     if own:
         phrase += f" with {_listed(own)}"

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..shared import PersonalizeError, picture_paths
 from .attributes import Logo, sample_identity, sample_scene
-from .captions import learning_caption
+from .captions import article, learning_caption
 from .data import identity
 from .draw import draw
 
@@ -72,7 +72,8 @@ def write_identities(
 ) -> list[Path]:
     """Write `count` pictures of each of so many subjects, a folder each, as LFW has them: `cat_0007/cat_0007_0001.png`.
 
-    Beside each is a caption that says what varies and the kind, in each folder `attributes.json`, what the identity is.
+    Beside each is a caption that says what varies and the kind, of a cut picture that it is a detail of the kind: most of
+    what varies is not in it. In each folder is `attributes.json`, what the identity is.
     A picture hides what pictures hide: a hat hides the hair, a close-up the clothes; styles vary too.
 
     Args:
@@ -107,7 +108,7 @@ def write_identities(
             words = learning_caption(scene, rng, None).replace("{trigger} {class}", who.kind)
             cutting = np.random.default_rng([SUBJECTS, number, i, 3])
             if crop is not None and cutting.random() >= whole:
-                picture = _cut(picture, crop, cutting)
+                picture, words = _cut(picture, crop, cutting), f"a detail of {article(who.kind)}"
             picture.save(path)
             path.with_suffix(".txt").write_text(words + "\n")
         known = {attribute: value for attribute, value in asdict(who).items() if value is not None}
