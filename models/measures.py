@@ -6,7 +6,7 @@ Each comes twice: as a function of features, and as a `Statistic`, which gives t
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -281,6 +281,11 @@ def _class_sums(logits: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return _by_group(torch.ones(len(p)), groups, count), _by_group(p, groups, count), _by_group(
         torch.xlogy(p, p).sum(1), groups, count
     )  # fmt: skip
+
+
+def mean_of(statistics: Sequence[Statistic]) -> Statistic:
+    """Of several sets of pictures of the same groups, the mean of their numbers."""
+    return lambda weights: sum(statistic(weights) for statistic in statistics) / len(statistics)
 
 
 def mean_by_group(totals: Tensor, groups: Tensor, counts: Tensor | None = None) -> Statistic:

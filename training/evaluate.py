@@ -34,7 +34,8 @@ from . import features
 from .dataset import visible_picture
 from .drawing import Drawing, check_drawing, check_no_drawing, draw_first
 from .encoding import Cache
-from .figures import KINDS, Figure, Views, differences, is_finite, measure, remarks
+from .figure_kinds import KINDS
+from .figures import Figure, Views, differences, is_finite, measure, remarks
 from .look import check_writable, tell
 from .options import option
 from .picture_sets import PictureSet, check_identities, find_set, names_of, prompts_of

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .figure_kinds import KINDS
 from .picture_sets import PictureSet, numbered
 from .shared import (
     Estimate,
@@ -28,6 +29,7 @@ from .shared import (
     likeness_among,
     likeness_to_others,
     mean_by_group,
+    mean_of,
     paired_cosines,
     score_between_groups,
     score_by_group,
@@ -37,72 +39,9 @@ from .truth import Counts, count_attributes, count_following
 
 WIDE, WIDE_DRAWS = 512, 100
 """Features wider than this are drawn again less often for FID: a draw takes seconds."""
+SEED_DRAWS = 400
+"""Of FID by seed, each of which is several distances."""
 PARTS = 10  # of the pictures, for the usual way to report IS
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A figure, for people."""
-
-    title: str
-    better: str
-    """"higher", "lower", or "" where neither is."""
-    meaning: str
-    least: float = -math.inf
-    """What it cannot be below."""
-
-
-KINDS = {
-    "fid": Kind(
-        "FID",
-        "lower",
-        "Fréchet distance between the features of generated and real pictures; depends on how many there are",
-        0,
-    ),
-    "kid": Kind("KID", "lower", "kernel distance between the same features; does not depend on how many there are, and may fall below zero"),
-    "wcfid": Kind(
-        "FID within identities",
-        "lower",
-        "WCFID: the mean over the identities of FID between an identity's generated and its real pictures, which depends on "
-        "how many each has; FID over all pictures does not see whose picture is whose",
-        0,
-    ),
-    "bcfid": Kind("FID between identities", "lower", "BCFID: FID between the means of the identities, whoever is whose", 0),
-    "is": Kind(
-        "IS",
-        "higher",
-        "inception score: pictures of a clear class each, and of many classes together, be they the right ones or not",
-        1,
-    ),
-    "bcis": Kind(
-        "IS between identities",
-        "higher",
-        "BCIS: the part of IS that comes from the identities: pictures of one agree on their classes, and others have others",
-        1,
-    ),
-    "identity_is": Kind(
-        "IS over identities",
-        "higher",
-        "inception score whose classes are the identities of the real pictures, by the judge's identity features: pictures "
-        "that show one of them clearly, and all of them alike",
-        1,
-    ),
-    "uniform_is": Kind(
-        "uniform-prior IS",
-        "",
-        "only how clear the class of each picture is; not the inception score: one picture again and again has as much",
-        1,
-    ),
-    "likeness": Kind("likeness", "higher", "mean cosine of the judge's identity features to the identity's real pictures"),
-    "likeness_to_others": Kind("likeness to others", "lower", "the same to the real pictures of all other identities"),
-    "attributes": Kind("attributes", "higher", "share of the identity's visible attributes, but its kind, that the judge reads"),
-    "prompt_following": Kind(
-        "prompt following", "higher", "share of what NAME.json says the prompt asked for that the judge sees"
-    ),
-    "clip_i": Kind("CLIP-I", "higher", "mean cosine of CLIP's image features to the identity's real pictures"),
-    "clip_t": Kind("CLIP-T", "higher", "mean cosine of CLIP's features of picture and prompt (NAME.txt)"),
-    "dino": Kind("DINO", "higher", "mean cosine of DINO's features to the identity's real pictures"),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,7 +100,13 @@ def measure(
         known: attributes by identity.
         draws, seed: of the intervals.
     """
-    measures = _distances(views, real) | _scores(views, real) | _likenesses(views, real) | _judged(views, known)
+    measures = (
+        _distances(views, real)
+        | _scores(views, real)
+        | _by_seed(views, real)
+        | _likenesses(views, real)
+        | _judged(views, known)
+    )
     groups, figures = views.pictures.groups, dict[str, Figure]()
     for name in KINDS:
         if (found := measures.get(name)) is not None:
@@ -211,6 +156,33 @@ def _scores(views: Views, real: Views) -> dict[str, _Measure]:
         whose = numbered(real.pictures.whose, names)
         who = identity_logits(views.main["who"], real.main["who"], whose, IDENTITY_SCALE)
         measures["identity_is"] = _Measure(score_by_group(who, groups), n)
+    return measures
+
+
+def _by_seed(views: Views, real: Views) -> dict[str, _Measure]:
+    """FID and IS of the pictures of one seed at a time, where every identity has some of each."""
+    seeds, of_real = views.pictures.seeds(), real.pictures.seeds()
+    if views.pictures.flat or seeds is None or len(seeds.unique()) < 2:
+        return {}
+    groups, whose = views.pictures.group_numbers(), None
+    if views.pictures.groups == real.pictures.groups:
+        whose = real.pictures.group_numbers()
+    everyone = len(views.pictures.groups)
+    scores, distances, width = list[Statistic](), list[Statistic](), 0
+    for seed in seeds.unique():
+        mine = seeds == seed
+        theirs = torch.ones(len(real.pictures.paths), dtype=torch.bool) if of_real is None else of_real == seed
+        if len(groups[mine].unique()) < everyone or (whose is not None and len(whose[theirs].unique()) < everyone):
+            return {}
+        features, others = views.main["features"][mine], real.main["features"][theirs]
+        width = max(width, min(features.shape[1], len(features) + len(others)))
+        scores.append(score_by_group(views.main["logits"][mine], groups[mine]))
+        if views is not real and min(len(features), len(others)) > 1:
+            distances.append(frechet_by_group(features, groups[mine], others, None if whose is None else whose[theirs]))
+    measures = {"seed_is": _Measure(mean_of(scores), len(seeds))}
+    if len(distances) == len(scores):
+        draws = WIDE_DRAWS if width > WIDE else SEED_DRAWS
+        measures["seed_fid"] = _Measure(mean_of(distances), len(seeds), most_draws=draws)
     return measures
 
 

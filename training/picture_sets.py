@@ -1,5 +1,6 @@
 """Folders of pictures to be measured: of one subject, or with a folder for each identity."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from .dataset import call_of, captions_of
 from .shared import PersonalizeError, list_pictures, picture_paths
+
+SEED = re.compile(r"-s(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class PictureSet:
     def group_numbers(self) -> Tensor:
         """[n] int64, which of `groups` each picture is of."""
         return torch.arange(len(self.paths)) if self.flat else numbered(self.whose, self.groups)
+
+    def seeds(self) -> Tensor | None:
+        """[n] int64, the seed of each picture, from names as ours, `NAME-s3.png`; None where one has none."""
+        found = [SEED.search(path.stem) for path in self.paths]
+        return torch.tensor([int(one[1]) for one in found if one]) if all(found) else None
 
 
 def numbered(names: Sequence[str], among: Sequence[str]) -> Tensor:

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from .benchmark import Benchmark
 
 SHOWN = (
+    "seed_fid",
     "fid",
     "wcfid",
+    "seed_is",
     "is",
     "bcis",
     "identity_is",

@@ -81,6 +81,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.measures import likeness_among as likeness_among
     from models.measures import likeness_to_others as likeness_to_others
     from models.measures import mean_by_group as mean_by_group
+    from models.measures import mean_of as mean_of
     from models.measures import paired_cosines as paired_cosines
     from models.measures import score_between_groups as score_between_groups
     from models.measures import score_by_group as score_by_group
@@ -212,6 +213,7 @@ else:
     from ..models.measures import likeness_among as likeness_among
     from ..models.measures import likeness_to_others as likeness_to_others
     from ..models.measures import mean_by_group as mean_by_group
+    from ..models.measures import mean_of as mean_of
     from ..models.measures import paired_cosines as paired_cosines
     from ..models.measures import score_between_groups as score_between_groups
     from ..models.measures import score_by_group as score_by_group

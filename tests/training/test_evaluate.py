@@ -101,6 +101,30 @@ def test_a_method_that_shows_some_of_the_identities(copies, tmp_path):
     )
 
 
+def test_fid_and_is_of_one_seed_at_a_time(copies, tmp_path):
+    """The mean of what the pictures of each seed have by themselves, with the same identities drawn."""
+    names = [f"p{i // 2:02}-s{i % 2}" for i in range(4)]
+    for path in [path for folder in copies.values() for path in folder.glob("*/[0-3].*")]:
+        path.rename(path.with_stem(names[int(path.stem)]))
+    alone = []
+    for seed in (0, 1):
+        some = {name: tmp_path / f"{seed}" / name for name in copies}
+        for name, folder in some.items():
+            shutil.copytree(copies[name], folder, ignore=shutil.ignore_patterns(f"*-s{1 - seed}.*"))
+        alone.append(evaluate(options(some, tmp_path / f"out{seed}"))["figures"])
+        assert not {"seed_fid", "seed_is"} & set(alone[-1]["good"])
+    both = evaluate(options(copies, tmp_path / "out"))["figures"]
+    for method, kind in (("good", "fid"), ("bad", "fid"), ("good", "is"), ("bad", "is"), (module.REAL, "is")):
+        found = both[method][f"seed_{kind}"]
+        assert found["value"] == pytest.approx(np.mean([figures[method][kind]["value"] for figures in alone]))
+        assert found["value"] != pytest.approx(both[method].get(kind, {"value": None})["value"])
+        assert found["low"] < found["value"] < found["high"]
+    assert "seed_fid" not in both[module.REAL]
+    (copies["good"] / "0" / "p01-s1.png").unlink()
+    (copies["good"] / "0" / "p00-s1.png").unlink()
+    assert not {"seed_fid", "seed_is"} & set(evaluate(options(copies, tmp_path / "less"))["figures"]["good"])
+
+
 def test_a_second_time_no_network_is_loaded(copies, tmp_path, monkeypatch):
     asked = options(copies, tmp_path / "out", clip="pocket")
     first = evaluate(asked)
