@@ -10,12 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from .dataset import captions_of, visible_picture
-from .look import check_writable, tell
+from .look import check_same, check_writable, tell
 from .options import option
 from .shared import PLACEHOLDER, PersonalizeError, list_pictures
 from .subject_data import Rules, picture_fault
 from .subject_models import check_processor, check_tagger
-from .subject_progress import Progress, check_begun
+from .subject_progress import SETTINGS, Progress, check_begun
 
 RULES = Rules()
 ANYWAY = ("output_dir", "batch_size", "sheet")
@@ -205,16 +205,18 @@ def _progress(building: Building, thresholds: Thresholds) -> Progress | None:
                 "written is not to be read."
             )
     check_writable(folder, "--output_dir")
-    check_begun(folder, shared_settings(building, thresholds))
+    check_begun(folder)
+    what = f"The data set in {folder} was begun"
+    check_same(folder / SETTINGS, shared_settings(building, thresholds), what, "--output_dir")
     return Progress(folder)
 
 
 def shared_settings(building: Building, thresholds: Thresholds) -> dict[str, Any]:
-    """What a build must go on with as it began."""
+    """What a build must go on with as it began, of what it is told."""
     values = {**asdict(building), **asdict(thresholds)}
     if building.pictures:
         values["pictures"] = str(Path(building.pictures).expanduser().resolve())
-    return {name: value for name, value in values.items() if name not in ANYWAY}
+    return {name: value for name, value in values.items() if name not in ANYWAY and value is not None}
 
 
 def _caption_of(path: Path) -> str:

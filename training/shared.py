@@ -131,6 +131,9 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.weight_files import read_safetensors as read_safetensors
     from models.weight_files import read_weights as read_weights
     from models.weight_files import write_safetensors as write_safetensors
+    from models.whole_files import sweep as sweep
+    from models.whole_files import whole as whole
+    from models.whole_files import write_whole as write_whole
     from models.words import find_words as find_words
     from models.words import parse_words as parse_words
     from models.words import words_in as words_in
@@ -262,6 +265,9 @@ else:
     from ..models.weight_files import read_safetensors as read_safetensors
     from ..models.weight_files import read_weights as read_weights
     from ..models.weight_files import write_safetensors as write_safetensors
+    from ..models.whole_files import sweep as sweep
+    from ..models.whole_files import whole as whole
+    from ..models.whole_files import write_whole as write_whole
     from ..models.words import find_words as find_words
     from ..models.words import parse_words as parse_words
     from ..models.words import words_in as words_in
