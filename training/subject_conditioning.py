@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dataset import Example
 from .denoising import generator_of
-from .shared import cover_picture, fused_prompt, inside_boxes, localisation_loss, location_mask
+from .shared import cover_picture, fused_prompt, localisation_loss
 from .subject_data import SubjectPicture, box_of
 from .subject_features import SubjectFeatures
 from .subject_network import AttentionWatch, Placeholders, SubjectNetwork
@@ -138,30 +138,21 @@ class SubjectConditioning:
         views: Sequence[Sequence[int]],
     ) -> None:
         """Everything about the subjects of a batch, on the network's device."""
-        device = self.network.conv_in.weight.device
-        latent = [side // self.scale for side in examples[0].size]
-        words, patches, boxes, there, masks = [], [], [], [], []
-        for example, shown, spoken, seen in zip(examples, subjects, text, views, strict=True):
-            known, found = self._places(example), self.pictures[example.path].subjects[: self.most]
-            features = [self.features[one.crop, view] for one, view in zip(found, seen, strict=False)]
-            if spoken:
-                words += [pooled for pooled, _ in features]
-            empty = self.network.objects.null_features.shape
-            own = [tokens for _, tokens in features] + [torch.zeros(*empty)] * (self.most - len(found))
-            patches.append(torch.stack(own))
-            box = [place.box for place in known] + [torch.zeros(4)] * (self.most - len(known))
-            boxes.append(torch.zeros(self.most, 4) if BOXES in self.without else torch.stack(box))
-            there.append([i < len(found) for i in range(self.most)])
-            inside = torch.stack([inside_boxes(place.box[None], *example.size)[0] for place in known])
-            masks.append(location_mask(inside, *latent) * float(shown))
-        told = torch.tensor(there, device=device)
-        objects = self.network.objects(torch.stack(patches).to(device), torch.stack(boxes).to(device), told)
-        kept = torch.tensor([float(x) for x in subjects], device=device)
-        self.network.seen = None if ADAPTER in self.without else objects * kept[:, None, None]
-        self.network.conv_in.mask = None if LOCATION in self.without else torch.stack(masks).to(device)
-        self.placeholders.vectors = None
-        if words and CLS not in self.without:
-            self.placeholders.vectors = self.network.word(torch.stack(words).to(device))
+        most, network = self.most, self.network
+        pictures = [self.pictures[example.path].subjects[:most] for example in examples]
+        features = [
+            [self.features[one.crop, view] for one, view in zip(own, seen, strict=False)]
+            for own, seen in zip(pictures, views, strict=True)
+        ]
+        boxes = [torch.stack([place.box for place in self._places(example)]) for example in examples]
+        objects, location = network.shown(
+            features, boxes, most, examples[0].size, self.scale, placed=BOXES not in self.without
+        )
+        kept = torch.tensor(subjects, device=objects.device).to(objects.dtype)[:, None, None]
+        network.seen = None if ADAPTER in self.without else objects * kept
+        network.conv_in.mask = None if LOCATION in self.without else location * kept[..., None]
+        spoken = [own for own, whether in zip(features, text, strict=True) if whether and CLS not in self.without]
+        self.placeholders.vectors = network.vectors(spoken)
 
     def loss_beside(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor | None:
         """Attention control: at each subject's placeholder and at its noun, of pictures that have their captions."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from pack.models.custom_diffusion import KEYS_AND_VALUES, is_trained
@@ -55,6 +56,64 @@ def test_it_starts_as_the_base_bit_for_bit(root):
         assert not torch.equal(located, expected)
         network.adapters[0].alpha_attn.fill_(0.5)
         assert not torch.equal(unet(x, 500, text).sample, located)
+
+
+def compiled(unet):
+    return torch.compile(unet, backend="eager")
+
+
+def prepared(unet):
+    """As accelerate wraps it: its `forward` is another."""
+    return Accelerator(cpu=True, mixed_precision="bf16").prepare(unet)
+
+
+def unwrapped(unet):
+    """And wrapped no more."""
+    return Accelerator().unwrap_model(prepared(unet), keep_fp32_wrapper=False)
+
+
+@pytest.mark.parametrize("wrapped", [lambda unet: unet, compiled, prepared, unwrapped])
+@pytest.mark.parametrize("first", ["attach", "wrap"])
+def test_attached_whatever_wraps_the_unet(root, wrapped, first):
+    torch.manual_seed(0)
+    unet, config = load_base(str(root / CHECKPOINT)).pipeline.unet, load_image_encoder(root / ENCODER).config
+    network = SubjectNetwork(unet, config.projection_dim, config.hidden_size, 64)
+    x, text = torch.randn(1, 32, 8, 12), torch.randn(1, 77, 64)
+    for adapter in network.adapters:
+        adapter.alpha_attn.data.fill_(0.5)
+        adapter.attn.to_out[0].weight.data.mul_(20)
+
+    def same(one, other):
+        return (one(x, 500, text).sample - other).abs().max() < 0.1  # in half precision
+
+    with torch.no_grad():
+        plain = unet(x, 500, text).sample
+        outer = wrapped(unet) if first == "wrap" else unet
+        back = network.attach(unet)
+        if first == "attach":
+            outer = wrapped(unet)
+        network.seen = torch.randn(1, 128, 64)
+        expected = unet(x, 500, text).sample
+        assert (expected - plain).abs().max() > 0.5
+        assert same(outer, expected)
+        back.close()
+        back.close()
+        assert same(outer, plain)
+
+
+def test_attached_once(root):
+    unet = load_base(str(root / CHECKPOINT)).pipeline.unet
+    keys, (one, other) = unet.state_dict().keys(), (SubjectNetwork(unet, 8, 8, 4) for _ in range(2))
+    back = one.attach(unet)
+    for network in (one, other):
+        with pytest.raises(ValueError, match="take the parts out that it has"):
+            network.attach(unet)
+    back.close()
+    assert unet.state_dict().keys() == keys
+    with other.attach(unet):
+        assert unet.conv_in is other.conv_in
+    assert not unet._forward_pre_hooks
+    assert "forward" not in vars(unet)
 
 
 def test_what_trains_is_in_the_file(root, trained):
