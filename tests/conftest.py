@@ -74,3 +74,13 @@ def photographs():
     if not folder.is_dir():
         pytest.skip("the real photographs are not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="module")
+def subject_set(tmp_path_factory):
+    """A data set for Subject-Diffusion, of six pictures."""
+    from pack.training.pocket.subject_set import write_subjects
+
+    folder = tmp_path_factory.mktemp("subjects")
+    write_subjects(folder, 0, 6)
+    return folder

@@ -1,6 +1,5 @@
 """What a build of a data set for Subject-Diffusion is told, and everything that can be wrong before a model loads."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from .dataset import captions_of, visible_picture
 from .look import check_same, check_writable, tell
 from .options import option
-from .shared import PLACEHOLDER, PersonalizeError, list_pictures
+from .shared import PLACEHOLDER, PersonalizeError, call_of, list_pictures
 from .subject_data import Rules, picture_fault
 from .subject_models import check_processor, check_tagger
 from .subject_progress import SETTINGS, Progress, check_begun
@@ -222,7 +221,7 @@ def shared_settings(building: Building, thresholds: Thresholds) -> dict[str, Any
 def _caption_of(path: Path) -> str:
     """Of the file beside the picture; empty if there is none."""
     text = captions_of(path, ("",), "", "")[0]
-    if re.search(rf"\b{PLACEHOLDER}\b", text, re.IGNORECASE):
+    if call_of(PLACEHOLDER).search(text.lower()):
         raise PersonalizeError(
             f'The caption of {path.name} in {path.parent} has the word "{PLACEHOLDER}", by which Subject-Diffusion calls '
             "subjects: use another word."

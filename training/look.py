@@ -13,12 +13,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .concepts import Concept
-from .dataset import call_of, captions_of
+from .dataset import captions_of
 from .identities import find_identities, hold_out
 from .methods import templates_of
 from .options import IPAdapter, TextualInversion
 from .settings import Settings
-from .shared import PersonalizeError, list_pictures, picture_paths, read_picture, write_whole
+from .shared import PersonalizeError, call_of, list_pictures, picture_paths, read_picture, write_whole
 
 
 def has_class_pictures(path: Path) -> bool:

@@ -98,10 +98,13 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import MASK_ENDING as MASK_ENDING
     from models.pictures import SUFFIXES as SUFFIXES
     from models.pictures import Picture as Picture
+    from models.pictures import box_of as box_of
     from models.pictures import cover_picture as cover_picture
     from models.pictures import crop_square as crop_square
+    from models.pictures import cut_out as cut_out
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
+    from models.pictures import on_ground as on_ground
     from models.pictures import picture_paths as picture_paths
     from models.pictures import read_picture as read_picture
     from models.projection import LinearProjection as LinearProjection
@@ -134,6 +137,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.whole_files import sweep as sweep
     from models.whole_files import whole as whole
     from models.whole_files import write_whole as write_whole
+    from models.words import call_of as call_of
     from models.words import find_words as find_words
     from models.words import parse_words as parse_words
     from models.words import words_in as words_in
@@ -232,10 +236,13 @@ else:
     from ..models.pictures import MASK_ENDING as MASK_ENDING
     from ..models.pictures import SUFFIXES as SUFFIXES
     from ..models.pictures import Picture as Picture
+    from ..models.pictures import box_of as box_of
     from ..models.pictures import cover_picture as cover_picture
     from ..models.pictures import crop_square as crop_square
+    from ..models.pictures import cut_out as cut_out
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures
+    from ..models.pictures import on_ground as on_ground
     from ..models.pictures import picture_paths as picture_paths
     from ..models.pictures import read_picture as read_picture
     from ..models.projection import LinearProjection as LinearProjection
@@ -268,6 +275,7 @@ else:
     from ..models.whole_files import sweep as sweep
     from ..models.whole_files import whole as whole
     from ..models.whole_files import write_whole as write_whole
+    from ..models.words import call_of as call_of
     from ..models.words import find_words as find_words
     from ..models.words import parse_words as parse_words
     from ..models.words import words_in as words_in

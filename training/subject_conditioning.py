@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .dataset import Example
 from .denoising import generator_of
-from .shared import cover_picture, fused_prompt, localisation_loss
-from .subject_data import SubjectPicture, box_of
+from .shared import box_of, cover_picture, fused_prompt, localisation_loss
+from .subject_data import SubjectPicture
 from .subject_features import SubjectFeatures
 from .subject_network import AttentionWatch, Placeholders, SubjectNetwork
 
@@ -53,7 +53,7 @@ def places_of(picture: SubjectPicture, size: tuple[int, int]) -> tuple[Place, ..
         framed = cover_picture(mask[..., None], *size)[..., 0] > 0.5
         box = torch.zeros(4)
         if bool(framed.any()):
-            left, top, right, bottom = box_of(framed.numpy())
+            left, top, right, bottom = box_of(framed)
             box = torch.tensor([left / size[1], top / size[0], right / size[1], bottom / size[0]])
         found.append(Place(box, framed.float()))
     return tuple(found)

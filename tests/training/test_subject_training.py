@@ -23,20 +23,13 @@ from subject_sets import settings_of_subjects, train_subjects
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("subjects")
-    write_subjects(folder, 0, 6)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(root, data, tmp_path_factory):
+def trained(root, subject_set, tmp_path_factory):
     """Two steps at a high rate, with held-out pictures: the settings' folder."""
     folder = tmp_path_factory.mktemp("trained")
     held = folder / "held"
     write_subjects(held, 100, 2)
     values = {"validation_data_dir": str(held), "validation_prompt": ["a {entity} on the beach"], "validation_steps": 2}
-    train_subjects(root, data, folder / "out", learning_rate=1e-3, save_precision="fp32", **values)
+    train_subjects(root, subject_set, folder / "out", learning_rate=1e-3, save_precision="fp32", **values)
     return folder / "out"
 
 
@@ -144,16 +137,16 @@ def test_it_is_watched(trained):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_that_is_left_out(root, data, tmp_path, part):
-    (path,) = train_subjects(root, data, tmp_path, without=[part], max_train_steps=2, learning_rate=1e-3)
+def test_a_part_that_is_left_out(root, subject_set, tmp_path, part):
+    (path,) = train_subjects(root, subject_set, tmp_path, without=[part], max_train_steps=2, learning_rate=1e-3)
     parts = read_subject_diffusion(path).parts
     location = parts["conv_in.weight"][:, -1].abs().max() > 0
     gates = any(float(value) != 0 for name, value in parts.items() if name.endswith("alpha_attn"))
     assert (bool(location), gates) == (part != "location control", part != "adapter")
 
 
-def test_true_boxes_and_masks(data):
-    pictures = read_subjects(data)
+def test_true_boxes_and_masks(subject_set):
+    pictures = read_subjects(subject_set)
     assert {len(one.subjects) for one in pictures} == {1, 2}
     for number, one in enumerate(pictures):
         scene = subject_scene(number)
@@ -161,15 +154,15 @@ def test_true_boxes_and_masks(data):
             left, _, right, _ = entity.box
             assert entity.entity == subject.identity.kind
             assert abs((left + right) / 2 - place) < 0.12
-    before = (data / METADATA).read_text()
-    assert write_subjects(data, 0, 6) == 6
-    assert (data / METADATA).read_text() == before, "what is there is left as it is"
+    before = (subject_set / METADATA).read_text()
+    assert write_subjects(subject_set, 0, 6) == 6
+    assert (subject_set / METADATA).read_text() == before, "what is there is left as it is"
 
 
-def test_what_is_wrong_is_told(root, data, tmp_path):
+def test_what_is_wrong_is_told(root, subject_set, tmp_path):
     def told(**values):
         with pytest.raises(PersonalizeError) as error:
-            preflight(settings_of_subjects(root, data, tmp_path / "out", **values), quiet=True)
+            preflight(settings_of_subjects(root, subject_set, tmp_path / "out", **values), quiet=True)
         return str(error.value)
 
     assert told(image_encoder=None) == (
@@ -179,15 +172,15 @@ def test_what_is_wrong_is_told(root, data, tmp_path):
     assert told(backgrounds=2.0) == "--backgrounds 2 is no share: at most 1."
     assert "is no file of Subject-Diffusion" in told(subject_diffusion=str(root / ENCODER))
     assert "has no metadata.jsonl" in told(instance_data_dir=str(tmp_path))
-    lines = [json.loads(line) for line in (data / METADATA).read_text().splitlines()]
+    lines = [json.loads(line) for line in (subject_set / METADATA).read_text().splitlines()]
     for part in ("pictures", "masks", "crops"):
         (tmp_path / "other").mkdir(exist_ok=True)
-        (tmp_path / "other" / part).symlink_to(data / part)
+        (tmp_path / "other" / part).symlink_to(subject_set / part)
     lines[0]["text"] += ", a sks"
     (tmp_path / "other" / METADATA).write_text("\n".join(map(json.dumps, lines)))
     assert 'The caption of 0000000.png has the placeholder "sks"' in told(instance_data_dir=str(tmp_path / "other"))
 
 
-def test_wrong_parts_are_told(root, data, tmp_path):
+def test_wrong_parts_are_told(root, subject_set, tmp_path):
     with pytest.raises(PersonalizeError, match="without is 'legs', but must be one of location control, boxes"):
-        settings_of_subjects(root, data, tmp_path, without=["legs"])
+        settings_of_subjects(root, subject_set, tmp_path, without=["legs"])
