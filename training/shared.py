@@ -110,6 +110,8 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
     from models.references import References as References
+    from models.subject_diffusion import BALANCED as BALANCED
+    from models.subject_diffusion import L1 as L1
     from models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from models.subject_diffusion import GatedAdapter as GatedAdapter
     from models.subject_diffusion import ImageMLP as ImageMLP
@@ -248,6 +250,8 @@ else:
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
     from ..models.references import References as References
+    from ..models.subject_diffusion import BALANCED as BALANCED
+    from ..models.subject_diffusion import L1 as L1
     from ..models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from ..models.subject_diffusion import GatedAdapter as GatedAdapter
     from ..models.subject_diffusion import ImageMLP as ImageMLP

@@ -37,8 +37,6 @@ def check_subject_options(options: Options, family: str | None) -> None:
     dropped = options.text_dropout + options.subject_dropout + options.both_dropout
     if dropped >= 1:
         problems.append(f"--text_dropout, --subject_dropout and --both_dropout are {dropped:g} together: less than 1.")
-    if options.backgrounds > 1:
-        problems.append(f"--backgrounds {options.backgrounds:g} is no share: at most 1.")
     if problems:
         raise PersonalizeError("\n".join(problems))
 

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from .dataset import Example
 from .denoising import generator_of
+from .options import ADAPTER, BOXES, CLS, CONTROL, LOCATION
 from .shared import box_of, cover_picture, fused_prompt, localisation_loss
 from .subject_data import SubjectPicture
 from .subject_features import SubjectFeatures
 from .subject_network import AttentionWatch, Placeholders, SubjectNetwork
 
 SUBJECTS = 2  # which of a picture's generators in a step
-LOCATION, BOXES, ADAPTER, CONTROL, CLS = "location control", "boxes", "adapter", "attention control", "CLS feature"
-PARTS = (LOCATION, BOXES, ADAPTER, CONTROL, CLS)
-"""What an ablation leaves out."""
 NOUN_BEFORE = 2
 """Tokens from a placeholder back to its noun: "the dog is sks"."""
 
@@ -87,7 +85,7 @@ class SubjectConditioning:
         most: subjects of a picture.
         dropout: how often what is left out.
         control: which attention control, and its weight.
-        without: of PARTS.
+        without: of training.options.PARTS.
         places_of_tokens: of each caption the places of its placeholders.
         sizes: that pictures are brought to, height and width in pixels.
         scale: pixels of a latent.

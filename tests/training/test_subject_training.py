@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import extract_model_from_parallel
 from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from pack.models.custom_diffusion import KEYS_AND_VALUES, is_trained
@@ -12,9 +14,9 @@ from pack.models.errors import PersonalizeError
 from pack.models.subject_diffusion import read_subject_diffusion
 from pack.training.base_model import load_base
 from pack.training.image_encoder import load_image_encoder
+from pack.training.options import PARTS
 from pack.training.pocket.subject_set import subject_scene, write_subjects
 from pack.training.preflight import preflight
-from pack.training.subject_conditioning import PARTS
 from pack.training.subject_data import METADATA, read_subjects
 from pack.training.subject_network import SubjectNetwork
 from pack.training.watch import LABEL
@@ -62,12 +64,13 @@ def prepared(unet):
 
 def unwrapped(unet):
     """And wrapped no more."""
-    return Accelerator().unwrap_model(prepared(unet), keep_fp32_wrapper=False)
+    return extract_model_from_parallel(prepared(unet), keep_fp32_wrapper=False)
 
 
 @pytest.mark.parametrize("wrapped", [lambda unet: unet, compiled, prepared, unwrapped])
 @pytest.mark.parametrize("first", ["attach", "wrap"])
-def test_attached_whatever_wraps_the_unet(root, wrapped, first):
+def test_attached_whatever_wraps_the_unet(root, wrapped, first, monkeypatch):
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # which other tests have set up otherwise
     torch.manual_seed(0)
     unet, config = load_base(str(root / CHECKPOINT)).pipeline.unet, load_image_encoder(root / ENCODER).config
     network = SubjectNetwork(unet, config.projection_dim, config.hidden_size, 64)
@@ -169,7 +172,8 @@ def test_what_is_wrong_is_told(root, subject_set, tmp_path):
         "--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision."
     )
     assert "are 1.1 together: less than 1." in told(text_dropout=0.5, subject_dropout=0.5, both_dropout=0.1)
-    assert told(backgrounds=2.0) == "--backgrounds 2 is no share: at most 1."
+    with pytest.raises(PersonalizeError, match=r"^backgrounds is 2\.0, but must be at most 1\.$"):
+        settings_of_subjects(root, subject_set, tmp_path, backgrounds=2.0)
     assert "is no file of Subject-Diffusion" in told(subject_diffusion=str(root / ENCODER))
     assert "has no metadata.jsonl" in told(instance_data_dir=str(tmp_path))
     lines = [json.loads(line) for line in (subject_set / METADATA).read_text().splitlines()]
