@@ -41,6 +41,8 @@ def pytest_configure(config):
 def pytest_sessionfinish(session):
     """Say last of all how many host tests ran, or loudly that none could."""
     result = yield
+    if hasattr(session.config, "workerinput"):
+        return result  # the process that started this one gets its reports
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
 
     def count(*outcomes):
