@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import PersonalizeError
+from .whole_files import whole
 
 CHUNK = 1 << 24
 DTYPES = {
@@ -49,7 +50,7 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
 
 
 def overwrite_tensors(source: Path, target: Path, trained: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `target` as `source` with the tensors of `trained` in place of its own; atomic.
+    """Write `target` as `source` with the tensors of `trained` in place of its own, whole.
 
     Args:
         source: a .safetensors file; its metadata is kept where `metadata` does not say otherwise.
@@ -73,27 +74,18 @@ def overwrite_tensors(source: Path, target: Path, trained: Mapping[str, Tensor],
     text = json.dumps({"__metadata__": {**old, **metadata}, **header}, separators=(",", ":"), ensure_ascii=False)
     encoded = text.encode()
     encoded += b" " * (-len(encoded) % 8)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     places = sorted((header[name]["data_offsets"][0], name) for name in trained)
-    try:
-        with open(source, "rb") as old_file, open(temporary, "wb") as file:
-            file.write(struct.pack("<Q", len(encoded)) + encoded)
-            old_file.seek(start)
-            done = 0
-            for begin, name in places:
-                _copy(old_file, file, begin - done)
-                data = _bytes(trained[name], header[name]["dtype"])
-                file.write(data)
-                old_file.seek(len(data), os.SEEK_CUR)
-                done = begin + len(data)
-            _copy(old_file, file, None)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with whole(target) as part, open(source, "rb") as old_file, open(part, "wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        old_file.seek(start)
+        done = 0
+        for begin, name in places:
+            _copy(old_file, file, begin - done)
+            data = _bytes(trained[name], header[name]["dtype"])
+            file.write(data)
+            old_file.seek(len(data), os.SEEK_CUR)
+            done = begin + len(data)
+        _copy(old_file, file, None)
 
 
 def check_tensors(path: Path, expected: Mapping[str, Tensor]) -> None:

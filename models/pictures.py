@@ -210,12 +210,59 @@ def cover_picture(pixels: Tensor, height: int, width: int) -> Tensor:
     return resized[top : top + height, left : left + width]
 
 
+def box_of(inside: Tensor) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in pixels, the last two exclusive, of what is true in [H, W].
+
+    Raises:
+        ValueError: nothing is.
+    """
+    rows, columns = inside.any(dim=1).nonzero().flatten().tolist(), inside.any(dim=0).nonzero().flatten().tolist()
+    if not rows:
+        raise ValueError("an empty mask has no box")
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def cut_out(pixels: Tensor, inside: Tensor) -> Tensor:
+    """What is inside, alone in the middle of a square as large as its box's longer side.
+
+    Args:
+        pixels: [H, W, 3], RGB, 0..1.
+        inside: [H, W], bool, not empty.
+
+    Returns:
+        [S, S, 4]: the fourth channel is 1 inside; outside, all are 0.
+    """
+    left, top, right, bottom = box_of(inside)
+    alpha = inside[top:bottom, left:right, None].to(pixels)
+    height, width, side = bottom - top, right - left, max(bottom - top, right - left)
+    above, before = round((side - height) / 2), round((side - width) / 2)
+    square = pixels.new_zeros(side, side, 4)
+    square[above : above + height, before : before + width] = torch.cat(
+        [pixels[top:bottom, left:right] * alpha, alpha], -1
+    )
+    return square
+
+
+def on_ground(square: Tensor, size: int, ground: Tensor | None = None) -> Tensor:
+    """What was cut out as an image encoder sees it: [S, S, 4] -> [size, size, 3], in steps of 1/255 as ComfyUI has them.
+
+    Args:
+        square: as of `cut_out`: colours are multiplied by the fourth channel.
+        size: pixels.
+        ground: what it stands on, [size, size, 3]; white by default.
+    """
+    planes = rearrange(square, "h w c -> 1 c h w")
+    resized = rearrange(F.interpolate(planes, (size, size), mode="bicubic", antialias=True), "1 c h w -> h w c")
+    colours, alpha = resized[..., :3], resized[..., 3:]
+    whole = colours + (1 - alpha) * (1 if ground is None else ground)
+    return (whole.clamp(0, 1) * 255).round() / 255
+
+
 def _isolate(pixels: Tensor, mask: Tensor, colour: Tensor) -> Tensor:
     """The subject's bounding box, on a plain background."""
     pixels = pixels * mask[..., None] + colour * (1 - mask[..., None])
-    inside = mask > 0.5 * mask.max()
-    rows, columns = inside.any(dim=1).nonzero().flatten(), inside.any(dim=0).nonzero().flatten()
-    return pixels[int(rows[0]) : int(rows[-1]) + 1, int(columns[0]) : int(columns[-1]) + 1]
+    left, top, right, bottom = box_of(mask > 0.5 * mask.max())
+    return pixels[top:bottom, left:right]
 
 
 def _centre_crop(pixels: Tensor, size: int) -> Tensor:

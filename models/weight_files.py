@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import PersonalizeError
+from .whole_files import whole
 
 VISION_CONFIG = "personalize.clip_vision_config"
 """Metadata key of an image encoder's file: its configuration as transformers writes it, in JSON."""
@@ -69,7 +70,6 @@ def _sort_metadata(file: BinaryIO) -> None:
         if len(text) <= length:
             file.seek(8)
             file.write(text.ljust(length))
-    file.flush()
 
 
 def _usual_mode() -> int:
@@ -80,22 +80,16 @@ def _usual_mode() -> int:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write atomically: a temporary file beside it, fsync, rename. The folder is made if needed.
+    """Write a file whole. The folder is made if needed.
 
     Raises:
         OSError: the disk is full, or takes no file there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, dict(metadata))
-        temporary.chmod(_usual_mode())  # safetensors lets only its owner read it
-        with open(temporary, "rb+") as file:
-            _sort_metadata(file)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # which is no OSError
+    with whole(path) as part:
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, part, dict(metadata))
+        except SafetensorError as error:  # which is no OSError
             raise OSError(str(error)) from None
-        raise
+        part.chmod(_usual_mode())  # safetensors lets only its owner read it
+        with part.open("rb+") as file:
+            _sort_metadata(file)

@@ -32,6 +32,11 @@ def words_in(prompt: str) -> list[str]:
     return [word for word in (part.strip(".,;:!?\"'()") for part in prompt.split()) if word]
 
 
+def call_of(word: str) -> re.Pattern[str]:
+    """Where a text has it as a word, or as words, of its own."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
+
+
 def parse_numbers(text: str, example: str) -> list[float]:
     """Weights parted by commas, semicolons or blanks.
 

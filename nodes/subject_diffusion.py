@@ -10,11 +10,14 @@ import comfy.utils
 import folder_paths
 import node_helpers
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
+from ..models.pictures import box_of, cut_out, on_ground
 from ..models.subject_diffusion import (
     PLACEHOLDER,
     SubjectParts,
@@ -24,13 +27,13 @@ from ..models.subject_diffusion import (
     three_way,
 )
 from ..models.text_keys import with_text_model
-from ..models.words import words_in
+from ..models.words import call_of, words_in
 from .attention_patch import unet_layout
 from .encoder import input_size
 from .folders import find_model
 from .prompt_words import tokens_of
 from .schema import SubjectDiffusionType, SubjectsType, schema
-from .subject_network import Told, located, padded, patcher_of
+from .subject_network import Told, located, patcher_of
 from .trained_files import check_base
 
 EDGE = 1.0
@@ -142,17 +145,12 @@ class Subject(io.ComfyNode):
 
 def painted(place: Tensor) -> tuple[float, float, float, float]:
     """The box around what is white of a mask [1, H, W], as shares."""
-    white = place[0] > 0.5
-    rows, columns = white.any(1).nonzero().flatten(), white.any(0).nonzero().flatten()
-    if len(rows) == 0:
-        raise PersonalizeError("The place is an empty mask: paint where the subject shall be.")
-    height, width = white.shape
-    return (
-        float(columns[0]) / width,
-        float(rows[0]) / height,
-        float(columns[-1] + 1) / width,
-        float(rows[-1] + 1) / height,
-    )
+    try:
+        left, top, right, bottom = box_of(place[0] > 0.5)
+    except ValueError:
+        raise PersonalizeError("The place is an empty mask: paint where the subject shall be.") from None
+    height, width = place.shape[1:]
+    return left / width, top / height, right / width, bottom / height
 
 
 class ApplySubjectDiffusion(io.ComfyNode):
@@ -205,29 +203,39 @@ class ApplySubjectDiffusion(io.ComfyNode):
         check_words_of(prompt, subjects)
         check_count(subjects, file)
         parts = SubjectParts(file.tensors.parts)
-        layout, _ = unet_layout(model)
-        layers = layout.file_order()
-        if len(layers) != len(parts.adapters):
-            raise PersonalizeError(
-                f"{file.name} has {len(parts.adapters)} adapters, but this model has {len(layers)} blocks for them: it was "
-                "trained on another base."
-            )
+        layers = layers_of(model, parts, file.name)
         pooled, patches = look_at(clip_vision, subjects, parts, file.name)
         patched, text = with_weights(model, clip, file)
         patched.set_model_input_block_patch(located)
-        words = parts.word(pooled)
-        positive = encode(text, fused_prompt(prompt, [one.word for one in subjects]), words)
-        boxes = torch.tensor([one.box for one in subjects])
-        there = torch.ones(1, len(subjects), dtype=torch.bool)
-        objects, patcher = parts.objects(patches[None], boxes[None], there), patcher_of(parts, layers)
+        positive = encode(text, fused_prompt(prompt, [one.word for one in subjects]), parts.word(pooled))
         negative, empty = (text.encode_from_tokens_scheduled(text.tokenize(own)) for own in (negative_prompt, ""))
-        nobody = Told(torch.zeros_like(objects), None)
+        shown = told_of(subjects, patches, parts)
+        nobody, patcher = Told(torch.zeros_like(shown.objects), None), patcher_of(parts, layers)
+        conditionings = (positive, shown), (negative, nobody), (empty, shown)
+        return io.NodeOutput(patched, *(with_subjects(cond, patcher, told) for cond, told in conditionings))
 
-        def told(cond: Any, subjects: Told) -> Any:
-            return node_helpers.conditioning_set_values(cond, {"gligen": ("position", patcher, subjects)})
 
-        shown = Told(objects, boxes)
-        return io.NodeOutput(patched, told(positive, shown), told(negative, nobody), told(empty, shown))
+def layers_of(model: Any, parts: SubjectParts, name: str) -> list[Layer]:
+    """The model's blocks in the order of the adapters. Raises PersonalizeError where it has others."""
+    layout, _ = unet_layout(model)
+    layers = layout.file_order()
+    if len(layers) != len(parts.adapters):
+        raise PersonalizeError(
+            f"{name} has {len(parts.adapters)} adapters, but this model has {len(layers)} blocks for them: it was trained "
+            "on another base."
+        )
+    return layers
+
+
+def told_of(subjects: Sequence[OneSubject], patches: Tensor, parts: SubjectParts) -> Told:
+    """What a conditioning says of subjects, whose patch tokens are [n, T, H]."""
+    boxes, there = torch.tensor([one.box for one in subjects]), torch.ones(1, len(subjects), dtype=torch.bool)
+    return Told(parts.objects(patches[None], boxes[None], there), boxes)
+
+
+def with_subjects(cond: Any, patcher: ModelPatcher, told: Told) -> Any:
+    """CONDITIONING that brings its subjects with it, as the host knows GLIGEN."""
+    return node_helpers.conditioning_set_values(cond, {"gligen": ("position", patcher, told)})
 
 
 def check_words_of(prompt: str, subjects: Sequence[OneSubject]) -> None:
@@ -235,7 +243,7 @@ def check_words_of(prompt: str, subjects: Sequence[OneSubject]) -> None:
     words = words_in(prompt)
     plain = " ".join(words).lower()
     for one in subjects:
-        if one.word.lower() not in plain:
+        if not call_of(one.word.lower()).search(plain):
             raise PersonalizeError(
                 f'The word "{one.word}" of a subject is not in the prompt; its words are: {", ".join(words)}.'
             )
@@ -252,10 +260,16 @@ def check_count(subjects: Sequence[OneSubject], file: SubjectFile) -> None:
         raise PersonalizeError(f"{file.name} knows {most} subjects in a picture, but there are {len(subjects)}.")
 
 
+def look_of(one: OneSubject, size: int) -> Tensor:
+    """A subject as the trainer shows it to the encoder: alone on white, [size, size, 3]."""
+    inside = torch.ones(one.image.shape[:2], dtype=torch.bool) if one.mask is None else one.mask > 0.5
+    return on_ground(cut_out(one.image, inside), size)
+
+
 def look_at(clip_vision: Any, subjects: Sequence[OneSubject], parts: SubjectParts, name: str) -> tuple[Tensor, Tensor]:
     """CLS features [n, D] and the last layer's patch tokens [n, T, H]."""
     size = input_size(clip_vision)
-    seen = torch.stack([padded(one.image, one.mask, size) for one in subjects])
+    seen = torch.stack([look_of(one, size) for one in subjects])
     with torch.no_grad():
         output = clip_vision.encode_image(seen)
     pooled, patches = output["image_embeds"].float().cpu(), output["last_hidden_state"].float().cpu()[:, 1:]

@@ -11,7 +11,6 @@ from typing import Any
 
 import comfy.model_management
 import torch
-import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
@@ -80,24 +79,3 @@ def patcher_of(parts: SubjectParts, layers: Sequence[Layer]) -> ModelPatcher:
     module = SubjectModule(parts, layers)
     device = comfy.model_management.get_torch_device()
     return ModelPatcher(module, load_device=device, offload_device=comfy.model_management.unet_offload_device())
-
-
-def padded(picture: Tensor, mask: Tensor | None, size: int) -> Tensor:
-    """A subject as the trainer shows it: alone on white, square: [H, W, 3] -> [size, size, 3], 0..1.
-
-    Args:
-        picture: RGB, 0..1.
-        mask: [H, W], 1 is the subject; None: all of it.
-        size: of the encoder's input.
-    """
-    if mask is not None:
-        rows, columns = (mask > 0.5).any(1).nonzero().flatten(), (mask > 0.5).any(0).nonzero().flatten()
-        top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-        alpha = (mask > 0.5)[top:bottom, left:right, None].to(picture)
-        picture = picture[top:bottom, left:right] * alpha + (1 - alpha)
-    height, width = picture.shape[:2]
-    side = max(height, width)
-    above, before = round((side - height) / 2), round((side - width) / 2)  # as Pillow's ImageOps.pad has it
-    border = (before, side - width - before, above, side - height - above)
-    planes = F.pad(picture.permute(2, 0, 1)[None], border, value=1.0)
-    return F.interpolate(planes, (size, size), mode="bicubic", antialias=True).clamp(0, 1)[0].permute(1, 2, 0)

@@ -41,6 +41,8 @@ def pytest_configure(config):
 def pytest_sessionfinish(session):
     """Say last of all how many host tests ran, or loudly that none could."""
     result = yield
+    if hasattr(session.config, "workerinput"):
+        return result  # the process that started this one gets its reports
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
 
     def count(*outcomes):
@@ -73,4 +75,14 @@ def photographs():
     folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip("the real photographs are not beside this checkout")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def subject_set(tmp_path_factory):
+    """A data set for Subject-Diffusion, of six pictures."""
+    from pack.training.pocket.subject_set import write_subjects
+
+    folder = tmp_path_factory.mktemp("subjects")
+    write_subjects(folder, 0, 6)
     return folder

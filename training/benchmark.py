@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from . import features
 from .benchmark_data import FIRST_OF_TRAINING, Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
-from .look import alone, check_same, check_writable, tell
+from .look import alone, check_same, check_writable, remember, tell
 from .options import option
 from .report import write_report
 from .settings import exit_status, make_groups, read_values
@@ -138,7 +138,9 @@ def _benchmark(options: Benchmark, folder: Path) -> Path:
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.is_main_process:
         now = {name: value for name, value in asdict(options).items() if name not in ANYWAY}
-        check_same(folder / "settings.json", now, f"The benchmark in {folder} was begun", "--output_dir")
+        note, option = folder / "settings.json", "--output_dir"
+        check_same(note, now, f"The benchmark in {folder} was begun", option)
+        remember(note, now, option)
     with accelerator.main_process_first():  # it writes the pictures, the others find them
         material: Material = (
             pocket_material(options, folder) if options.preset == "pocket" else real_material(options, folder)

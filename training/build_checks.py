@@ -1,6 +1,5 @@
 """What a build of a data set for Subject-Diffusion is told, and everything that can be wrong before a model loads."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,12 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 from .dataset import captions_of, visible_picture
-from .look import check_writable, tell
+from .look import check_same, check_writable, tell
 from .options import option
-from .shared import PLACEHOLDER, PersonalizeError, list_pictures
+from .shared import PLACEHOLDER, PersonalizeError, call_of, list_pictures
 from .subject_data import Rules, picture_fault
 from .subject_models import check_processor, check_tagger
-from .subject_progress import Progress, check_begun
+from .subject_progress import SETTINGS, Progress, check_begun
 
 RULES = Rules()
 ANYWAY = ("output_dir", "batch_size", "sheet")
@@ -47,30 +46,31 @@ class Thresholds:
     """What is kept"""
 
     longest_side: int = option(RULES.longest_side, "pixels that a picture's longer side has at least", least=1)
-    white: float = option(RULES.white, "share of near-white pixels in a picture, at most", least=0)
+    white: float = option(RULES.white, "share of near-white pixels in a picture, at most", least=0, most=1)
     min_nouns: int = option(RULES.nouns[0], "nouns in a caption, at least", least=1)
     max_nouns: int = option(RULES.nouns[1], "and at most", least=1)
-    box_threshold: float = option(0.25, "score of a box that Grounding DINO tells of, above", least=0)
-    text_threshold: float = option(0.2, "score of a word that it takes as the box's label, above", least=0)
+    box_threshold: float = option(0.25, "score of a box that Grounding DINO tells of, above", least=0, most=1)
+    text_threshold: float = option(0.2, "score of a word that it takes as the box's label, above", least=0, most=1)
     min_boxes: int = option(RULES.boxes[0], "boxes that it tells of in a picture, at least", least=1)
     max_boxes: int = option(RULES.boxes[1], "and at most", least=1)
     overlap: float = option(
-        RULES.overlap, "intersection over union above which the less certain of two boxes is dropped", least=0
+        RULES.overlap, "intersection over union above which the less certain of two boxes is dropped", least=0, most=1
     )
     mask_threshold: float = option(0.0, "logit of SAM above which a pixel is the subject's")
-    min_area: float = option(RULES.area[0], "share of the picture that a box covers, above", least=0)
-    max_area: float = option(RULES.area[1], "and below", least=0)
+    min_area: float = option(RULES.area[0], "share of the picture that a box covers, above", least=0, most=1)
+    max_area: float = option(RULES.area[1], "and below", least=0, most=1)
     min_aspect: float = option(RULES.aspect[0], "width over height of a box, above", least=0)
     max_aspect: float = option(RULES.aspect[1], "and below", least=0)
-    score: float = option(RULES.score, "of a box that is kept, above", least=0)
+    score: float = option(RULES.score, "of a box that is kept, above", least=0, most=1)
     regions: int = option(RULES.regions, "different masks in a box, the background one of them, at most", least=2)
     fill: float = option(
-        RULES.fill, "share of a box that its largest mask, or the background, fills, at least", least=0
+        RULES.fill, "share of a box that its largest mask, or the background, fills, at least", least=0, most=1
     )
     contained: float = option(
         RULES.contained,
         "share of the smaller of two boxes in the other above which the less certain is dropped",
         least=0,
+        most=1,
     )
 
     @property
@@ -89,9 +89,6 @@ class Thresholds:
             fill=self.fill,
             contained=self.contained,
         )
-
-
-SHARES = ("white", "box_threshold", "text_threshold", "overlap", "min_area", "max_area", "score", "fill", "contained")
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def look(building: Building, thresholds: Thresholds) -> Material:
 
 def _threshold_problems(thresholds: Thresholds) -> list[str]:
     values = asdict(thresholds)
-    problems = [f"--{name} {values[name]:g} is no share: at most 1." for name in SHARES if values[name] > 1]
+    problems = list[str]()
     for what in ("nouns", "boxes", "area", "aspect"):
         least, most = values[f"min_{what}"], values[f"max_{what}"]
         if least > most:
@@ -205,22 +202,24 @@ def _progress(building: Building, thresholds: Thresholds) -> Progress | None:
                 "written is not to be read."
             )
     check_writable(folder, "--output_dir")
-    check_begun(folder, shared_settings(building, thresholds))
+    check_begun(folder)
+    what = f"The data set in {folder} was begun"
+    check_same(folder / SETTINGS, shared_settings(building, thresholds), what, "--output_dir")
     return Progress(folder)
 
 
 def shared_settings(building: Building, thresholds: Thresholds) -> dict[str, Any]:
-    """What a build must go on with as it began."""
+    """What a build must go on with as it began, of what it is told."""
     values = {**asdict(building), **asdict(thresholds)}
     if building.pictures:
         values["pictures"] = str(Path(building.pictures).expanduser().resolve())
-    return {name: value for name, value in values.items() if name not in ANYWAY}
+    return {name: value for name, value in values.items() if name not in ANYWAY and value is not None}
 
 
 def _caption_of(path: Path) -> str:
     """Of the file beside the picture; empty if there is none."""
     text = captions_of(path, ("",), "", "")[0]
-    if re.search(rf"\b{PLACEHOLDER}\b", text, re.IGNORECASE):
+    if call_of(PLACEHOLDER).search(text.lower()):
         raise PersonalizeError(
             f'The caption of {path.name} in {path.parent} has the word "{PLACEHOLDER}", by which Subject-Diffusion calls '
             "subjects: use another word."

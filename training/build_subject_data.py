@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from .build_checks import Building, Material, Thresholds, look, shared_settings
 from .dataset import visible_picture
-from .look import alone
+from .look import alone, remember
 from .settings import exit_status, make_groups, read_values
 from .shared import PersonalizeError
 from .subject_data import Detection, Rules, box_faults, count_fault, write_picture
 from .subject_models import Captioner, Detector, Segmenter, Tagger, release_memory
-from .subject_progress import DroppedBox, begin
+from .subject_progress import SETTINGS, DroppedBox
 from .subject_report import write_report
 
 
@@ -60,7 +60,7 @@ def build(building: Building, thresholds: Thresholds) -> str:
 
 def _build(building: Building, thresholds: Thresholds, material: Material) -> str:
     progress = material.progress
-    begin(progress.folder, shared_settings(building, thresholds))
+    remember(progress.folder / SETTINGS, shared_settings(building, thresholds), "--output_dir")
     progress.drop((material.paths[name], fault, material.captions[name], ()) for name, fault in material.faults.items())
     try:
         for stage in (caption, detect, segment):

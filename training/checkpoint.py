@@ -1,11 +1,10 @@
 """Where a training stands, on disk: everything that the next step depends on, so that it goes on bit for bit.
 
-A checkpoint is a folder, written under another name and renamed when whole. Nothing random is in it: what a step draws
+A checkpoint is a folder, which is there whole or not at all. Nothing random is in it: what a step draws
 follows from the seed and the step's number.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .shared import PersonalizeError, read_safetensors, write_safetensors
+from .shared import PersonalizeError, read_safetensors, sweep, whole, write_safetensors
 
 PREFIX = "step-"
 
@@ -46,23 +45,13 @@ def save_checkpoint(
         limit: how many to keep.
     """
     path = folder / f"{PREFIX}{step:07}"
-    temporary = folder / f".{path.name}.{os.getpid()}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        write_safetensors(temporary / "weights.safetensors", {k: v.detach().cpu() for k, v in weights.items()}, {})
+    with whole(path) as part:
+        part.mkdir()
+        write_safetensors(part / "weights.safetensors", {k: v.detach().cpu() for k, v in weights.items()}, {})
         if average is not None:
-            write_safetensors(temporary / "average.safetensors", {k: v.cpu() for k, v in average.items()}, {})
-        torch.save(dict(state), temporary / "state.pt")
-        (temporary / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=2))
-        for file in temporary.iterdir():
-            with open(file, "rb+") as opened:
-                os.fsync(opened.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+            write_safetensors(part / "average.safetensors", {k: v.cpu() for k, v in average.items()}, {})
+        torch.save(dict(state), part / "state.pt")
+        (part / "state.json").write_text(json.dumps({"step": step, "settings": settings}, indent=2))
     for old in [other for other in checkpoints_in(folder) if other != path][: 1 - limit or None]:
         shutil.rmtree(old)
     return path
@@ -73,8 +62,7 @@ def set_aside(folder: Path, step: int) -> None:
 
     Also deletes what a killed process left half written.
     """
-    for unfinished in folder.glob(f".{PREFIX}*.part"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    sweep(folder)
     for path in checkpoints_in(folder):
         if read_settings_of(path)[0] > step:
             kept = path.with_name(f"before-{path.name}")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from .base_model import BaseModel
 from .encoding import read_text
-from .shared import picture_paths
+from .shared import picture_paths, whole
 from .watch import draw_samples, resting
 
 
@@ -36,8 +36,8 @@ def draw_class_images(
             picture = draw_samples(accelerator, base, [row], empty, 1, (resolution, resolution), seed * 100_003 + i)[0][
                 0
             ]
-            picture.save(folder / f".{name}.part", format="png")
-            (folder / f".{name}.part").rename(folder / name)
+            with whole(folder / name) as part:
+                picture.save(part, format="png")
     accelerator.wait_for_everyone()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .clip_tokenizer import clip_tokenizer
-from .dataset import call_of
 from .options import CustomDiffusion, Data
 from .settings import Settings
-from .shared import RARE, PersonalizeError
+from .shared import RARE, PersonalizeError, call_of
 
 
 @dataclass(frozen=True)

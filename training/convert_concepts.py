@@ -1,6 +1,5 @@
 """Converting Custom Diffusion: whatever program wrote it, read into differences and words, and written for any other."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from .shared import (
     read_weights,
     read_word,
     title_of,
+    whole,
     word_tensors,
     write_safetensors,
 )
@@ -173,22 +173,16 @@ def _cast(weights: Any, dtype: torch.dtype) -> Any:
 
 
 def _pickle_new(path: Path, weights: Mapping[str, Any]) -> Path:
-    """Atomic.
+    """Whole.
 
     Raises:
         PersonalizeError: the file is there already.
         OSError: it cannot be written.
     """
     check_new([path])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
+        with whole(path) as part, part.open("wb") as file:
             torch.save(dict(weights), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except RuntimeError as error:  # torch's word for a disk that is full
         raise OSError(None, str(error), str(path)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return path

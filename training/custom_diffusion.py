@@ -21,7 +21,6 @@ from .about import KINDS
 from .base_model import BaseModel
 from .concepts import Concept, check_start, concepts_of, starts_of
 from .conditioning import Conditioning
-from .dataset import call_of
 from .methods import PRECISIONS, group_of, text_modules
 from .options import CustomDiffusion
 from .settings import Settings
@@ -32,6 +31,7 @@ from .shared import (
     RARE,
     About,
     PersonalizeError,
+    call_of,
     concept_changes,
     concept_tensors,
     hold_first,

@@ -4,7 +4,6 @@ Which examples a step sees is a function of the seed and the step's number alone
 as if it had not been, and two processes see together what one with twice the batch sees.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -93,11 +92,6 @@ def fill_in(text: str, trigger: str, class_name: str) -> str:
     if not trigger:
         text = text.replace("{trigger} ", "")
     return text.replace("{trigger}", trigger).replace("{class}", class_name)
-
-
-def call_of(trigger: str) -> re.Pattern[str]:
-    """Where a caption calls the subject: the trigger as a word of its own."""
-    return re.compile(rf"(?<!\w){re.escape(trigger)}(?!\w)")
 
 
 def upright_size(path: Path) -> tuple[int, int]:

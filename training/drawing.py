@@ -15,7 +15,7 @@ from .defaults import RESOLUTIONS
 from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, PROMPT_METHODS, excited_places
 from .generate import Job, ReferencePrompts, Sampling, draw_pictures
 from .image_encoder import load_image_encoder
-from .look import check_same
+from .look import check_same, remember
 from .options import option
 from .personalization import FILES, check_file, put_on
 from .picture_sets import find_set
@@ -224,7 +224,8 @@ def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
     )
     if accelerator.is_main_process:
         now = {name: value for name, value in asdict(drawing).items() if name not in ("name", "draw_batch_size")}
-        what = f"The pictures in {folder} were drawn"
-        check_same(folder.with_name(f"{drawing.name}.json"), now | {"seed": seed}, what, "--name")
+        now, note = now | {"seed": seed}, folder.with_name(f"{drawing.name}.json")
+        check_same(note, now, f"The pictures in {folder} were drawn", "--name")
+        remember(note, now, "--name")
     draw_pictures(accelerator, base, jobs, sampling, f"Drawing {drawing.name}", showing)
     return folder

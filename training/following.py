@@ -1,6 +1,6 @@
 """Prompts that are followed, while a diffusers pipeline draws: Composable Diffusion, and words for Attend-and-Excite."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -53,7 +53,7 @@ def composed(
     texts = stack_texts([negative, *concepts])
     scales = [torch.tensor(list(of))[:, None, None, None].to(texts.states) for of in weights]
     alone = len(concepts) == 1 and all(weight == 1 for weight in weights[0])
-    forward, own = unet.forward, unet.__dict__.get("forward")
+    forward = unet.forward
 
     def predict(
         sample: Tensor,
@@ -76,7 +76,15 @@ def composed(
         whole = out[1] if alone else compose(out[0], out[1:], scales)
         return (whole if len(sample) == n else torch.cat([out[0], whole]),)
 
-    unet.forward = predict
+    with forwarding(unet, predict):
+        yield
+
+
+@contextmanager
+def forwarding(unet: UNet2DConditionModel, forward: Callable) -> Iterator[None]:
+    """A block in which a UNet has another `forward`."""
+    own = unet.__dict__.get("forward")
+    unet.forward = forward
     try:
         yield
     finally:

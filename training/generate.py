@@ -27,7 +27,7 @@ from .diffusers_attention import apply_image_prompts
 from .encoding import TextStates, guiding, read_text, stack_texts
 from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, composed, excited_places
 from .image_encoder import encode_references
-from .shared import Concept, Excitement, ImagePrompt, IPAdapter, parse_concepts
+from .shared import Concept, Excitement, ImagePrompt, IPAdapter, parse_concepts, whole
 from .watch import decode, resting, solving
 
 SOLVERS = {"euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler}
@@ -195,9 +195,8 @@ def save_drawn(job: Job, picture: Image.Image) -> None:
     job.path.with_suffix(".txt").write_text(job.prompt + "\n", encoding="utf-8")
     if job.wishes:
         job.path.with_suffix(".json").write_text(json.dumps(dict(job.wishes)))
-    part = job.path.with_name(f".{job.path.name}.part")
-    picture.save(part, format="png")
-    part.replace(job.path)
+    with whole(job.path) as part:
+        picture.save(part, format="png")
 
 
 class ReferencePrompts:

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .concepts import Concept
-from .dataset import call_of, captions_of
+from .dataset import captions_of
 from .identities import find_identities, hold_out
 from .methods import templates_of
 from .options import Data, TextualInversion
 from .settings import Settings
-from .shared import PersonalizeError, list_pictures, picture_paths, read_picture
+from .shared import PersonalizeError, call_of, list_pictures, picture_paths, read_picture, write_whole
 
 MASK = "has an alpha channel or a -masklabel.png that is neither black nor white all over"
 
@@ -58,30 +58,43 @@ def tell(problems: list[str], check: Callable, *arguments: Any) -> Any:
         return None
 
 
-def check_same(path: Path, now: dict[str, Any], what: str, option: str) -> None:
-    """Note what a folder's pictures are made with: with other settings they would be taken for what they are not.
+def check_same(path: Path, now: Mapping[str, Any], what: str, option: str) -> None:
+    """Whether a folder goes on as it was begun: with other settings what is in it would be taken for what it is not.
 
     Args:
-        path: of the note.
-        now: settings by name.
+        path: of the note of `remember`, if there is one.
+        now: settings by name; those that the note does not have may be any.
         what: "The benchmark in FOLDER was begun", for the message.
         option: that gives another folder.
 
     Raises:
-        PersonalizeError: they were made with others, or the note is damaged.
+        PersonalizeError: it was begun with others, or the note is damaged.
     """
-    try:
-        before = dict(json.loads(path.read_text())) if path.is_file() else now
-    except (ValueError, TypeError):
-        raise PersonalizeError(f"{path} is damaged: use another {option}.") from None
-    if changed := [name for name in now if before.get(name) != now[name]]:
-        told = ", ".join(f"--{name} {before.get(name)} (now {now[name]})" for name in changed)
+    before = _noted(path, option)
+    changed = [name for name in now if name in before and before[name] != now[name]]
+    if changed:
+        told = ", ".join(f"--{name} {before[name]} (now {now[name]})" for name in changed)
         raise PersonalizeError(f"{what} with {told}: use another {option}.")
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(now, indent=1))
-        part.replace(path)
+
+
+def remember(path: Path, now: Mapping[str, Any], option: str) -> None:
+    """Note the settings for the next `check_same`, beside those that are noted.
+
+    Raises:
+        PersonalizeError: the note is damaged.
+    """
+    before = _noted(path, option)
+    after = {**before, **now}
+    if after != before:
+        write_whole(path, (json.dumps(after, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _noted(path: Path, option: str) -> dict[str, Any]:
+    """Nothing if there is no note."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except (OSError, ValueError, TypeError):
+        raise PersonalizeError(f"{path} is damaged: use another {option}.") from None
 
 
 @contextmanager

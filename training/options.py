@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from .shared import BALANCED, L1
+
 
 def option(
     default: Any,
@@ -18,17 +20,18 @@ def option(
     above: float | None = None,
     also: tuple[str, ...] = (),
     switches: Mapping[str, str] | None = None,
+    most: float | None = None,
 ) -> Any:
     """A field with its help, the values that it may have, and what other trainers call it.
 
     Args:
         default: its value.
         help: for --help.
-        choices, least, below, above: bounds of its value.
+        choices, least, most, below, above: bounds of its value.
         also: other names.
         switches: names of options without a value, and which value each stands for.
     """
-    bounds = {"choices": choices, "least": least, "below": below, "above": above}
+    bounds = {"choices": choices, "least": least, "most": most, "below": below, "above": above}
     metadata = {"help": help, **bounds, "also": also, "switches": switches or {}}
     return (
         field(default_factory=list, metadata=metadata) if default == [] else field(default=default, metadata=metadata)
@@ -330,6 +333,11 @@ class IPAdapter:
     )
 
 
+LOCATION, BOXES, ADAPTER, CONTROL, CLS = "location control", "boxes", "adapter", "attention control", "CLS feature"
+PARTS = (LOCATION, BOXES, ADAPTER, CONTROL, CLS)
+"""What an ablation of Subject-Diffusion leaves out."""
+
+
 @dataclass
 class SubjectDiffusion:
     """Subject-Diffusion"""
@@ -343,11 +351,13 @@ class SubjectDiffusion:
     augmentations: int = option(
         4, "views of each subject: mirrored, turned, seen aslant, on another picture; 0 shows it plain", least=0
     )
-    backgrounds: float = option(0.5, "share of these views that stand on another picture, not on white", least=0)
+    backgrounds: float = option(
+        0.5, "share of these views that stand on another picture, not on white", least=0, most=1
+    )
     localisation: str = option(
-        "balanced",
+        BALANCED,
         "attention control: attention off the subject less that on it, or its distance from the mask",
-        ("balanced", "l1"),
+        (BALANCED, L1),
     )
     localisation_weight: float = option(0.01, "of the attention control beside the noise's loss", least=0)
     text_dropout: float = option(0.05, "share of steps without the caption", least=0, below=1)
@@ -356,5 +366,5 @@ class SubjectDiffusion:
     without: list[str] = option(  # noqa: RUF009 - a list of its own for each
         [],
         "leave a part out, to see what it is for; may be given several times",
-        ("location control", "boxes", "adapter", "attention control", "CLS feature"),
+        PARTS,
     )

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .dataset import call_of, captions_of
-from .shared import PersonalizeError, list_pictures, picture_paths
+from .dataset import captions_of
+from .shared import PersonalizeError, call_of, list_pictures, picture_paths
 
 SEED = re.compile(r"-s(\d+)$")
 

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
+from .shared import write_whole
+
 SMOOTH = 0.95  # of the curve's running mean
 COLOURS = {"loss": (200, 200, 205), "smooth": (36, 88, 180), "validation_loss": (214, 92, 40)}
 
@@ -23,10 +25,7 @@ class Record:
 
     def begin(self) -> None:
         """Write what stays of the log before."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
         """Figures after `step` steps."""

@@ -309,6 +309,8 @@ def _check(name: str, value: Any, kind: Any, metadata: Any) -> tuple[str, Any]:
         return f"{name} is {value}, but must be above {metadata['above']}.", value
     if least is not None and not value >= least:
         return f"{name} is {value}, but must be at least {least}.", value
+    if metadata["most"] is not None and not value <= metadata["most"]:
+        return f"{name} is {value}, but must be at most {metadata['most']}.", value
     if below is not None and not value < below:
         return f"{name} is {value}, but must be below {below}.", value
     return "", value

@@ -99,15 +99,20 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import MASK_ENDING as MASK_ENDING
     from models.pictures import SUFFIXES as SUFFIXES
     from models.pictures import Picture as Picture
+    from models.pictures import box_of as box_of
     from models.pictures import cover_picture as cover_picture
     from models.pictures import crop_square as crop_square
+    from models.pictures import cut_out as cut_out
     from models.pictures import frame_picture as frame_picture
     from models.pictures import list_pictures as list_pictures
+    from models.pictures import on_ground as on_ground
     from models.pictures import picture_paths as picture_paths
     from models.pictures import read_picture as read_picture
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
     from models.references import References as References
+    from models.subject_diffusion import BALANCED as BALANCED
+    from models.subject_diffusion import L1 as L1
     from models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from models.subject_diffusion import GatedAdapter as GatedAdapter
     from models.subject_diffusion import ImageMLP as ImageMLP
@@ -132,6 +137,10 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.weight_files import read_safetensors as read_safetensors
     from models.weight_files import read_weights as read_weights
     from models.weight_files import write_safetensors as write_safetensors
+    from models.whole_files import sweep as sweep
+    from models.whole_files import whole as whole
+    from models.whole_files import write_whole as write_whole
+    from models.words import call_of as call_of
     from models.words import find_words as find_words
     from models.words import parse_words as parse_words
     from models.words import words_in as words_in
@@ -231,15 +240,20 @@ else:
     from ..models.pictures import MASK_ENDING as MASK_ENDING
     from ..models.pictures import SUFFIXES as SUFFIXES
     from ..models.pictures import Picture as Picture
+    from ..models.pictures import box_of as box_of
     from ..models.pictures import cover_picture as cover_picture
     from ..models.pictures import crop_square as crop_square
+    from ..models.pictures import cut_out as cut_out
     from ..models.pictures import frame_picture as frame_picture
     from ..models.pictures import list_pictures as list_pictures
+    from ..models.pictures import on_ground as on_ground
     from ..models.pictures import picture_paths as picture_paths
     from ..models.pictures import read_picture as read_picture
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
     from ..models.references import References as References
+    from ..models.subject_diffusion import BALANCED as BALANCED
+    from ..models.subject_diffusion import L1 as L1
     from ..models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from ..models.subject_diffusion import GatedAdapter as GatedAdapter
     from ..models.subject_diffusion import ImageMLP as ImageMLP
@@ -264,6 +278,10 @@ else:
     from ..models.weight_files import read_safetensors as read_safetensors
     from ..models.weight_files import read_weights as read_weights
     from ..models.weight_files import write_safetensors as write_safetensors
+    from ..models.whole_files import sweep as sweep
+    from ..models.whole_files import whole as whole
+    from ..models.whole_files import write_whole as write_whole
+    from ..models.words import call_of as call_of
     from ..models.words import find_words as find_words
     from ..models.words import parse_words as parse_words
     from ..models.words import words_in as words_in

@@ -1,6 +1,5 @@
 """What can be wrong with a training of Subject-Diffusion, before a model loads."""
 
-import re
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -9,7 +8,7 @@ from tqdm import tqdm
 from .image_encoder import widths_of_encoder
 from .options import SubjectDiffusion as Options
 from .settings import Settings
-from .shared import PLACEHOLDER, PersonalizeError, read_subject_diffusion
+from .shared import PLACEHOLDER, PersonalizeError, call_of, read_subject_diffusion
 from .subject_data import read_subjects
 
 
@@ -38,8 +37,6 @@ def check_subject_options(options: Options, family: str | None) -> None:
     dropped = options.text_dropout + options.subject_dropout + options.both_dropout
     if dropped >= 1:
         problems.append(f"--text_dropout, --subject_dropout and --both_dropout are {dropped:g} together: less than 1.")
-    if options.backgrounds > 1:
-        problems.append(f"--backgrounds {options.backgrounds:g} is no share: at most 1.")
     if problems:
         raise PersonalizeError("\n".join(problems))
 
@@ -51,11 +48,11 @@ def look_at_subjects(folder: Path, settings: Settings, quiet: bool) -> tuple[int
     except PersonalizeError as error:
         return 0, [str(error)], []
     good, wrong, odd, most = 0, list[str](), list[str](), settings.method.max_subjects
-    placeholder = re.compile(rf"\b{PLACEHOLDER}\b", re.IGNORECASE)
+    placeholder = call_of(PLACEHOLDER)
     for one in tqdm(pictures, desc=f"Looking at {folder.name}", unit="", disable=quiet, leave=False):
         bad = [path for path in (one.path, *(x for s in one.subjects for x in (s.mask, s.crop))) if not _opens(path)]
         wrong += [f"{path.name} in {path.parent} cannot be read as a picture." for path in bad]
-        if placeholder.search(one.text):
+        if placeholder.search(one.text.lower()):
             wrong.append(f'The caption of {one.path.name} has the placeholder "{PLACEHOLDER}": "{one.text}".')
         elif not bad:
             good += 1

@@ -13,15 +13,13 @@ from torch import Tensor
 
 from .dataset import Example
 from .denoising import generator_of
-from .shared import cover_picture, fused_prompt, inside_boxes, localisation_loss, location_mask
-from .subject_data import SubjectPicture, box_of
+from .options import ADAPTER, BOXES, CLS, CONTROL, LOCATION
+from .shared import box_of, cover_picture, fused_prompt, localisation_loss
+from .subject_data import SubjectPicture
 from .subject_features import SubjectFeatures
 from .subject_network import AttentionWatch, Placeholders, SubjectNetwork
 
 SUBJECTS = 2  # which of a picture's generators in a step
-LOCATION, BOXES, ADAPTER, CONTROL, CLS = "location control", "boxes", "adapter", "attention control", "CLS feature"
-PARTS = (LOCATION, BOXES, ADAPTER, CONTROL, CLS)
-"""What an ablation leaves out."""
 NOUN_BEFORE = 2
 """Tokens from a placeholder back to its noun: "the dog is sks"."""
 
@@ -53,7 +51,7 @@ def places_of(picture: SubjectPicture, size: tuple[int, int]) -> tuple[Place, ..
         framed = cover_picture(mask[..., None], *size)[..., 0] > 0.5
         box = torch.zeros(4)
         if bool(framed.any()):
-            left, top, right, bottom = box_of(framed.numpy())
+            left, top, right, bottom = box_of(framed)
             box = torch.tensor([left / size[1], top / size[0], right / size[1], bottom / size[0]])
         found.append(Place(box, framed.float()))
     return tuple(found)
@@ -87,7 +85,7 @@ class SubjectConditioning:
         most: subjects of a picture.
         dropout: how often what is left out.
         control: which attention control, and its weight.
-        without: of PARTS.
+        without: of training.options.PARTS.
         places_of_tokens: of each caption the places of its placeholders.
         sizes: that pictures are brought to, height and width in pixels.
         scale: pixels of a latent.
@@ -138,30 +136,21 @@ class SubjectConditioning:
         views: Sequence[Sequence[int]],
     ) -> None:
         """Everything about the subjects of a batch, on the network's device."""
-        device = self.network.conv_in.weight.device
-        latent = [side // self.scale for side in examples[0].size]
-        words, patches, boxes, there, masks = [], [], [], [], []
-        for example, shown, spoken, seen in zip(examples, subjects, text, views, strict=True):
-            known, found = self._places(example), self.pictures[example.path].subjects[: self.most]
-            features = [self.features[one.crop, view] for one, view in zip(found, seen, strict=False)]
-            if spoken:
-                words += [pooled for pooled, _ in features]
-            empty = self.network.objects.null_features.shape
-            own = [tokens for _, tokens in features] + [torch.zeros(*empty)] * (self.most - len(found))
-            patches.append(torch.stack(own))
-            box = [place.box for place in known] + [torch.zeros(4)] * (self.most - len(known))
-            boxes.append(torch.zeros(self.most, 4) if BOXES in self.without else torch.stack(box))
-            there.append([i < len(found) for i in range(self.most)])
-            inside = torch.stack([inside_boxes(place.box[None], *example.size)[0] for place in known])
-            masks.append(location_mask(inside, *latent) * float(shown))
-        told = torch.tensor(there, device=device)
-        objects = self.network.objects(torch.stack(patches).to(device), torch.stack(boxes).to(device), told)
-        kept = torch.tensor([float(x) for x in subjects], device=device)
-        self.network.seen = None if ADAPTER in self.without else objects * kept[:, None, None]
-        self.network.conv_in.mask = None if LOCATION in self.without else torch.stack(masks).to(device)
-        self.placeholders.vectors = None
-        if words and CLS not in self.without:
-            self.placeholders.vectors = self.network.word(torch.stack(words).to(device))
+        most, network = self.most, self.network
+        pictures = [self.pictures[example.path].subjects[:most] for example in examples]
+        features = [
+            [self.features[one.crop, view] for one, view in zip(own, seen, strict=False)]
+            for own, seen in zip(pictures, views, strict=True)
+        ]
+        boxes = [torch.stack([place.box for place in self._places(example)]) for example in examples]
+        objects, location = network.shown(
+            features, boxes, most, examples[0].size, self.scale, placed=BOXES not in self.without
+        )
+        kept = torch.tensor(subjects, device=objects.device).to(objects.dtype)[:, None, None]
+        network.seen = None if ADAPTER in self.without else objects * kept
+        network.conv_in.mask = None if LOCATION in self.without else location * kept[..., None]
+        spoken = [own for own, whether in zip(features, text, strict=True) if whether and CLS not in self.without]
+        self.placeholders.vectors = network.vectors(spoken)
 
     def loss_beside(self, examples: Sequence[Example], number: int, places: Sequence[int]) -> Tensor | None:
         """Attention control: at each subject's placeholder and at its noun, of pictures that have their captions."""

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
 
-from .shared import PersonalizeError
+from .shared import PersonalizeError, box_of, call_of, cut_out
 
 METADATA = "metadata.jsonl"
 WHITE = 0.9
@@ -73,7 +74,7 @@ def write_picture(
     picture.save(path)
     for i, (word, score, mask) in enumerate(found, 1):
         files = {part: f"{part}s/{name}-{i}.png" for part in ("mask", "crop")}
-        box = box_of(mask)
+        box = box_of(torch.from_numpy(mask))
         Image.fromarray(mask.astype(np.uint8) * 255).save(folder / files["mask"])
         crop = crop_of(picture, mask) if crops is None else crops[i - 1]
         crop.save(folder / files["crop"])
@@ -133,8 +134,8 @@ def _read(folder: Path, line: dict[str, Any]) -> SubjectPicture:
     if not subjects:
         raise PersonalizeError(f"{line['file_name']} has no subjects")
     for one in subjects:
-        if one.entity.lower() not in text.lower():
-            raise PersonalizeError(f'"{one.entity}" is not in the caption of {line["file_name"]}, "{text}"')
+        if not call_of(one.entity.lower()).search(text.lower()):
+            raise PersonalizeError(f'"{one.entity}" is no word of the caption of {line["file_name"]}, "{text}"')
     return SubjectPicture(path, text, subjects)
 
 
@@ -147,25 +148,11 @@ def _box(numbers: Sequence[float]) -> tuple[float, float, float, float]:
     return left, top, right, bottom
 
 
-def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom in pixels, the last two exclusive, of what is true in [H, W].
-
-    Raises:
-        ValueError: nothing is.
-    """
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if len(rows) == 0:
-        raise ValueError("an empty mask has no box")
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
 def crop_of(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     """The subject alone, RGBA, in the middle of a square as large as its box's longer side."""
-    box = box_of(mask)
-    alone = picture.convert("RGBA")
-    alone.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
-    side = max(box[2] - box[0], box[3] - box[1])
-    return ImageOps.pad(alone.crop(box), (side, side), color=(255, 255, 255, 0))
+    pixels = torch.from_numpy(np.array(picture.convert("RGB"), np.float32) / 255)
+    square = cut_out(pixels, torch.from_numpy(mask))
+    return Image.fromarray((square * 255).round().byte().numpy())
 
 
 @dataclass(frozen=True)
@@ -241,7 +228,7 @@ def box_faults(caption: str, found: Sequence[Detection], regions: np.ndarray, ru
             faults[i] = "aspect"
         elif one.score <= rules.score:
             faults[i] = "score"
-        elif " " in one.label or one.label not in caption:
+        elif " " in one.label or not call_of(one.label).search(caption):
             faults[i] = "not a word of the caption"
         elif not _good_mask(regions, i, one.box, rules):
             faults[i] = "mask"

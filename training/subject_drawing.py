@@ -16,13 +16,9 @@ from transformers import CLIPVisionModelWithProjection
 
 from .base_model import BaseModel
 from .encoding import guiding, read_text
+from .following import forwarding
 from .generate import SOLVERS, Job, Sampling, save_drawn
-from .shared import (
-    fused_prompt,
-    inside_boxes,
-    location_mask,
-    three_way,
-)
+from .shared import fused_prompt, three_way
 from .subject_diffusion import placeholder_of
 from .subject_features import encode_subjects, look_of
 from .subject_network import Placeholders, SubjectNetwork, load_subject_file
@@ -106,26 +102,6 @@ class SubjectArtist:
             self.seen[one.crop] = pooled[0], patches[0]
         return self.seen[one.crop]
 
-    def _told(self, jobs: Sequence[SubjectJob], height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Object tokens [n, K, C], location [n, 1, h, w], and the placeholders' vectors [m, C], in the order of the texts."""
-        device, most = self.base.pipeline.unet.device, max(len(job.subjects) for job in jobs)
-        scale = self.base.pipeline.vae_scale_factor
-        patches, boxes, there, masks, words = [], [], [], [], []
-        for job in jobs:
-            features = [self._features(one) for one in job.subjects]
-            words += [pooled for pooled, _ in features]
-            lack = most - len(features)
-            empty = torch.zeros_like(features[0][1])
-            patches.append(torch.stack([tokens for _, tokens in features] + [empty] * lack))
-            own = torch.tensor([one.box for one in job.subjects])
-            boxes.append(torch.cat([own, torch.zeros(lack, 4)]))
-            there.append([i < len(features) for i in range(most)])
-            masks.append(location_mask(inside_boxes(own, height, width), height // scale, width // scale))
-        objects = self.network.objects(
-            torch.stack(patches).to(device), torch.stack(boxes).to(device), torch.tensor(there, device=device)
-        )
-        return objects, torch.stack(masks).to(device), self.network.word(torch.stack(words).to(device))
-
     @torch.no_grad()
     def _draw(self, jobs: Sequence[SubjectJob], sampling: Sampling, image_scale: float) -> list[Image.Image]:
         pipeline, n = self.base.pipeline, len(jobs)
@@ -133,7 +109,10 @@ class SubjectArtist:
         height, width, step = sampling.resolution, sampling.width or sampling.resolution, pipeline.vae_scale_factor
         shape = (pipeline.unet.config.in_channels, height // step, width // step)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs]
-        objects, masks, self.placeholders.vectors = self._told(jobs, height, width)
+        features = [[self._features(one) for one in job.subjects] for job in jobs]
+        boxes, most = [torch.tensor([one.box for one in job.subjects]) for job in jobs], max(map(len, features))
+        objects, masks = self.network.shown(features, boxes, most, (height, width), step)
+        self.placeholders.vectors = self.network.vectors(features)
         texts = [fused_prompt(job.prompt, [one.word for one in job.subjects]) for job in jobs]
         positive = read_text(self.base, texts).to(device, dtype)
         nothing = read_text(self.base, [""] * n).to(device, dtype)
@@ -180,8 +159,5 @@ class SubjectArtist:
                 return (done,)
             return (torch.cat([none, none + (done - none) / text_scale]),)
 
-        unet.forward = predict
-        try:
+        with forwarding(unet, predict):
             yield
-        finally:
-            unet.forward = forward

@@ -12,7 +12,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from .encoding import Cache, digest_of, digest_of_path
 from .image_encoder import KEPT
-from .shared import CLIP_MEAN, CLIP_STD, PersonalizeError
+from .shared import CLIP_MEAN, CLIP_STD, PersonalizeError, on_ground
 from .subject_data import SubjectPicture
 
 BATCH = 32
@@ -105,11 +105,9 @@ def look_of(crop: Path, view: int, behind: Path | None, rng: np.random.Generator
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.integers(2**62)))
             planes = _turned(planes)
-    planes = v2.functional.resize(planes, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    colours, shown = planes[:3], planes[3:]
-    ground = torch.ones_like(colours) if behind is None else _ground(behind, rng, size)
-    whole = ((colours + ground * (1 - shown)).clamp(0, 1) * 255).round() / 255  # as the host rounds
-    return (whole - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]
+    ground = None if behind is None else _ground(behind, rng, size)
+    seen = on_ground(planes.movedim(0, 2), size, ground)
+    return ((seen - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).movedim(2, 0)
 
 
 def _turned(planes: Tensor) -> Tensor:
@@ -125,9 +123,9 @@ def _turned(planes: Tensor) -> Tensor:
 
 
 def _ground(path: Path, rng: np.random.Generator, size: int) -> Tensor:
-    """A random square of a picture, [3, size, size]."""
+    """A random square of a picture, [size, size, 3]."""
     picture = Image.open(path).convert("RGB")
     side = round(min(picture.size) * rng.uniform(0.5, 1))
     left, top = (int(rng.integers(whole - side + 1)) for whole in picture.size)
     square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
-    return v2.functional.pil_to_tensor(square).float() / 255
+    return torch.from_numpy(np.array(square, np.float32) / 255)

@@ -1,10 +1,13 @@
 """What Subject-Diffusion adds to a diffusers UNet and to its text encoder, with the equations of models/."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -19,6 +22,8 @@ from .shared import (
     ObjectTokens,
     PersonalizeError,
     cross_attention_maps,
+    inside_boxes,
+    location_mask,
     map_size,
     read_subject_diffusion,
     replace_embeddings,
@@ -47,11 +52,11 @@ class LocatedConvolution(nn.Module):
         dtype, channels = latents.dtype, latents.shape[1]
         weight = self.weight.to(dtype)
         own, location = weight[:, :channels], weight[:, channels:]
-        out = nn.functional.conv2d(latents, own, self.bias.to(dtype), self.stride, self.padding)
+        out = F.conv2d(latents, own, self.bias.to(dtype), self.stride, self.padding)
         if self.mask is None:
             return out
-        mask = nn.functional.interpolate(self.mask.to(latents), latents.shape[2:], mode="nearest")
-        return out + nn.functional.conv2d(mask, location, None, self.stride, self.padding)
+        mask = F.interpolate(self.mask.to(latents), latents.shape[2:], mode="nearest")
+        return out + F.conv2d(mask, location, None, self.stride, self.padding)
 
 
 def load_subject_file(path: Path, network: "SubjectNetwork", base: BaseModel) -> None:
@@ -98,21 +103,70 @@ class SubjectNetwork(nn.Module):
         self.seen: Tensor | None = None
         """Object tokens of a batch, [B, K, width]; None: the adapters do nothing."""
 
-    def attach(self, unet: UNet2DConditionModel) -> None:
-        """Put the parts into the UNet; from now on it attends to what `seen` and `conv_in.mask` hold."""
+    def attach(self, unet: UNet2DConditionModel) -> ExitStack:
+        """Put the parts into the UNet: from now on it attends to what `seen` and `conv_in.mask` hold, whatever wraps it.
+
+        Returns:
+            What takes them out again when it is closed.
+
+        Raises:
+            ValueError: the UNet has such parts already.
+        """
+        if hasattr(unet, "position_net"):
+            raise ValueError("this UNet attends to objects already: take the parts out that it has")
+        back = ExitStack()
+        back.callback(setattr, unet, "conv_in", unet.conv_in)
         unet.conv_in = self.conv_in
+        back.callback(delattr, unet, "position_net")
         unet.position_net = _Given()
         for block, adapter in zip(blocks_of(unet), self.adapters, strict=True):
+            back.callback(delattr, block, "fuser")
             block.fuser = adapter
-        forward = unet.forward
+        back.callback(unet.register_forward_pre_hook(self._tell, with_kwargs=True).remove)
+        return back
 
-        def located(*args, cross_attention_kwargs: Mapping | None = None, **kwargs):
-            given = dict(cross_attention_kwargs or {})
-            if self.seen is not None:
-                given["gligen"] = {"objs": self.seen}
-            return forward(*args, cross_attention_kwargs=given or None, **kwargs)
+    def _tell(self, _unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        """Of what is seen, as diffusers' pipeline of GLIGEN tells the UNet."""
+        if self.seen is None:
+            return None
+        given = dict(kwargs.get("cross_attention_kwargs") or {})
+        return args, {**kwargs, "cross_attention_kwargs": {**given, "gligen": {"objs": self.seen}}}
 
-        unet.forward = located
+    def shown(
+        self,
+        features: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        boxes: Sequence[Tensor],
+        most: int,
+        size: Sequence[int],
+        scale: int,
+        placed: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """A batch's subjects as `seen` and `conv_in.mask` hold them: [B, most T, width] and [B, 1, h, w].
+
+        Args:
+            features: of each picture's subjects, at least one: CLS feature [D] and patch tokens [T, H].
+            boxes: of each picture's subjects [n, 4], shares.
+            most: subjects of a picture; where there are fewer stands what was learned.
+            size: height and width of the pictures, pixels.
+            scale: pixels of a latent.
+            placed: whether the tokens carry the boxes.
+        """
+        device, latent = self.conv_in.weight.device, [side // scale for side in size]
+        lacks = [most - len(own) for own in features]
+        patches = [
+            F.pad(torch.stack([tokens for _, tokens in own]), (0, 0, 0, 0, 0, lack))
+            for own, lack in zip(features, lacks, strict=True)
+        ]
+        places = torch.stack([F.pad(own, (0, 0, 0, lack)) for own, lack in zip(boxes, lacks, strict=True)])
+        there = torch.arange(most) < most - torch.tensor(lacks)[:, None]
+        given = torch.stack(patches), places if placed else torch.zeros_like(places), there
+        masks = [location_mask(inside_boxes(own, size[0], size[1]), latent[0], latent[1]) for own in boxes]
+        return self.objects(*(tensor.to(device) for tensor in given)), torch.stack(masks).to(device)
+
+    def vectors(self, features: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor | None:
+        """What stands for the placeholders of texts, [n, width], of their subjects' features; nothing if there are none."""
+        pooled = [one for own in features for one, _ in own]
+        return self.word(torch.stack(pooled).to(self.conv_in.weight.device)) if pooled else None
 
 
 def blocks_of(unet: UNet2DConditionModel) -> list[BasicTransformerBlock]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .shared import PersonalizeError
+from .shared import PersonalizeError, sweep, write_whole
 from .subject_data import METADATA, Detection, read_subjects
 
 SETTINGS, DROPPED, CAPTIONS, BOXES = "settings.json", "dropped.jsonl", "captions.jsonl", "boxes.jsonl"
@@ -104,49 +104,16 @@ class Progress:
         """Everything is decided."""
         for name in (CAPTIONS, BOXES):
             (self.folder / name).unlink(missing_ok=True)
+        sweep(self.folder)
 
 
-def check_begun(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Whether a build with these settings may go on in a folder.
-
-    Raises:
-        PersonalizeError: it holds another data set, or the beginning of one with other settings, each named on a line.
-    """
-    path = folder / SETTINGS
-    if not path.is_file():
-        there = [name for name in (METADATA, DROPPED, "pictures", "masks", "crops") if (folder / name).exists()]
-        if there:
-            raise PersonalizeError(
-                f"The folder {folder} has {there[0]}, and this command did not write it: use another --output_dir."
-            )
-        return
-    try:
-        before = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise PersonalizeError(f"{path} is damaged: use another --output_dir.") from None
-    changed = [
-        f"--{name} is {value}, but the data set in {folder} was begun with {before[name]}: use that, or another --output_dir."
-        for name, value in settings.items()
-        if before.get(name) is not None and value is not None and before[name] != value
-    ]
-    if changed:
-        raise PersonalizeError("\n".join(changed))
-
-
-def begin(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Remember the settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / SETTINGS, (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: a temporary one beside it, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def check_begun(folder: Path) -> None:
+    """Raises PersonalizeError where a folder holds what no build has begun."""
+    there = [name for name in (METADATA, DROPPED, "pictures", "masks", "crops") if (folder / name).exists()]
+    if there and not (folder / SETTINGS).is_file():
+        raise PersonalizeError(
+            f"The folder {folder} has {there[0]}, and this command did not write it: use another --output_dir."
+        )
 
 
 def cut_off(path: Path) -> None:

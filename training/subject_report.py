@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .build_checks import Thresholds
 from .plots import COLOURS
+from .shared import write_whole
 from .subject_data import METADATA, SubjectPicture, read_subjects
-from .subject_progress import DROPPED, write_whole
+from .subject_progress import DROPPED
 
 REPORT, SHEET = "report.md", "contact_sheet.png"
 PICTURES = {

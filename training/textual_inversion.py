@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from .base_model import BaseModel
 from .conditioning import Conditioning
-from .dataset import call_of
 from .methods import PRECISIONS, text_modules
 from .options import TextualInversion
 from .settings import Settings
@@ -24,6 +23,7 @@ from .shared import (
     About,
     LearnedWord,
     PersonalizeError,
+    call_of,
     read_safetensors,
     read_word,
     title_of,

@@ -1,5 +1,8 @@
 """Subject-Diffusion in ComfyUI: as headless, what it gives the host, and what it says when something is wrong."""
 
+import sys
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +11,14 @@ from diffusers import EulerDiscreteScheduler
 from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from inprocess import node, patched
+from pack.models.pictures import CLIP_MEAN, CLIP_STD
 from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training.base_model import load_base
 from pack.training.generate import Sampling
 from pack.training.image_encoder import load_image_encoder
-from pack.training.pocket.subject_set import write_subjects
 from pack.training.subject_data import read_subjects
 from pack.training.subject_drawing import Placed, SubjectArtist, SubjectJob
+from pack.training.subject_features import look_of
 from PIL import Image
 from sampling import encode, pixels
 from subject_sets import train_subjects
@@ -25,16 +29,9 @@ BOXES = ((0.1, 0.2, 0.45, 1.0), (0.55, 0.2, 0.9, 1.0))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("subjects")
-    write_subjects(folder, 0, 6)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def file(host, root, data, tmp_path_factory):
+def file(host, root, subject_set, tmp_path_factory):
     """Trained for a step, with its gates and its location opened wide."""
-    (path,) = train_subjects(root, data, tmp_path_factory.mktemp("training"), max_train_steps=1)
+    (path,) = train_subjects(root, subject_set, tmp_path_factory.mktemp("training"), max_train_steps=1)
     tensors, about = read_safetensors(path)
     for i, (name, value) in enumerate(tensors.items()):
         if name.endswith(("alpha_attn", "alpha_dense")):
@@ -49,8 +46,8 @@ def file(host, root, data, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def crops(data):
-    found = [one for picture in read_subjects(data) for one in picture.subjects]
+def crops(subject_set):
+    found = [one for picture in read_subjects(subject_set) for one in picture.subjects]
     return [found[0].crop, found[1].crop]
 
 
@@ -105,6 +102,18 @@ def test_in_comfyui_as_headless(host, root, loaded, clip_vision, file, crops, tm
     assert not loaded[0].patches, "the host's model is as it was"
 
 
+def test_the_encoder_sees_what_it_sees_in_training(host, crops):
+    """With the crop's alpha channel as the mask, and with the mask of the picture that the crop is of."""
+    rng, module = np.random.default_rng(0), sys.modules[host.node("PersonalizeApplySubjectDiffusion").__module__]
+    for one, crop in zip(subjects(host, crops), crops, strict=True):
+        expected = look_of(crop, 0, None, rng, 48).movedim(0, 2) * torch.tensor(CLIP_STD) + torch.tensor(CLIP_MEAN)
+        torch.testing.assert_close(module.look_of(one, 48), expected, rtol=0, atol=1e-6)
+        wide = torch.nn.functional.pad(one.image, (0, 0, 3, 40, 5, 0), value=0.3)
+        mask = torch.nn.functional.pad(one.mask, (3, 40, 5, 0))
+        other = module.look_of(replace(one, image=wide, mask=mask), 48)
+        torch.testing.assert_close(other, module.look_of(one, 48), rtol=0, atol=1e-6)
+
+
 def test_what_is_patched(host, loaded, clip_vision, file, crops):
     model = applied(host, loaded, clip_vision, subjects(host, crops))[0]
     tensors, _ = read_safetensors(file)
@@ -135,6 +144,8 @@ def test_what_is_wrong_is_told(host, loaded, clip_vision, file, crops):
         ValueError, match=r'^The word "horse" of a subject is not in the prompt; its words are: a, smiling'
     ):
         applied(host, loaded, clip_vision, subjects(host, crops, words=("horse", "woman")))
+    with pytest.raises(ValueError, match=r'^The word "sad wo" of a subject is not in the prompt'):
+        applied(host, loaded, clip_vision, subjects(host, crops, words=("Cat", "sad wo")))
     three = subjects(host, [*crops, crops[0]], ("cat", "woman", "cat"), (*BOXES, BOXES[0]))
     with pytest.raises(ValueError, match=r"knows 2 subjects in a picture, but there are 3"):
         applied(host, loaded, clip_vision, three)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from killed import start
+from killing import waited
 
 
 def run(method, options, until=None):
@@ -29,7 +30,7 @@ def run(method, options, until=None):
             time.sleep(0.002)
         for child in children:
             os.kill(child, signal.SIGKILL)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
+    print(*map(waited, children), flush=True)
 
 
 if __name__ == "__main__":

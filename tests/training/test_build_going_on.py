@@ -9,6 +9,7 @@ from pack.models.errors import PersonalizeError
 from pack.training import build_checks
 from pack.training import build_subject_data as module
 from pack.training.build_subject_data import build
+from pack.training.look import check_same, remember
 from pack.training.subject_data import METADATA, read_subjects
 from pack.training.subject_progress import Progress
 from PIL import Image
@@ -30,7 +31,7 @@ class Deaths:
         )
         monkeypatch.setattr(Progress, "end", self.deadly(Progress.end))
         monkeypatch.setattr(Image.Image, "save", self.deadly(Image.Image.save))
-        for name in ("begin", "write_report"):
+        for name in ("remember", "write_report"):
             monkeypatch.setattr(module, name, self.deadly(getattr(module, name)))
         write = module.write_picture
         monkeypatch.setattr(module, "write_picture", self.deadly(write, lambda folder, *rest: folder / METADATA))
@@ -112,16 +113,28 @@ def test_it_goes_on_only_as_it_began(given, tmp_path, fakes):
     build(*groups(given, output))
     with pytest.raises(PersonalizeError) as caught:
         build(*groups(given, output, fill=0.5, detector="x/y", batch_size=1))
-    assert str(caught.value).splitlines() == [
-        f"--detector is x/y, but the data set in {output} was begun with c/d: use that, or another --output_dir.",
-        f"--fill is 0.5, but the data set in {output} was begun with 0.6: use that, or another --output_dir.",
-    ]
+    assert str(caught.value) == (
+        f"The data set in {output} was begun with --detector c/d (now x/y), --fill 0.6 (now 0.5): use another --output_dir."
+    )
     (output / "dropped.jsonl").write_text('{"reason": ""}\n')
     with pytest.raises(PersonalizeError, match=r"Line 1 of .*dropped.jsonl is damaged: use another --output_dir\."):
         build(*groups(given, output))
     (output / "settings.json").unlink()
     with pytest.raises(PersonalizeError, match=r"has metadata.jsonl, and this command did not write it"):
         build(*groups(given, output))
+
+
+def test_a_note_learns_what_is_given_later(tmp_path):
+    note = tmp_path / "new" / "settings.json"
+    check_same(note, {"fill": 0.6}, "It was begun", "--name")
+    remember(note, {"fill": 0.6}, "--name")
+    check_same(note, {"captioner": "a/b"}, "It was begun", "--name")
+    remember(note, {"captioner": "a/b"}, "--name")
+    with pytest.raises(PersonalizeError) as caught:
+        check_same(note, {"captioner": None, "fill": 0.5}, "It was begun", "--name")
+    assert str(caught.value) == (
+        "It was begun with --captioner a/b (now None), --fill 0.6 (now 0.5): use another --name."
+    )
 
 
 def test_too_little_memory_is_told(given, tmp_path, monkeypatch, fakes):

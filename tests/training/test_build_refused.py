@@ -20,12 +20,11 @@ def test_every_problem_is_told_at_once(given, tmp_path, capsys):
     (bare / "config.json").write_text('{"model_type": "sam"}')
     (bare / "model.safetensors").write_bytes(b"")
     arguments = ["--pictures", str(given), "--output_dir", str(tmp_path / "out"), "--detector", str(other)]
-    arguments += ["--segmenter", str(bare), "--tagger", str(other), "--fill", "1.5", "--min_nouns", "9"]
+    arguments += ["--segmenter", str(bare), "--tagger", str(other), "--min_nouns", "9"]
     arguments += ["--longest_side", "50"]
     assert main(arguments) == 1
     said = capsys.readouterr().err.rpartition("\r")[2].splitlines()
     expected = [
-        "--fill 1.5 is no share: at most 1.",
         "--min_nouns 9 is above --max_nouns 8: nothing would be kept.",
         f"--tagger {other} is no folder of a spaCy pipeline: meta.json is missing or damaged.",
         f"--detector {other} holds a model of type clip, but must be grounding-dino.",
@@ -38,7 +37,7 @@ def test_every_problem_is_told_at_once(given, tmp_path, capsys):
         assert sentence.endswith(".")
     (given / "good.jpg").unlink()
     assert main(arguments) == 1
-    said = capsys.readouterr().err.rpartition("\r")[2].splitlines()[5:]
+    said = capsys.readouterr().err.rpartition("\r")[2].splitlines()[4:]
     expected = [
         f"broken.jpg in {given} cannot be read as a picture (it is damaged or of an unknown type).",
         f"The caption inside.txt in {given} is empty: write one, or delete the file.",
@@ -83,7 +82,7 @@ def test_every_problem_is_told_at_once(given, tmp_path, capsys):
         ({"min_area": 0.5, "max_area": 0.4}, "--min_area 0.5 is above --max_area 0.4: nothing would be kept."),
         ({"min_boxes": 3, "max_boxes": 2}, "--min_boxes 3 is above --max_boxes 2: nothing would be kept."),
         ({"min_aspect": 4.0}, "--min_aspect 4 is above --max_aspect 3: nothing would be kept."),
-        ({"score": 1.01}, "--score 1.01 is no share: at most 1."),
+        ({"score": 1.01}, "score is 1.01, but must be at most 1."),
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1."),
         ({"white": -0.1}, "white is -0.1, but must be at least 0."),
         ({"fill": float("nan")}, "fill is nan, but must be at least 0."),

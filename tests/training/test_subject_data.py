@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from pack.models.errors import PersonalizeError
+from pack.models.pictures import box_of
 from pack.training.subject_data import (
     METADATA,
     Detection,
     Rules,
     box_faults,
-    box_of,
     count_fault,
     crop_of,
     picture_fault,
@@ -47,6 +48,8 @@ def regions_of(*boxes, less=0):
         ([("dog", (10, 10, 60, 60), 0.31)], [""]),
         ([("horse", (10, 10, 60, 60), 0.9)], ["not a word of the caption"]),
         ([("dog and", (10, 10, 60, 60), 0.9)], ["not a word of the caption"]),
+        ([("side", (10, 10, 60, 60), 0.9)], ["not a word of the caption"]),  # of beside
+        ([("ball", (10, 10, 60, 60), 0.9)], [""]),
         ([("dog", (10, 10, 60, 60), 0.9), ("cat", (12, 12, 58, 58), 0.8)], ["", "inside another"]),
         ([("dog", (10, 10, 60, 60), 0.8), ("cat", (12, 12, 58, 58), 0.9)], ["inside another", ""]),
         ([("dog", (0, 0, 50, 50), 0.9), ("cat", (20, 0, 70, 50), 0.8)], ["", ""]),  # 60 %
@@ -129,7 +132,7 @@ def test_what_is_written_is_read(tmp_path):
         )
     assert read[0].subjects[0].box == pytest.approx((2 / 40, 5 / 30, 12 / 40, 15 / 30), abs=1e-6)
     mask = np.asarray(Image.open(read[0].subjects[1].mask)) > 127
-    assert box_of(mask) == (20, 10, 36, 30)
+    assert box_of(torch.from_numpy(mask)) == (20, 10, 36, 30)
     crop = np.asarray(Image.open(read[0].subjects[1].crop))
     assert crop.shape == (20, 20, 4)
     assert (crop[:, :2, 3] == 0).all()
@@ -145,7 +148,7 @@ def test_a_crop_shows_the_subject_alone():
     assert crop[14, 0, 3] == 0
     assert crop[7, 7].tolist() == [255, 0, 0, 255]
     with pytest.raises(ValueError, match="empty mask"):
-        box_of(np.zeros((4, 4), bool))
+        crop_of(picture, np.zeros((20, 20), bool))
 
 
 def test_what_is_wrong_with_a_data_set_is_told(tmp_path):
@@ -165,7 +168,10 @@ def test_what_is_wrong_with_a_data_set_is_told(tmp_path):
     assert "line 1: masks/none.png is not there." in told(lambda x: x["subjects"][0].update(mask="masks/none.png"))
     assert "is no part of the picture" in told(lambda x: x["subjects"][0].update(box=[0.5, 0, 0.4, 1]))
     assert "is no part of the picture" in told(lambda x: x["subjects"][0].update(box=[0.5, 0, 1.4, 1]))
-    assert '"horse" is not in the caption of pictures/a.png' in told(lambda x: x["subjects"][0].update(entity="horse"))
+    for word in ("horse", "side"):
+        said = told(lambda x, word=word: x["subjects"][0].update(entity=word))
+        assert f'"{word}" is no word of the caption of pictures/a.png, "{CAPTION}"' in said
+    assert "mask" in told(lambda x: x["subjects"][0].update(entity="DOG", mask="masks/none.png")), "of any case"
     assert "has no subjects" in told(lambda x: x.update(subjects=[]))
     assert "line 1 is not one of a data set (KeyError: 'text')" in told(lambda x: x.pop("text"))
     (tmp_path / METADATA).write_text("{\n\n")

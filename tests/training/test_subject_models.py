@@ -10,9 +10,10 @@ import spacy
 import torch
 from finetuning import run
 from pack.models.errors import PersonalizeError
+from pack.models.pictures import box_of
 from pack.training import subject_models
 from pack.training.build_subject_data import main, suppress, within
-from pack.training.subject_data import METADATA, Detection, box_of, read_subjects
+from pack.training.subject_data import METADATA, Detection, read_subjects
 from pack.training.subject_models import (
     NO_NOUN,
     Captioner,
@@ -190,7 +191,7 @@ def test_boxes_that_overlap_are_suppressed():
 
 def test_a_mask_ends_with_its_box():
     cut = within(np.ones((20, 30), bool), (2.7, 3.0, 9.1, 8.0))
-    assert box_of(cut) == (2, 3, 10, 8)
+    assert box_of(torch.from_numpy(cut)) == (2, 3, 10, 8)
     assert cut.sum() == 8 * 5
 
 
@@ -268,7 +269,7 @@ def test_a_folder_of_pictures_becomes_a_data_set(models, pictures, tmp_path, cap
             assert subject.entity in one.text
             assert subject.entity.lower() in NOUNS
             assert Image.open(subject.mask).size == size
-            left, top, right, bottom = box_of(np.asarray(Image.open(subject.mask)) > 127)
+            left, top, right, bottom = box_of(torch.from_numpy(np.asarray(Image.open(subject.mask)) > 127))
             shares = (left / size[0], top / size[1], right / size[0], bottom / size[1])
             assert subject.box == pytest.approx(shares, abs=1e-6)
     own = [one.text for one in read if int(one.path.stem) % 2]

@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import extract_model_from_parallel
 from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from pack.models.custom_diffusion import KEYS_AND_VALUES, is_trained
@@ -11,9 +14,9 @@ from pack.models.errors import PersonalizeError
 from pack.models.subject_diffusion import read_subject_diffusion
 from pack.training.base_model import load_base
 from pack.training.image_encoder import load_image_encoder
+from pack.training.options import PARTS
 from pack.training.pocket.subject_set import subject_scene, write_subjects
 from pack.training.preflight import preflight
-from pack.training.subject_conditioning import PARTS
 from pack.training.subject_data import METADATA, read_subjects
 from pack.training.subject_network import SubjectNetwork
 from pack.training.watch import LABEL
@@ -22,20 +25,13 @@ from subject_sets import settings_of_subjects, train_subjects
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("subjects")
-    write_subjects(folder, 0, 6)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(root, data, tmp_path_factory):
+def trained(root, subject_set, tmp_path_factory):
     """Two steps at a high rate, with held-out pictures: the settings' folder."""
     folder = tmp_path_factory.mktemp("trained")
     held = folder / "held"
     write_subjects(held, 100, 2)
     values = {"validation_data_dir": str(held), "validation_prompt": ["a {entity} on the beach"], "validation_steps": 2}
-    train_subjects(root, data, folder / "out", learning_rate=1e-3, save_precision="fp32", **values)
+    train_subjects(root, subject_set, folder / "out", learning_rate=1e-3, save_precision="fp32", **values)
     return folder / "out"
 
 
@@ -55,6 +51,65 @@ def test_it_starts_as_the_base_bit_for_bit(root):
         assert not torch.equal(located, expected)
         network.adapters[0].alpha_attn.fill_(0.5)
         assert not torch.equal(unet(x, 500, text).sample, located)
+
+
+def compiled(unet):
+    return torch.compile(unet, backend="eager")
+
+
+def prepared(unet):
+    """As accelerate wraps it: its `forward` is another."""
+    return Accelerator(cpu=True, mixed_precision="bf16").prepare(unet)
+
+
+def unwrapped(unet):
+    """And wrapped no more."""
+    return extract_model_from_parallel(prepared(unet), keep_fp32_wrapper=False)
+
+
+@pytest.mark.parametrize("wrapped", [lambda unet: unet, compiled, prepared, unwrapped])
+@pytest.mark.parametrize("first", ["attach", "wrap"])
+def test_attached_whatever_wraps_the_unet(root, wrapped, first, monkeypatch):
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # which other tests have set up otherwise
+    torch.manual_seed(0)
+    unet, config = load_base(str(root / CHECKPOINT)).pipeline.unet, load_image_encoder(root / ENCODER).config
+    network = SubjectNetwork(unet, config.projection_dim, config.hidden_size, 64)
+    x, text = torch.randn(1, 32, 8, 12), torch.randn(1, 77, 64)
+    for adapter in network.adapters:
+        adapter.alpha_attn.data.fill_(0.5)
+        adapter.attn.to_out[0].weight.data.mul_(20)
+
+    def same(one, other):
+        return (one(x, 500, text).sample - other).abs().max() < 0.1  # in half precision
+
+    with torch.no_grad():
+        plain = unet(x, 500, text).sample
+        outer = wrapped(unet) if first == "wrap" else unet
+        back = network.attach(unet)
+        if first == "attach":
+            outer = wrapped(unet)
+        network.seen = torch.randn(1, 128, 64)
+        expected = unet(x, 500, text).sample
+        assert (expected - plain).abs().max() > 0.5
+        assert same(outer, expected)
+        back.close()
+        back.close()
+        assert same(outer, plain)
+
+
+def test_attached_once(root):
+    unet = load_base(str(root / CHECKPOINT)).pipeline.unet
+    keys, (one, other) = unet.state_dict().keys(), (SubjectNetwork(unet, 8, 8, 4) for _ in range(2))
+    back = one.attach(unet)
+    for network in (one, other):
+        with pytest.raises(ValueError, match="take the parts out that it has"):
+            network.attach(unet)
+    back.close()
+    assert unet.state_dict().keys() == keys
+    with other.attach(unet):
+        assert unet.conv_in is other.conv_in
+    assert not unet._forward_pre_hooks
+    assert "forward" not in vars(unet)
 
 
 def test_what_trains_is_in_the_file(root, trained):
@@ -85,16 +140,16 @@ def test_it_is_watched(trained):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_that_is_left_out(root, data, tmp_path, part):
-    (path,) = train_subjects(root, data, tmp_path, without=[part], max_train_steps=2, learning_rate=1e-3)
+def test_a_part_that_is_left_out(root, subject_set, tmp_path, part):
+    (path,) = train_subjects(root, subject_set, tmp_path, without=[part], max_train_steps=2, learning_rate=1e-3)
     parts = read_subject_diffusion(path).parts
     location = parts["conv_in.weight"][:, -1].abs().max() > 0
     gates = any(float(value) != 0 for name, value in parts.items() if name.endswith("alpha_attn"))
     assert (bool(location), gates) == (part != "location control", part != "adapter")
 
 
-def test_true_boxes_and_masks(data):
-    pictures = read_subjects(data)
+def test_true_boxes_and_masks(subject_set):
+    pictures = read_subjects(subject_set)
     assert {len(one.subjects) for one in pictures} == {1, 2}
     for number, one in enumerate(pictures):
         scene = subject_scene(number)
@@ -102,33 +157,34 @@ def test_true_boxes_and_masks(data):
             left, _, right, _ = entity.box
             assert entity.entity == subject.identity.kind
             assert abs((left + right) / 2 - place) < 0.12
-    before = (data / METADATA).read_text()
-    assert write_subjects(data, 0, 6) == 6
-    assert (data / METADATA).read_text() == before, "what is there is left as it is"
+    before = (subject_set / METADATA).read_text()
+    assert write_subjects(subject_set, 0, 6) == 6
+    assert (subject_set / METADATA).read_text() == before, "what is there is left as it is"
 
 
-def test_what_is_wrong_is_told(root, data, tmp_path):
+def test_what_is_wrong_is_told(root, subject_set, tmp_path):
     def told(**values):
         with pytest.raises(PersonalizeError) as error:
-            preflight(settings_of_subjects(root, data, tmp_path / "out", **values), quiet=True)
+            preflight(settings_of_subjects(root, subject_set, tmp_path / "out", **values), quiet=True)
         return str(error.value)
 
     assert told(image_encoder=None) == (
         "--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision."
     )
     assert "are 1.1 together: less than 1." in told(text_dropout=0.5, subject_dropout=0.5, both_dropout=0.1)
-    assert told(backgrounds=2.0) == "--backgrounds 2 is no share: at most 1."
+    with pytest.raises(PersonalizeError, match=r"^backgrounds is 2\.0, but must be at most 1\.$"):
+        settings_of_subjects(root, subject_set, tmp_path, backgrounds=2.0)
     assert "is no file of Subject-Diffusion" in told(subject_diffusion=str(root / ENCODER))
     assert "has no metadata.jsonl" in told(instance_data_dir=str(tmp_path))
-    lines = [json.loads(line) for line in (data / METADATA).read_text().splitlines()]
+    lines = [json.loads(line) for line in (subject_set / METADATA).read_text().splitlines()]
     for part in ("pictures", "masks", "crops"):
         (tmp_path / "other").mkdir(exist_ok=True)
-        (tmp_path / "other" / part).symlink_to(data / part)
+        (tmp_path / "other" / part).symlink_to(subject_set / part)
     lines[0]["text"] += ", a sks"
     (tmp_path / "other" / METADATA).write_text("\n".join(map(json.dumps, lines)))
     assert 'The caption of 0000000.png has the placeholder "sks"' in told(instance_data_dir=str(tmp_path / "other"))
 
 
-def test_wrong_parts_are_told(root, data, tmp_path):
+def test_wrong_parts_are_told(root, subject_set, tmp_path):
     with pytest.raises(PersonalizeError, match="without is 'legs', but must be one of location control, boxes"):
-        settings_of_subjects(root, data, tmp_path, without=["legs"])
+        settings_of_subjects(root, subject_set, tmp_path, without=["legs"])

@@ -7,10 +7,13 @@ from pack.models.errors import PersonalizeError
 from pack.models.pictures import (
     CLIP_MEAN,
     Picture,
+    box_of,
     crop_square,
+    cut_out,
     frame_picture,
     list_pictures,
     make_picture,
+    on_ground,
     read_picture,
     same_aspect,
 )
@@ -205,6 +208,39 @@ def test_a_mask_isolates_and_centres_the_subject(framing):
     torch.testing.assert_close(framed[22, 22], torch.ones(3))
     white = (framed > 0.99).all(dim=-1).float().mean()
     assert 0.7 < float(white) < 1.0
+
+
+def test_a_subject_that_is_cut_out():
+    pixels, inside = torch.rand(9, 12, 3), torch.zeros(9, 12, dtype=torch.bool)
+    inside[1:4, 2:8] = True
+    inside[1, 2] = False
+    assert box_of(inside) == (2, 1, 8, 4)
+    square = cut_out(pixels, inside)
+    assert square.shape == (6, 6, 4)
+    assert torch.equal(square[2:5, :, 3].bool(), inside[1:4, 2:8]), "in the middle, the odd row below"
+    assert not square[:2].any()
+    assert not square[5:].any()
+    assert not square[2, 0].any()
+    assert torch.equal(square[2:5, 1:, :3], pixels[1:4, 3:8])
+    tall = cut_out(pixels.movedim(0, 1), inside.movedim(0, 1))
+    assert torch.equal(tall, square.movedim(0, 1))
+    with pytest.raises(ValueError, match="empty mask"):
+        cut_out(pixels, torch.zeros_like(inside))
+
+
+def test_on_which_ground_it_stands():
+    square = torch.zeros(4, 4, 4)
+    square[:, :2] = torch.tensor([0.5, 0.25, 0.0, 1.0])
+    white, ground = on_ground(square, 4), torch.rand(4, 4, 3)
+    assert (white[:, :2] * 255).round().unique().tolist() == [0, 64, 128]
+    assert (white[:, 2:] == 1).all()
+    other = on_ground(square, 4, ground)
+    assert torch.equal(other[:, :2], white[:, :2])
+    assert (other[:, 2:] - ground[:, 2:]).abs().max() <= 0.5 / 255 + 1e-6
+    large = on_ground(square, 16)
+    assert large.shape == (16, 16, 3)
+    assert 0 <= large.min() <= large.max() <= 1
+    torch.testing.assert_close(large * 255, (large * 255).round(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

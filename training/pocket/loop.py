@@ -1,7 +1,6 @@
 """One training loop for every part: progress, log, checkpoints, and a resume that continues bit for bit."""
 
 import json
-import os
 import pickle
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from timm.optim import muon as _muon
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..shared import whole
 from .device import DEVICE
 
 # Half precision pays only where the processor has it: elsewhere it is emulated, twenty times slower.
@@ -130,8 +130,8 @@ def autocast() -> torch.autocast:
 
 def save_checkpoint(state: dict, path: Path) -> None:
     """All of it or nothing."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with whole(path) as part, part.open("wb") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path: Path, module: nn.Module) -> dict:
