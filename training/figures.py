@@ -302,8 +302,8 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
         )
     for n, names in within.items() if not real.pictures.flat else ():
         said.append(
-            f"FID within identities of {', '.join(names)} is of as few as {n} pictures of an identity: it is too high in the "
-            "same way."
+            f"FID within identities of {', '.join(names)} is of as few as {n} pictures of an identity, but {width} features "
+            f"need {width + 1}: it is too high, and to be compared with that of as many pictures only."
         )
     for n, names in narrow.items():
         what = "pictures" if real.pictures.flat else "identities"
