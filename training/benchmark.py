@@ -18,20 +18,26 @@ plots and pictures.
 
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from . import features
+from .adapter_checks import check_files
+from .base_checks import check_size, family_at
+from .base_model import OFFLINE, size_step_of
 from .benchmark_data import FIRST_OF_TRAINING, Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
+from .evaluate import LEAST_DRAWS
 from .look import alone, check_same, check_writable, remember, tell
 from .options import option
 from .report import write_report
 from .settings import exit_status, make_groups, read_values
-from .shared import POCKET, PersonalizeError
+from .shared import POCKET, PersonalizeError, title_of
 
+TUNED_IDENTITIES, TRAIN_IDENTITIES = 4, 2000
+"""By default."""
 ANYWAY = ("output_dir", "batch_size", "bootstrap_draws")
 """Settings with which a benchmark may go on otherwise than it began."""
 
@@ -54,18 +60,22 @@ class Benchmark:
     identities: int = option(50, "held-out identities to draw", least=1)
     seeds: int = option(5, "pictures of each identity and prompt", least=1)
     references: int = option(10, "references of each identity, at most", least=1)
-    tuned_identities: int = option(
-        4, "identities that DreamBooth, LoRA, Textual Inversion and Custom Diffusion are trained for", least=0
+    tuned_identities: int | None = option(
+        None,
+        "identities that DreamBooth, LoRA, Textual Inversion and Custom Diffusion are trained for; 4, or all",
+        least=0,
     )
     tuned_steps: int | None = option(None, "steps of each of those trainings; each method's own by default", least=1)
     train: bool = option(False, "pocket: train the four adapters, too, instead of taking those that come with the pack")
-    train_identities: int = option(2000, "pocket: identities to train on", least=2)
+    train_identities: int | None = option(
+        None, "pocket, with --train: identities to train on; 2000 by default", least=2
+    )
     max_train_steps: int | None = option(None, "of each adapter; 1500 for pocket, 20000 for lfw", least=1)
     train_batch_size: int | None = option(None, "32 for pocket, 8 for lfw", least=1)
     resolution: int | None = option(None, "pixels; 64 for pocket, 512 for lfw", least=16)
     weight: float = option(1.0, "λ of the adapters", least=0)
     batch_size: int | None = option(None, "pictures drawn at once; 50 for pocket, 4 for lfw", least=1)
-    bootstrap_draws: int = option(1000, "how often identities are drawn for the intervals", least=1)
+    bootstrap_draws: int = option(1000, "how often identities are drawn for the intervals", least=LEAST_DRAWS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,10 +98,14 @@ def check(options: Benchmark) -> None:
     own = ("base", "data", "image_encoder", "inception_weights")
     if options.preset == "lfw":
         problems += [f"--preset lfw needs --{name}." for name in own if getattr(options, name) is None]
+        given = [name for name in ("train", "train_identities") if getattr(options, name)]
+        problems += [
+            f"--{name} is for --preset pocket: lfw always trains, on all who are not held out." for name in given
+        ]
     else:
         given = [name for name in (*own, "clip", "dino") if getattr(options, name) is not None]
         problems += [f"--{name} is for --preset lfw: the pocket preset brings its own." for name in given]
-        trains = ("ip_adapter", "max_train_steps", "train_batch_size")
+        trains = ("ip_adapter", "max_train_steps", "train_batch_size", "train_identities")
         problems += [
             f"--{name} is for training, and the adapters that come with the pack are taken: give --train, too."
             for name in trains
@@ -101,17 +115,28 @@ def check(options: Benchmark) -> None:
             problems.append(
                 f"--identities {options.identities}: at most {FIRST_OF_TRAINING}, as those that follow are trained on."
             )
-    for check_one, arguments in _networks(options):
+    if (options.tuned_identities or 0) > options.identities:
+        problems.append(
+            f"--tuned_identities {options.tuned_identities} are more than the {options.identities} that are drawn."
+        )
+    if options.tuned_steps is not None and options.tuned_identities == 0:
+        problems.append("--tuned_steps has no effect with --tuned_identities 0: give one of them.")
+    family = tell(problems, family_at, options.base) if options.preset == "lfw" else "pocket"
+    if options.resolution is not None and family in OFFLINE:
+        tell(problems, check_size, options.resolution, size_step_of(family), title_of(family))
+    for check_one, arguments in _networks(options, family):
         tell(problems, check_one, *arguments)
     if problems:
         raise PersonalizeError("\n".join(problems))
 
 
-def _networks(options: Benchmark) -> list[tuple[Callable, tuple]]:
-    """Checks of what measures, which is not used before everything is trained and drawn."""
+def _networks(options: Benchmark, family: str | None) -> list[tuple[Callable, tuple]]:
+    """Checks of what adapters are trained from, and of what measures, which is not used before all is trained and drawn."""
     if options.preset != "lfw":
         return []
     checks: list[tuple[Callable, tuple]] = [(features.check_torch_fidelity, ())]
+    if options.image_encoder:
+        checks.append((check_files, (options.ip_adapter, options.image_encoder, family)))
     if options.inception_weights and options.inception_weights != features.DOWNLOAD:
         checks.append((features.check_inception, (Path(options.inception_weights).expanduser(),)))
     if options.clip:
@@ -129,7 +154,12 @@ def benchmark(options: Benchmark) -> Path:
         OSError: a file cannot be written.
     """
     check(options)
-    folder = Path(options.output_dir or ".").expanduser()
+    folder, tuned = Path(options.output_dir or ".").expanduser(), options.tuned_identities
+    options = replace(
+        options,
+        tuned_identities=min(TUNED_IDENTITIES, options.identities) if tuned is None else tuned,
+        train_identities=options.train_identities or TRAIN_IDENTITIES,
+    )
     with alone(folder):
         return _benchmark(options, folder)
 

@@ -159,7 +159,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
             "snr_gamma": 5.0,
             "use_ema": True,
             "ema_decay": 0.999,
-            "validation_identities": 8,
+            "validation_identities": min(8, (options.train_identities or 16) // 2),
             "reference_crops": CROPS,
             "smallest_crop": CROP[0],
             "largest_crop": CROP[1],
@@ -191,7 +191,7 @@ def draw_training_set(options: "Benchmark", material: Material) -> None:
     """The pocket identities to train on, none of which is held out."""
     from .pocket.photos import write_identities
 
-    write_identities(material.train, FIRST_OF_TRAINING, options.train_identities, options.references + 1)
+    write_identities(material.train, FIRST_OF_TRAINING, options.train_identities or 0, options.references + 1)
 
 
 def real_material(options: "Benchmark", folder: Path) -> Material:

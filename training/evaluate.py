@@ -45,6 +45,8 @@ from .shared import PersonalizeError
 from .truth import attributes_of, wishes_of
 
 REAL = "real pictures"
+LEAST_DRAWS = 20
+"""For an interval."""
 
 
 @dataclass
@@ -69,7 +71,9 @@ class Evaluation:
     )
     dino: str | None = option(None, "a ViT for DINO: a folder of transformers, or a hub id (needs the network)")
     trigger: str | None = option(None, "the word for your subject in the prompts, which CLIP does not know: left out")
-    bootstrap_draws: int = option(1000, "how often identities are drawn for the intervals; 0 makes none", least=0)
+    bootstrap_draws: int = option(
+        1000, "how often identities are drawn for the intervals, 20 times or more; 0 makes none", least=0
+    )
     seed: int = option(0, "of these draws", least=0, below=2**32)
     batch_size: int = option(32, "pictures that a network sees at once", least=1)
     cache_dir: str | None = option(None, "folder for what networks said of pictures; by default in the output folder")
@@ -163,7 +167,7 @@ def evaluate(options: Evaluation) -> dict[str, Any]:
     result: dict[str, Any] = {
         "figures": {method: {name: f.as_json() for name, f in found.items()} for method, found in figures.items()},
         "differences": differences(compared),
-        "remarks": remarks(methods, real),
+        "remarks": remarks(methods, real, options.bootstrap_draws),
         "settings": asdict(options),
     }
     _write(result, figures, Path(options.output_dir or ".").expanduser())
@@ -213,6 +217,11 @@ def _options(options: Evaluation) -> None:
         except PersonalizeError as error:
             problems.append(str(error))
 
+    if 0 < options.bootstrap_draws < LEAST_DRAWS:
+        problems.append(
+            f"--bootstrap_draws {options.bootstrap_draws} are too few for an interval: give {LEAST_DRAWS} or more, or 0 for "
+            "none."
+        )
     resolved = [Path(folder).expanduser().resolve() for folder in options.generated]
     problems += [
         f"--generated {folder} is given twice." for folder in dict.fromkeys(resolved) if resolved.count(folder) > 1

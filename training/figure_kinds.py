@@ -26,8 +26,9 @@ KINDS = {
     "seed_fid": Kind(
         "FID by seed",
         "lower",
-        "mean over the seeds of FID between the pictures of one seed each, one for each prompt, to the real ones of that seed "
-        "if these have seeds; over all seeds together what the noise varies makes up for what identities lack",
+        "mean over the seeds of FID between the pictures PROMPT-sSEED.png of one seed, whose noise is the same for all "
+        "identities, and the real ones (of that seed, if these have the same seeds): how varied identities are, which over "
+        "all seeds together the noise makes up for; depends on how many pictures a seed has",
         0,
     ),
     "kid": Kind("KID", "lower", "kernel distance between the same features; does not depend on how many there are, and may fall below zero"),
@@ -46,7 +47,7 @@ KINDS = {
         1,
     ),
     "seed_is": Kind(
-        "IS by seed", "higher", "mean over the seeds of the inception score of the pictures of one seed each", 1
+        "IS by seed", "higher", "mean over the seeds of the inception score of the pictures of one seed", 1
     ),
     "bcis": Kind(
         "IS between identities",

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .figure_kinds import KINDS
-from .picture_sets import PictureSet, numbered
+from .picture_sets import PictureSet, numbered, show_the_same
 from .shared import (
     Estimate,
     Statistic,
@@ -160,29 +160,26 @@ def _scores(views: Views, real: Views) -> dict[str, _Measure]:
 
 
 def _by_seed(views: Views, real: Views) -> dict[str, _Measure]:
-    """FID and IS of the pictures of one seed at a time, where every identity has some of each."""
-    seeds, of_real = views.pictures.seeds(), real.pictures.seeds()
-    if views.pictures.flat or seeds is None or len(seeds.unique()) < 2:
+    """FID and IS of the pictures of one seed at a time, each of which shows the same prompts of the same identities."""
+    seeds, of_real, n = views.pictures.by_seed(), real.pictures.by_seed(), len(views.pictures.paths)
+    if views.pictures.flat or len(seeds) < 2 or not show_the_same(seeds):
         return {}
-    groups, whose = views.pictures.group_numbers(), None
-    if views.pictures.groups == real.pictures.groups:
-        whose = real.pictures.group_numbers()
-    everyone = len(views.pictures.groups)
+    paired = show_the_same(of_real) and seeds.keys() <= of_real.keys()
+    same = views.pictures.groups == real.pictures.groups
+    groups, whose = views.pictures.group_numbers(), real.pictures.group_numbers() if same else None
     scores, distances, width = list[Statistic](), list[Statistic](), 0
-    for seed in seeds.unique():
-        mine = seeds == seed
-        theirs = torch.ones(len(real.pictures.paths), dtype=torch.bool) if of_real is None else of_real == seed
-        if len(groups[mine].unique()) < everyone or (whose is not None and len(whose[theirs].unique()) < everyone):
-            return {}
+    for seed, places in seeds.items():
+        mine = torch.tensor(list(places.values()))
+        theirs = torch.tensor(list(of_real[seed].values()) if paired else range(len(real.pictures.paths)))
         features, others = views.main["features"][mine], real.main["features"][theirs]
         width = max(width, min(features.shape[1], len(features) + len(others)))
         scores.append(score_by_group(views.main["logits"][mine], groups[mine]))
         if views is not real and min(len(features), len(others)) > 1:
             distances.append(frechet_by_group(features, groups[mine], others, None if whose is None else whose[theirs]))
-    measures = {"seed_is": _Measure(mean_of(scores), len(seeds))}
-    if len(distances) == len(scores):
+    measures = {"seed_is": _Measure(mean_of(scores), n)}
+    if distances:
         draws = WIDE_DRAWS if width > WIDE else SEED_DRAWS
-        measures["seed_fid"] = _Measure(mean_of(distances), len(seeds), most_draws=draws)
+        measures["seed_fid"] = _Measure(mean_of(distances), n, most_draws=draws)
     return measures
 
 
@@ -262,12 +259,13 @@ def differences(figures: Mapping[str, Mapping[str, Figure]]) -> list[dict[str, A
     return found
 
 
-def remarks(methods: Sequence[Views], real: Views) -> list[str]:
-    """What a reader must know to take the figures for what they are."""
+def remarks(methods: Sequence[Views], real: Views, draws: int) -> list[str]:
+    """What a reader must know to take the figures for what they are, if they were drawn again so often."""
     said, width = [], real.main["features"].shape[1]
     sizes = {views.pictures.name: len(views.pictures.paths) for views in (*methods, real)}
     n_real = sizes[real.pictures.name]
     few, narrow, within = (defaultdict[int, list[str]](list) for _ in range(3))
+    seeded = defaultdict[int, list[str]](list)
     for views in methods:
         name, n = views.pictures.name, sizes[views.pictures.name]
         if min(n, n_real) < 2:
@@ -277,6 +275,15 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
             )
         elif min(n, n_real) < width + 1:
             few[n].append(name)
+        seeds = views.pictures.by_seed()
+        if not views.pictures.flat and len(seeds) > 1:
+            if not show_the_same(seeds):
+                said.append(
+                    f"FID and IS by seed of {name} are left out: its {len(seeds)} seeds do not show the same prompts of the "
+                    "same identities."
+                )
+            elif len(seeds) * width >= n:
+                seeded[n // len(seeds)].append(name)
         if n < 2:
             said.append(f"IS of {name} is left out: it needs at least 2 pictures, and there is one.")
         groups = len(views.pictures.groups)
@@ -284,7 +291,7 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
             said.append(
                 f"{name} has no intervals: there is one {'picture' if views.pictures.flat else 'identity'} only."
             )
-        elif groups < 10:
+        elif groups < 10 and draws:
             narrow[groups].append(name)
         shown, there = views.pictures.identities, real.pictures.identities
         if not views.pictures.flat and len(shown) < len(there):
@@ -299,6 +306,11 @@ def remarks(methods: Sequence[Views], real: Views) -> list[str]:
             f"FID of {', '.join(names)} is of {n} generated and {n_real} real pictures, but {width} features need "
             f"{width + 1} of each: it is too high, and to be compared with FIDs of as many pictures only; KID is not "
             "affected."
+        )
+    for n, names in seeded.items():
+        said.append(
+            f"FID by seed of {', '.join(names)} is of {n} pictures a seed, but {width} features need {width + 1}: it is too "
+            "high, and to be compared with that of as many pictures a seed only."
         )
     for n, names in within.items() if not real.pictures.flat else ():
         said.append(

@@ -1,7 +1,7 @@
 """Folders of pictures to be measured: of one subject, or with a folder for each identity."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .dataset import captions_of
 from .shared import PersonalizeError, call_of, list_pictures, picture_paths
 
-SEED = re.compile(r"-s(\d+)$")
+SEEDED = re.compile(r"(.*)-s(\d+)")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,22 @@ class PictureSet:
         """[n] int64, which of `groups` each picture is of."""
         return torch.arange(len(self.paths)) if self.flat else numbered(self.whose, self.groups)
 
-    def seeds(self) -> Tensor | None:
-        """[n] int64, the seed of each picture, from names as ours, `NAME-s3.png`; None where one has none."""
-        found = [SEED.search(path.stem) for path in self.paths]
-        return torch.tensor([int(one[1]) for one in found if one]) if all(found) else None
+    def by_seed(self) -> dict[int, dict[tuple[str, str], int]]:
+        """The places of the pictures of each seed, by identity and prompt, from names as ours: `PROMPT-s3.png`.
+
+        Empty where a picture has no such name.
+        """
+        found: dict[int, dict[tuple[str, str], int]] = {}
+        for place, (whose, path) in enumerate(zip(self.whose, self.paths, strict=True)):
+            if (name := SEEDED.fullmatch(path.stem)) is None:
+                return {}
+            found.setdefault(int(name[2]), {})[whose, name[1]] = place
+        return found
+
+
+def show_the_same(seeds: Mapping[int, Mapping[tuple[str, str], int]]) -> bool:
+    """Whether each of `PictureSet.by_seed` has the same prompts of the same identities."""
+    return len({frozenset(places) for places in seeds.values()}) == 1
 
 
 def numbered(names: Sequence[str], among: Sequence[str]) -> Tensor:

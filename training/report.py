@@ -68,7 +68,7 @@ def write_report(path: Path, options: "Benchmark", material: Material, measured:
     ]
     if measured.tuned is not None:
         parts += [
-            f"<h2>All methods, on the {min(options.tuned_identities, people)} identities that each was trained for</h2>",
+            f"<h2>All methods, on the {min(options.tuned_identities or 0, people)} identities that each was trained for</h2>",
             _table((path.parent / "tuned" / "table.md").read_text(encoding="utf-8")),
             _plots(path.parent / "tuned"),
         ]

@@ -147,6 +147,39 @@ def test_what_cannot_be_is_told_before_anything_is_drawn(tmp_path, capsys):
     assert not list(tmp_path.glob("*/*"))
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (
+            {"train_identities": 5},
+            "--train_identities is for training, and the adapters that come with the pack are taken",
+        ),
+        ({"tuned_identities": 3, "identities": 2}, "--tuned_identities 3 are more than the 2 that are drawn."),
+        ({"tuned_identities": 0, "tuned_steps": 5}, "--tuned_steps has no effect with --tuned_identities 0"),
+        ({"resolution": 100}, "--resolution 100 is no multiple of 16, which the pocket model needs."),
+        ({"preset": "lfw", "base": CHECKPOINT, "resolution": 100}, "--resolution 100 is no multiple of 16"),
+        ({"preset": "lfw", "train": True}, "--train is for --preset pocket: lfw always trains"),
+        ({"preset": "lfw", "train_identities": 7}, "--train_identities is for --preset pocket"),
+        ({"preset": "lfw", "base": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"preset": "lfw", "base": CHECKPOINT, "image_encoder": "nowhere.safetensors"}, "nowhere.safetensors"),
+        (
+            {"preset": "lfw", "base": CHECKPOINT, "image_encoder": ENCODER, "ip_adapter": "nowhere.safetensors"},
+            "nowhere.safetensors",
+        ),
+    ],
+)
+def test_what_would_do_nothing_or_fail_late_is_told_first(tmp_path, given, sentence):
+    with pytest.raises(PersonalizeError) as told:
+        running.benchmark(options_of(output_dir=str(tmp_path / "out"), **given))
+    assert any(sentence in line for line in str(told.value).splitlines()), told.value
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_few_identities_to_train_on_leave_some_to_train_on(tmp_path):
+    options = options_of(output_dir=str(tmp_path), identities=1, seeds=1, references=2, train=True, train_identities=3)
+    assert pocket_material(options, tmp_path).training["validation_identities"] == 1
+
+
 def test_two_benchmarks_do_not_share_a_folder(tmp_path, capsys):
     with alone(tmp_path):
         assert running.main(["--output_dir", str(tmp_path)]) == 1

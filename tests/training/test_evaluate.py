@@ -13,6 +13,7 @@ from pack.models.errors import PersonalizeError
 from pack.training import evaluate as module
 from pack.training import features
 from pack.training.evaluate import evaluate, main
+from pack.training.figure_kinds import KINDS
 from pack.training.pocket.attributes import Scene, Subject
 from pack.training.pocket.data import identity
 from pack.training.pocket.photos import SUBJECTS
@@ -120,9 +121,41 @@ def test_fid_and_is_of_one_seed_at_a_time(copies, tmp_path):
         assert found["value"] != pytest.approx(both[method].get(kind, {"value": None})["value"])
         assert found["low"] < found["value"] < found["high"]
     assert "seed_fid" not in both[module.REAL]
+    few = [remark for remark in evaluate(options(copies, tmp_path / "out"))["remarks"] if "by seed" in remark]
+    assert few == [
+        "FID by seed of good, bad is of 10 pictures a seed, but 160 features need 161: it is too high, and to be compared "
+        "with that of as many pictures a seed only."
+    ]
     (copies["good"] / "0" / "p01-s1.png").unlink()
-    (copies["good"] / "0" / "p00-s1.png").unlink()
-    assert not {"seed_fid", "seed_is"} & set(evaluate(options(copies, tmp_path / "less"))["figures"]["good"])
+    less = evaluate(options(copies, tmp_path / "less"))
+    assert not {"seed_fid", "seed_is"} & set(less["figures"]["good"])
+    assert "seed_fid" in less["figures"]["bad"]
+    left = "FID and IS by seed of good are left out: its 2 seeds do not show the same prompts of the same identities."
+    assert left in less["remarks"]
+
+
+def test_seeds_as_large_as_comfyui_has_them(copies, tmp_path):
+    for path in [path for name in ("good", "bad") for path in copies[name].glob("*/[0-3].*")]:
+        path.rename(path.with_stem(f"p{int(path.stem) // 2:02}-s{2**64 - 1 - int(path.stem) % 2}"))
+    result = evaluate(options(copies, tmp_path / "out"))
+    assert {"seed_fid", "seed_is"} <= set(result["figures"]["good"]), "against all real pictures, which have no seeds"
+
+
+def test_no_interval_reaches_what_cannot_be(copies, tmp_path):
+    """Real pictures, each under another's name: those of a name that is drawn twice are far from whom it stands for."""
+    shutil.rmtree(copies["good"])
+    for number in range(PEOPLE):
+        shutil.copytree(copies["real"] / str(number), copies["good"] / str((number + 1) % PEOPLE))
+        (copies["good"] / str((number + 1) % PEOPLE) / "attributes.json").unlink()
+    for name in ("good", "real"):
+        for path in copies[name].glob("*/[0-3].*"):
+            path.rename(path.with_stem(f"p{int(path.stem) // 2:02}-s{int(path.stem) % 2}"))
+    figures = evaluate(options(copies, tmp_path / "out", ["good"], bootstrap_draws=300))["figures"]["good"]
+    for name in ("fid", "seed_fid", "bcfid"):
+        assert figures[name]["low"] == 0 < figures[name]["high"]
+    assert {name for name, kind in KINDS.items() if kind.least == 0} == {"fid", "seed_fid", "wcfid", "bcfid"}
+    scores = {"is", "seed_is", "bcis", "identity_is", "uniform_is"}
+    assert {name for name, kind in KINDS.items() if kind.least == 1} == scores
 
 
 def test_a_second_time_no_network_is_loaded(copies, tmp_path, monkeypatch):
@@ -228,6 +261,10 @@ def test_options_that_cannot_be(sets, tmp_path, nothing_loads, capsys):
         (["--features", "inception", "--inception_weights", str(tmp_path / "x.pth")], "x.pth is not in "),
         (["--features", "eyes"], "features is 'eyes', but must be one of judge, inception."),
         (["--bootstrap_draws", "-1"], "bootstrap_draws is -1, but must be at least 0."),
+        (
+            ["--bootstrap_draws", "5"],
+            "--bootstrap_draws 5 are too few for an interval: give 20 or more, or 0 for none.",
+        ),
         (
             ["--output_dir", f"{good}/out"],
             f"--output_dir {good}/out is in {good}, which is measured: its plots would be",
