@@ -45,6 +45,11 @@ def check_adapter(options: Options, family: str | None) -> list[str]:
     names += ["aggregation_stage"] * (options.aggregation == "concatenate")
     if options.aggregation != SELF_ATTENTION and (given := _given(options, *names)):
         odd.append(f"With --aggregation {options.aggregation} there is no effect of {given}.")
+    if options.aggregation == SELF_ATTENTION and options.max_references == 1:
+        odd.append(
+            "--max_references 1 shows the self-attention one reference in every step, so that it learns nothing of how "
+            "several go together: use 2 or more, or --aggregation average for an ordinary adapter."
+        )
     if trained is not None and options.aggregation != SELF_ATTENTION:
         odd.append(
             f"--aggregation {options.aggregation} leaves the self-attention that {trained.name} has out of the result."

@@ -186,7 +186,9 @@ class Order:
     that every example is shown as often as any other: in as many batches as the subject has examples, each as often as
     a batch is large. In every epoch a size with n examples has n / batch batches, or where that is no whole number the
     next one below or above, at random: examples that fill whole batches are shown once in every epoch, others once on
-    average. With prior preservation a batch holds as many pictures of the class as of the subject.
+    average. This is exact over a round, which has as many batches as there are examples; of the very first batches, over
+    many seeds, some examples get more than others where sizes have fewer than fill a batch. With prior preservation a
+    batch holds as many pictures of the class as of the subject.
     """
 
     def __init__(self, examples: Sequence[Example], batch: int, seed: int):

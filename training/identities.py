@@ -108,6 +108,19 @@ def _apart(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return list(kept.values()), copies
 
 
+def same_bytes(paths: Sequence[Path], others: Sequence[Path]) -> list[Path]:
+    """Those that have the bytes of one of the others; only files of the same size are read."""
+    sizes = {path: path.stat().st_size for path in {*paths, *others}}
+    shared = {sizes[path] for path in paths} & {sizes[path] for path in others}
+    digests = {digest_of_path(path) for path in others if sizes[path] in shared}
+    return [path for path in paths if sizes[path] in shared and digest_of_path(path) in digests]
+
+
+def first_of(sets: dict[Path, tuple[Path, ...]], count: int | None) -> list[Path]:
+    """The identities of a folder of their own to validate on: so many, or four at most for None; fewer if there are fewer."""
+    return sorted(sets)[: AT_MOST if count is None else count]
+
+
 def hold_out(sets: dict[Path, tuple[Path, ...]], count: int | None, seed: int) -> tuple[list[Path], list[Path]]:
     """The identities to train on, and those to validate on, which the seed chooses.
 
@@ -151,10 +164,7 @@ def find_sets(
     sets = find_identities(Path(data.instance_data_dir or "").expanduser()).sets
     if data.validation_data_dir:
         others = find_identities(Path(data.validation_data_dir).expanduser()).sets
-        own, held = (
-            sorted(sets),
-            sorted(others)[: AT_MOST if options.validation_identities is None else options.validation_identities],
-        )
+        own, held = sorted(sets), first_of(others, options.validation_identities)
         sets = sets | {folder: others[folder] for folder in held}
     else:
         own, held = hold_out(sets, options.validation_identities, settings.training.seed)

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from .concepts import Concept
 from .dataset import captions_of
-from .identities import find_identities, hold_out
+from .identities import find_identities, first_of, hold_out, same_bytes
 from .methods import templates_of
-from .options import Data, TextualInversion
+from .options import Data, IPAdapter, SubjectDiffusion, TextualInversion, Watching
 from .settings import Settings
 from .shared import PersonalizeError, call_of, list_pictures, picture_paths, read_picture, write_whole
+from .subject_data import read_subjects
 
 MASK = "has an alpha channel or a -masklabel.png that is neither black nor white all over"
 
@@ -206,6 +207,58 @@ def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[i
             f"pictures {MASK}."
         )
     return good, wrong, odd
+
+
+def look_at_validation(concepts: Sequence[Concept], settings: Settings) -> list[str]:
+    """What is odd of what the loss is measured on, where nothing is wrong with any folder."""
+    data, watching, odd = settings.data, settings.watching, list[str]()
+    if watching.validation_steps != Watching.validation_steps and (needed := _unvalidated(settings)):
+        odd.append(
+            f"--validation_steps {watching.validation_steps} says only how often loss.png is drawn, because nothing is "
+            f"validated: set {needed}."
+        )
+    if not data.validation_data_dir:
+        return odd
+    folder = Path(data.validation_data_dir).expanduser()
+    if isinstance(settings.method, IPAdapter):
+        found, wanted = find_identities(folder).sets, settings.method.validation_identities
+        if wanted is not None and wanted > len(found):
+            odd.append(f"--validation_identities {wanted} are more than {folder} has: its {len(found)} are taken.")
+        held = [path for one in first_of(found, wanted) for path in found[one]]
+    else:
+        held = _pictures_of(folder, settings)
+    trained = [path for one in concepts if one.folder for path in _pictures_of(Path(one.folder).expanduser(), settings)]
+    if same := same_bytes(held, trained):
+        odd.append(
+            f"{len(same)} of the {len(held)} pictures from {folder} to validate on are copies of pictures that are trained "
+            "on, of which the validation loss says little: use others."
+        )
+    return odd
+
+
+def _unvalidated(settings: Settings) -> str:
+    """The options to set where there is nothing to measure the loss on or to draw; nothing where there is."""
+    data, method = settings.data, settings.method
+    if isinstance(method, IPAdapter):
+        wanted = method.validation_identities
+        if not data.validation_data_dir:
+            sets = find_identities(Path(data.instance_data_dir or "").expanduser()).sets
+            wanted = len(hold_out(sets, wanted, settings.training.seed)[1])
+        return "--validation_identities" if wanted == 0 else ""
+    if data.validation_data_dir:
+        return ""
+    if isinstance(method, SubjectDiffusion):
+        return "--validation_data_dir"  # which samples are of, too
+    return "" if settings.watching.validation_prompt else "--validation_prompt or --validation_data_dir"
+
+
+def _pictures_of(folder: Path, settings: Settings) -> list[Path]:
+    """All that a folder has to predict."""
+    if isinstance(settings.method, IPAdapter):
+        return [path for pictures in find_identities(folder).sets.values() for path in pictures]
+    if isinstance(settings.method, SubjectDiffusion):
+        return [one.path for one in read_subjects(folder)]
+    return list_pictures(folder)
 
 
 def _bar(paths: Iterable[Path], text: str, quiet: bool) -> Iterable[Path]:

@@ -19,7 +19,14 @@ from .custom_diffusion import word_names
 from .defaults import UNCALLED, default_name, fill_defaults
 from .going_on import changed_settings, processes
 from .ip_adapter import trains_adapter
-from .look import check_writable, has_class_pictures, look_at_concepts, look_at_identities, look_at_pictures
+from .look import (
+    check_writable,
+    has_class_pictures,
+    look_at_concepts,
+    look_at_identities,
+    look_at_pictures,
+    look_at_validation,
+)
 from .lora import unet_config
 from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion, Training
 from .settings import Settings
@@ -117,7 +124,8 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
     told(_output, filled, family is not None and concepts is not None, pictures, concepts or [])
     if problems:
         raise PersonalizeError("\n".join(problems))
-    return Findings(family, pictures, warnings + _without_effect(settings))
+    warnings += look_at_validation(concepts or [], settings) + _without_effect(settings)
+    return Findings(family, pictures, warnings)
 
 
 def _options(settings: Settings) -> None:

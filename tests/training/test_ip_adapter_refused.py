@@ -206,3 +206,35 @@ def test_what_a_self_attention_alone_does_not_take_is_said(root, people, tmp_pat
         "--reference_dropout has no effect without --train_adapter.",
         "--validation_data_dir has no effect: --validation_identities 0 takes none of it.",
     ]
+
+
+def test_what_is_validated_is_said_where_it_is_not_what_was_asked_for(root, people, tmp_path):
+    held, copy = identities(tmp_path / "held", 2), tmp_path / "copy"
+    shutil.copytree(people, copy)
+    for picture in held.glob("*/*.png"):
+        Image.open(picture).rotate(180).save(picture)
+
+    def warned(**values):
+        return preflight(settings_of(root, people, tmp_path / "out", **values), quiet=True).warnings
+
+    idle = "--validation_steps 7 says only how often loss.png is drawn, because nothing is validated: set "
+    assert warned(validation_steps=7) == [idle + "--validation_identities."]
+    assert idle + "--validation_identities." in warned(
+        validation_steps=7, validation_data_dir=str(held), validation_identities=0
+    )
+    assert warned(validation_steps=7, validation_identities=1) == []
+    assert warned(validation_steps=7, validation_data_dir=str(held), validation_identities=2) == []
+    assert warned(validation_data_dir=str(held), validation_identities=50) == [
+        f"--validation_identities 50 are more than {held} has: its 2 are taken."
+    ]
+    (said,) = warned(validation_data_dir=str(copy), validation_identities=2)
+    assert said.startswith(f"8 of the 8 pictures from {copy} to validate on are copies of pictures that are trained on")
+
+
+def test_one_reference_teaches_a_self_attention_nothing_of_several(root, people, tmp_path):
+    def warned(**values):
+        return preflight(settings_of(root, people, tmp_path / "out", **values), quiet=True).warnings
+
+    (said,) = warned(max_references=1)
+    assert said.startswith("--max_references 1 shows the self-attention one reference in every step")
+    assert warned(max_references=2) == warned(max_references=1, aggregation="average") == []

@@ -182,6 +182,11 @@ def test_what_has_no_effect_is_a_warning(root, tmp_path):
         ("lora", {"variant": "fp16"}, "--variant has no effect without --pretrained_model_name_or_path of a folder."),
         ("lora", {"ema_decay": 0.9}, "--ema_decay has no effect without --use_ema."),
         ("lora", {"num_validation_images": 2}, "--num_validation_images has no effect without --validation_prompt."),
+        (
+            "lora",
+            {"validation_steps": 7},
+            "--validation_steps 7 says only how often loss.png is drawn, because nothing",
+        ),
         ("lora", {"lr_power": 2.0}, "--lr_power has no effect without --lr_scheduler polynomial."),
         ("lora", {"lr_num_cycles": 2}, "--lr_num_cycles has no effect without --lr_scheduler cosine_with_restarts."),
         (
@@ -192,6 +197,30 @@ def test_what_has_no_effect_is_a_warning(root, tmp_path):
     ):
         (warning,) = warned(method, **values)
         assert warning.startswith(said)
+
+
+def test_how_often_to_validate_is_no_warning_where_something_is_validated(root, tmp_path):
+    folder, held = photos(tmp_path / "photos", 1), tmp_path / "held"
+    held.mkdir()
+    Image.new("RGB", (64, 48), "red").save(held / "a.png")
+    for given in ({"validation_prompt": ["a {trigger}"]}, {"validation_data_dir": str(held)}):
+        settings = settings_of("lora", root, folder, tmp_path / "out", validation_steps=7, **given)
+        assert preflight.preflight(settings).warnings == []
+
+
+@pytest.mark.parametrize("method", ["lora", "custom_diffusion"])
+def test_copies_to_validate_on_are_counted(root, tmp_path, method):
+    folder, held = photos(tmp_path / "photos", 3), tmp_path / "held"
+    shutil.copytree(folder, held)
+    first = sorted(held.iterdir())[0]
+    size = first.stat().st_size
+    Image.new("RGB", (64, 48), "red").save(first)
+    first.write_bytes(first.read_bytes().ljust(size, b"\0"))  # of the same size, but another picture
+    settings = settings_of(method, root, folder, tmp_path / "out", validation_data_dir=str(held))
+    (warning,) = preflight.preflight(settings).warnings
+    assert warning.startswith(
+        f"2 of the 3 pictures from {held} to validate on are copies of pictures that are trained on"
+    )
 
 
 def test_captions_from_which_a_word_learns_nothing(root, tmp_path):

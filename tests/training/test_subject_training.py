@@ -1,6 +1,7 @@
 """Subject-Diffusion's trainer: what starts as the base, what trains, and what it says when something is wrong."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -188,3 +189,17 @@ def test_what_is_wrong_is_told(root, subject_set, tmp_path):
 def test_wrong_parts_are_told(root, subject_set, tmp_path):
     with pytest.raises(PersonalizeError, match="without is 'legs', but must be one of location control, boxes"):
         settings_of_subjects(root, subject_set, tmp_path, without=["legs"])
+
+
+def test_copies_to_validate_on_and_nothing_to_validate_on_are_told(root, subject_set, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(subject_set, copy)
+
+    def warned(**values):
+        return preflight(settings_of_subjects(root, subject_set, tmp_path / "out", **values), quiet=True).warnings
+
+    count = len(read_subjects(copy))
+    (said,) = warned(validation_data_dir=str(copy), validation_steps=7)
+    assert said.startswith(f"{count} of the {count} pictures from {copy} to validate on are copies")
+    (said,) = warned(validation_prompt=["a {entity}"], validation_steps=7)
+    assert said.endswith("because nothing is validated: set --validation_data_dir.")
