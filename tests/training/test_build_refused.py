@@ -85,7 +85,7 @@ def test_every_problem_is_told_at_once(given, tmp_path, capsys):
         ({"score": 1.01}, "score is 1.01, but must be at most 1."),
         ({"batch_size": 0}, "batch_size is 0, but must be at least 1."),
         ({"white": -0.1}, "white is -0.1, but must be at least 0."),
-        ({"fill": float("nan")}, "fill is nan, but must be at least 0."),
+        ({"fill": float("nan")}, "fill is nan, but must be a finite number."),
         ({"longest_side": "long"}, "longest_side is 'long', but must be a whole number."),
         ({"longest": 3}, "There is no option longest: do you mean longest_side?"),
     ],
