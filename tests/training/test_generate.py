@@ -285,10 +285,14 @@ def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
         ),
         (["--word", "sks"], "--word would do nothing: write {trigger}, for which it stands, into a --prompt."),
         (
+            ["--word", "sks", "--custom_diffusion", "CONCEPT"],
+            "--word would do nothing: write {trigger}, for which it stands, into a --prompt.",
+        ),
+        (
             ["--class_name", "dog"],
             "--class_name would do nothing: write {class}, for which it stands, into a --prompt.",
         ),
-        (["--textual_inversion", "ADAPTER"], "--textual_inversion would do nothing: write {trigger} into a --prompt."),
+        (["--textual_inversion", "WORD"], "--textual_inversion would do nothing: write {trigger} into a --prompt."),
         (
             ["--trigger", "sks"],
             "--trigger would do nothing without --clip, which reads the prompts: give both or neither.",
@@ -316,6 +320,9 @@ def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
 def test_what_would_be_drawn_without_is_told(root, people, tmp_path, capsys, monkeypatch, options, sentence):
     monkeypatch.setattr(drawing, "load_base", None)
     places = {"ADAPTER": str(root / ADAPTER), "ENCODER": str(root / ENCODER), "people": str(people)}
+    places |= {"WORD": str(tmp_path / "word.bin"), "CONCEPT": str(tmp_path / "concept.bin")}
+    torch.save({"<word>": torch.zeros(64)}, places["WORD"])
+    torch.save({"unet": {}}, places["CONCEPT"])
     common = ["--pretrained_model_name_or_path", str(root / CHECKPOINT), "--prompt", "a dog", "--real", str(people)]
     common += ["--output_dir", str(tmp_path / "measured"), *(places.get(word, word) for word in options)]
     assert evaluation.main(common) == 1
