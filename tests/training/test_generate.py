@@ -331,6 +331,21 @@ def test_what_would_be_drawn_without_is_told(root, people, tmp_path, capsys, mon
     assert told[0].startswith(sentence)
 
 
+@pytest.mark.parametrize("folder", ["people/0/cache", "photos/cache", "measured/drawn/drawn/cache"])
+def test_no_cache_among_the_pictures(root, people, tmp_path, capsys, monkeypatch, folder):
+    monkeypatch.setattr(drawing, "load_base", None)
+    shutil.copytree(people, tmp_path / "people")
+    shutil.copytree(people, tmp_path / "photos")
+    common = ["--pretrained_model_name_or_path", str(root / CHECKPOINT), "--prompt", "a dog"]
+    common += ["--real", str(tmp_path / "people"), "--references", str(tmp_path / "photos"), "--image_encoder"]
+    common += [str(root / ENCODER), "--ip_adapter", str(root / ADAPTER), "--aggregation", "max"]
+    common += ["--output_dir", str(tmp_path / "measured"), "--cache_dir", str(tmp_path / folder)]
+    assert evaluation.main(common) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"--cache_dir {tmp_path / folder} is in {tmp_path / folder.split('/')[0]}")
+    assert not (tmp_path / folder).exists()
+
+
 def test_nothing_is_drawn_without_a_base(people, tmp_path, capsys):
     assert evaluation.main(["--prompt", "a dog", "--lora", "x", "--real", str(people), "--generated", str(people)]) == 1
     assert capsys.readouterr().err.splitlines() == [
