@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .base_model import load_base
 from .convert_concepts import read_any_concepts, word_vectors, write_new, written_concepts
@@ -49,6 +50,8 @@ TARGETS = {
     "textual_inversion": ("personalize", "diffusers"),
     "ip_adapter": ("personalize",),
 }
+WORD_KEYS = ("emb_params", "clip_l", "clip_g", "t5xxl")
+"""What programs call the tensors of a learned word where they do not call them by its name."""
 NEED_BASE = ("custom_diffusion", "lora", "dreambooth")
 
 
@@ -155,9 +158,12 @@ def kind_of(path: Path) -> str:
         for key in keys
     ):
         return "dreambooth"
+    named = [str(key) for key, value in weights.items() if isinstance(value, Tensor)]
+    if named and all(key.startswith("<") or key in WORD_KEYS for key in named):  # a word's name may have _lora_ in it
+        return "textual_inversion"
     if any(re.search(r"\.lora[._]|_lora[._]", key) for key in keys):
         return "lora"
-    if "string_to_param" in weights or 1 <= len(keys) <= 2:
+    if "string_to_param" in weights or 1 <= len(named) <= 2:
         return "textual_inversion"
     raise PersonalizeError(
         f"{path.name} is of no kind that is known: its tensors are called {', '.join(keys[:3])}, ..."

@@ -113,6 +113,7 @@ def _given(drawing: Drawing, *names: str) -> str:
 def _idle_problems(drawing: Drawing) -> list[str]:
     """A sentence for each option that would do nothing."""
     problems, texts = [], " ".join([*drawing.prompt, *drawing.excite])
+    learned = _files(drawing).keys() - {"lora"}  # who calls its word by --word
     own = ("image_encoder", "references", "max_references", "aggregation", "weight")
     if drawing.ip_adapter is None and (given := _given(drawing, *own)):
         problems.append(f"{given} would do nothing without --ip_adapter: give both or neither.")
@@ -120,7 +121,7 @@ def _idle_problems(drawing: Drawing) -> list[str]:
         return problems
     if drawing.textual_inversion is not None and "{trigger}" not in texts and drawing.word not in texts:
         problems.append("--textual_inversion would do nothing: write {trigger} into a --prompt.")
-    elif _given(drawing, "word") and "{trigger}" not in texts and not _files(drawing).keys() - {"lora"}:
+    elif _given(drawing, "word") and "{trigger}" not in texts and not (learned and drawing.word in texts):
         problems.append("--word would do nothing: write {trigger}, for which it stands, into a --prompt.")
     if _given(drawing, "class_name") and "{class}" not in texts:
         problems.append("--class_name would do nothing: write {class}, for which it stands, into a --prompt.")

@@ -116,10 +116,11 @@ def _draw(options: Evaluation, drawing: Drawing) -> Path:
         PersonalizeError: a line for each problem.
     """
     problems: list[str] = []
-    checks: list[tuple[Callable, Any]] = [(_options, options), (check_drawing, drawing)]
-    for check, given in checks:
+    read_too = [Path(options.output_dir or "") / "drawn", *([Path(drawing.references)] if drawing.references else [])]
+    checks: list[tuple[Any, ...]] = [(_options, options, read_too), (check_drawing, drawing)]
+    for check, *given in checks:
         try:
-            check(given)
+            check(*given)
         except PersonalizeError as error:
             problems += [line for line in str(error).splitlines() if not line.startswith("--generated is missing")]
     real = Path(options.real or "").expanduser()
@@ -203,7 +204,8 @@ def look(options: Evaluation) -> Material:
     return Material(methods, real, said, {name: wish or [] for name, wish in wishes.items()}, known or {})
 
 
-def _options(options: Evaluation) -> None:
+def _options(options: Evaluation, read_too: Sequence[Path] = ()) -> None:
+    """Raises PersonalizeError, a line for each problem; `read_too` are folders of pictures beside those of the options."""
     needed = {
         "generated": (options.generated, "the folder with generated pictures"),
         "real": (options.real, "the folder with real pictures"),
@@ -227,14 +229,20 @@ def _options(options: Evaluation) -> None:
         f"--generated {folder} is given twice." for folder in dict.fromkeys(resolved) if resolved.count(folder) > 1
     ]
     read = [*resolved, *([Path(options.real).expanduser().resolve()] if options.real else [])]
-    output = Path(options.output_dir or "").expanduser().resolve()
-    if inside := [folder for folder in read if options.output_dir and output.is_relative_to(folder)]:
-        problems.append(
-            f"--output_dir {output} is in {inside[0]}, which is measured: its plots would be pictures of it."
-        )
-    for option_name in ("output_dir", "cache_dir") if not inside else ():
-        if folder := getattr(options, option_name):
-            told(check_writable, Path(folder).expanduser(), f"--{option_name}")
+    read += [folder.expanduser().resolve() for folder in read_too]
+    written = {
+        name: Path(folder).expanduser().resolve()
+        for name, folder in (("output_dir", options.output_dir), ("cache_dir", options.cache_dir))
+        if folder
+    }
+    inside = [
+        f"--{name} {folder} is in {around}, whose pictures are read: give a folder outside of it."
+        for name, folder in written.items()
+        for around in [one for one in read if folder.is_relative_to(one)][:1]
+    ]
+    problems += inside
+    for name, folder in written.items() if not inside else ():
+        told(check_writable, folder, f"--{name}")
     if options.features == "inception":
         told(features.check_torch_fidelity)
         if not options.inception_weights:

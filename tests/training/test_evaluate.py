@@ -267,8 +267,13 @@ def test_options_that_cannot_be(sets, tmp_path, nothing_loads, capsys):
         ),
         (
             ["--output_dir", f"{good}/out"],
-            f"--output_dir {good}/out is in {good}, which is measured: its plots would be",
+            f"--output_dir {good}/out is in {good}, whose pictures are read: give a folder outside of it.",
         ),
+        (
+            ["--cache_dir", f"{real}/cache"],
+            f"--cache_dir {real}/cache is in {real}, whose pictures are read: give a folder outside of it.",
+        ),
+        (["--cache_dir", f"{good}/0/cache"], f"--cache_dir {good}/0/cache is in {good}, whose pictures are read"),
         (["--real", good], f"{good} is given as generated and as real: every distance would be zero."),
         (
             ["--real", f"{real}/0"],
@@ -278,6 +283,7 @@ def test_options_that_cannot_be(sets, tmp_path, nothing_loads, capsys):
     ):
         assert main([*common, *more]) == 1, more
         assert capsys.readouterr().err.rpartition("\r")[2].startswith(said)  # after the progress bar
+    assert not [path for name in ("good", "real") for path in sets[name].rglob("cache")]
 
 
 def test_torch_fidelity_is_named_where_it_is_missing(sets, tmp_path, monkeypatch):

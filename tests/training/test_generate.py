@@ -285,10 +285,14 @@ def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
         ),
         (["--word", "sks"], "--word would do nothing: write {trigger}, for which it stands, into a --prompt."),
         (
+            ["--word", "sks", "--custom_diffusion", "CONCEPT"],
+            "--word would do nothing: write {trigger}, for which it stands, into a --prompt.",
+        ),
+        (
             ["--class_name", "dog"],
             "--class_name would do nothing: write {class}, for which it stands, into a --prompt.",
         ),
-        (["--textual_inversion", "ADAPTER"], "--textual_inversion would do nothing: write {trigger} into a --prompt."),
+        (["--textual_inversion", "WORD"], "--textual_inversion would do nothing: write {trigger} into a --prompt."),
         (
             ["--trigger", "sks"],
             "--trigger would do nothing without --clip, which reads the prompts: give both or neither.",
@@ -316,12 +320,30 @@ def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
 def test_what_would_be_drawn_without_is_told(root, people, tmp_path, capsys, monkeypatch, options, sentence):
     monkeypatch.setattr(drawing, "load_base", None)
     places = {"ADAPTER": str(root / ADAPTER), "ENCODER": str(root / ENCODER), "people": str(people)}
+    places |= {"WORD": str(tmp_path / "word.bin"), "CONCEPT": str(tmp_path / "concept.bin")}
+    torch.save({"<word>": torch.zeros(64)}, places["WORD"])
+    torch.save({"unet": {}}, places["CONCEPT"])
     common = ["--pretrained_model_name_or_path", str(root / CHECKPOINT), "--prompt", "a dog", "--real", str(people)]
     common += ["--output_dir", str(tmp_path / "measured"), *(places.get(word, word) for word in options)]
     assert evaluation.main(common) == 1
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1
     assert told[0].startswith(sentence)
+
+
+@pytest.mark.parametrize("folder", ["people/0/cache", "photos/cache", "measured/drawn/drawn/cache"])
+def test_no_cache_among_the_pictures(root, people, tmp_path, capsys, monkeypatch, folder):
+    monkeypatch.setattr(drawing, "load_base", None)
+    shutil.copytree(people, tmp_path / "people")
+    shutil.copytree(people, tmp_path / "photos")
+    common = ["--pretrained_model_name_or_path", str(root / CHECKPOINT), "--prompt", "a dog"]
+    common += ["--real", str(tmp_path / "people"), "--references", str(tmp_path / "photos"), "--image_encoder"]
+    common += [str(root / ENCODER), "--ip_adapter", str(root / ADAPTER), "--aggregation", "max"]
+    common += ["--output_dir", str(tmp_path / "measured"), "--cache_dir", str(tmp_path / folder)]
+    assert evaluation.main(common) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(f"--cache_dir {tmp_path / folder} is in {tmp_path / folder.split('/')[0]}")
+    assert not (tmp_path / folder).exists()
 
 
 def test_nothing_is_drawn_without_a_base(people, tmp_path, capsys):

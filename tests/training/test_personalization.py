@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from finetuning import photos, train
-from identity_sets import CHECKPOINT, identities
+from identity_sets import ADAPTER, CHECKPOINT, ENCODER, identities
 from narrow_models import WIDTH, narrow_folder
 from pack.models.custom_diffusion import concept_tensors
 from pack.models.errors import PersonalizeError
@@ -13,9 +13,12 @@ from pack.models.textual_inversion import word_tensors
 from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training import evaluate as evaluation
 from pack.training.base_model import load_base
+from pack.training.convert_concepts import word_vectors
 from pack.training.encoding import read_text
-from pack.training.personalization import check_file, put_on
+from pack.training.personalization import FILES, check_file, put_on
 from pack.training.textual_inversion import add_words, find_the_end
+
+DELTA = "models/pocket/loras/pocket_woman.delta.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +100,71 @@ def test_what_does_not_fit_is_told(root, trained, tmp_path):
     base, path = load_base(str(root / CHECKPOINT)), trained / "one" / "one.safetensors"
     with pytest.raises(PersonalizeError, match=r"knows the word 'dog' already: let --word be another"):
         put_on(base, "textual_inversion", path.with_name("one_ohwx.safetensors"), "dog")
-    with pytest.raises(PersonalizeError, match=r"ohwx.safetensors is a lora: give what python -m training.custom_diff"):
-        check_file("custom_diffusion", trained / "lora" / "ohwx.safetensors")
+    write_safetensors(tmp_path / "word.safetensors", word_tensors([torch.zeros(2, 64)]), {})
+    base.tokenizers[0].add_tokens("zzqx_1")
+    with pytest.raises(PersonalizeError, match=r"knows the word 'zzqx_1' already: let --word be another"):
+        put_on(base, "textual_inversion", tmp_path / "word.safetensors", "zzqx")
     with pytest.raises(PersonalizeError, match=r"The learned word one_ohwx.safetensors does not lie beside"):
         check_file("custom_diffusion", shutil.copy(path, tmp_path / "one.safetensors"))
     narrow = load_base(str(narrow_folder("sdxl", tmp_path / "narrow")))
     with pytest.raises(PersonalizeError, match=r"one_ohwx.safetensors has vectors of width 64, but .* needs 32 and 32"):
         put_on(narrow, "textual_inversion", path.with_name("one_ohwx.safetensors"), "ohwx")
+
+
+@pytest.mark.parametrize("method", FILES)
+def test_a_file_of_another_method_is_told_before_a_model_loads(root, trained, method):
+    ours, lora = trained / "one", trained / "lora" / "ohwx.safetensors"
+    files = {
+        "custom_diffusion": (ours / "one.safetensors", "a Custom Diffusion"),
+        "textual_inversion": (ours / "one_ohwx.safetensors", "a learned word"),
+        "lora": (lora, "a LoRA"),
+        "ip_adapter": (root / ADAPTER, "an IP-Adapter"),
+        "dreambooth": (root / DELTA, "a checkpoint or DreamBooth's difference from one"),
+    }
+    for kind, (path, called) in files.items():
+        if kind == method:
+            check_file(method, path)
+        else:
+            with pytest.raises(PersonalizeError) as caught:
+                check_file(method, path)
+            assert str(caught.value) == f"--{method} {path} is {called}: give what python -m training.{method} wrote."
+    with pytest.raises(PersonalizeError, match="is of no kind that is known"):
+        check_file(method, root / ENCODER)
+
+
+def test_words_of_other_programs_are_words(tmp_path):
+    vector = torch.randn(2, WIDTH)
+    files = {
+        "a1111.pt": {"string_to_token": {"*": 265}, "string_to_param": {"*": vector}, "name": "a_lora_b", "step": 9},
+        "diffusers.bin": {"<my_lora_word>": vector[0]},
+        "several.bin": {f"<new{i}>": vector for i in range(3)},
+        "three.bin": {"clip_l": vector, "clip_g": vector, "t5xxl": vector},
+    }
+    for name, tensors in files.items():
+        torch.save(tensors, tmp_path / name)
+        check_file("textual_inversion", tmp_path / name)
+        assert word_vectors(tmp_path / name)
+
+
+def test_a_lora_of_another_base_is_told_in_one_sentence(root, trained, tmp_path, capfd):
+    lora = trained / "lora" / "ohwx.safetensors"
+    narrow = load_base(str(narrow_folder("sd15", tmp_path / "narrow")))
+    pocket = load_base(str(root / CHECKPOINT))
+    tensors = read_safetensors(lora)[0]
+    wide = {k: torch.cat([v, v], 1) if k.endswith("lora_down.weight") else v for k, v in tensors.items()}
+    far = {f"transformer.blocks.0.to_q.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
+    odd = {"lora_unet_nowhere.lora_middle.weight": torch.zeros(2, 2)}
+    for name, state in (("wide", wide), ("far", far), ("odd", odd)):
+        write_safetensors(tmp_path / f"{name}.safetensors", state, {})
+    capfd.readouterr()
+    for base, path in (
+        (narrow, lora),
+        *((pocket, tmp_path / f"{name}.safetensors") for name in ("wide", "far", "odd")),
+    ):
+        check_file("lora", path)
+        with pytest.raises(PersonalizeError, match=f"^{path.name} does not fit {base.name} .*: give a LoRA that was"):
+            put_on(base, "lora", path, "ohwx")
+    assert "size mismatch" not in "".join(capfd.readouterr())
 
 
 def test_evaluate_draws_with_custom_diffusion_and_a_lora(root, trained, tmp_path, capsys):
