@@ -27,7 +27,7 @@ from . import features
 from .adapter_checks import check_files
 from .base_checks import check_size, family_at
 from .base_model import OFFLINE, size_step_of
-from .benchmark_data import FIRST_OF_TRAINING, Material, pocket_material, real_material
+from .benchmark_data import FIRST_OF_TRAINING, TRAIN_IDENTITIES, Material, pocket_material, real_material
 from .benchmark_stages import draw_adapters, draw_numbers, draw_tuned, find_adapters, measure_all
 from .evaluate import LEAST_DRAWS
 from .look import alone, check_same, check_writable, remember, tell
@@ -36,8 +36,7 @@ from .report import write_report
 from .settings import exit_status, make_groups, read_values
 from .shared import POCKET, PersonalizeError, title_of
 
-TUNED_IDENTITIES, TRAIN_IDENTITIES = 4, 2000
-"""By default."""
+TUNED_IDENTITIES = 4  # by default
 ANYWAY = ("output_dir", "batch_size", "bootstrap_draws")
 """Settings with which a benchmark may go on otherwise than it began."""
 

@@ -42,7 +42,7 @@ TRUTH, EXCHANGED = "truth, drawn anew", "truth, people exchanged"
 what each measure makes of it."""
 NEEDED = 10
 """Pictures of a person in the original experiment."""
-FIRST_OF_TRAINING, REAL_HATS = 1000, 0.35
+FIRST_OF_TRAINING, TRAIN_IDENTITIES, REAL_HATS = 1000, 2000, 0.35
 CROP, CROPS, WHOLE = (0.1, 0.3), 2, 1 / 3
 """Of pocket references one in three is a whole portrait, the others are random squares, with a side between these shares
 of the portrait's: a face's corner, a hat, the clothes, as of a person's photographs some show the whole, most a part.
@@ -159,7 +159,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
             "snr_gamma": 5.0,
             "use_ema": True,
             "ema_decay": 0.999,
-            "validation_identities": min(8, (options.train_identities or 16) // 2),
+            "validation_identities": min(8, (options.train_identities or TRAIN_IDENTITIES) // 2),
             "reference_crops": CROPS,
             "smallest_crop": CROP[0],
             "largest_crop": CROP[1],
@@ -191,7 +191,9 @@ def draw_training_set(options: "Benchmark", material: Material) -> None:
     """The pocket identities to train on, none of which is held out."""
     from .pocket.photos import write_identities
 
-    write_identities(material.train, FIRST_OF_TRAINING, options.train_identities or 0, options.references + 1)
+    write_identities(
+        material.train, FIRST_OF_TRAINING, options.train_identities or TRAIN_IDENTITIES, options.references + 1
+    )
 
 
 def real_material(options: "Benchmark", folder: Path) -> Material:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from .defaults import RESOLUTIONS
 from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, PROMPT_METHODS, excited_places
 from .generate import Job, ReferencePrompts, Sampling, draw_pictures
 from .image_encoder import load_image_encoder
-from .look import check_same, remember
+from .look import check_same, remember, tell
 from .options import option
 from .personalization import FILES, check_file, put_on
 from .picture_sets import find_set
@@ -70,15 +71,8 @@ class Drawing:
 
 def check_drawing(drawing: Drawing) -> None:
     """Raises PersonalizeError, a line for each problem that can be told without loading a model."""
-    problems = []
-
-    def told(check, *arguments):
-        try:
-            return check(*arguments)
-        except PersonalizeError as error:
-            problems.extend(str(error).splitlines())
-            return None
-
+    problems = list[str]()
+    told = partial(tell, problems)
     family = told(family_at, drawing.pretrained_model_name_or_path)
     if not drawing.prompt:
         problems.append("--prompt is missing: what to draw.")

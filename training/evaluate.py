@@ -20,7 +20,7 @@ them. The folder gets table.md, figures.json with everything, and a picture of e
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -119,16 +119,11 @@ def _draw(options: Evaluation, drawing: Drawing) -> Path:
     read_too = [Path(options.output_dir or "") / "drawn", *([Path(drawing.references)] if drawing.references else [])]
     checks: list[tuple[Any, ...]] = [(_options, options, read_too), (check_drawing, drawing)]
     for check, *given in checks:
-        try:
-            check(*given)
-        except PersonalizeError as error:
-            problems += [line for line in str(error).splitlines() if not line.startswith("--generated is missing")]
+        tell(problems, check, *given)
+    problems = [line for line in problems if not line.startswith("--generated is missing")]
     real = Path(options.real or "").expanduser()
     if options.real:
-        try:
-            find_set(real, REAL)
-        except PersonalizeError as error:
-            problems.append(str(error))
+        tell(problems, find_set, real, REAL)
     if problems:
         raise PersonalizeError("\n".join(problems))
     return draw_first(drawing, real, Path(options.output_dir or "").expanduser(), options.seed)
@@ -213,12 +208,7 @@ def _options(options: Evaluation, read_too: Sequence[Path] = ()) -> None:
     }
     problems = [f"--{name} is missing: {what}." for name, (value, what) in needed.items() if not value]
 
-    def told(check: Callable, *arguments: Any) -> None:
-        try:
-            check(*arguments)
-        except PersonalizeError as error:
-            problems.append(str(error))
-
+    told = partial(tell, problems)
     if 0 < options.bootstrap_draws < LEAST_DRAWS:
         problems.append(
             f"--bootstrap_draws {options.bootstrap_draws} are too few for an interval: give {LEAST_DRAWS} or more, or 0 for "
