@@ -208,17 +208,47 @@ def three_way(nothing: Tensor, image: Tensor, text: Tensor, image_scale: float, 
 
 
 @dataclass(frozen=True)
+class ChangedRows:
+    """What differs in a table [T, C]: most words' embeddings never come up in a training."""
+
+    index: Tensor
+    """[n], the numbers of the rows."""
+    weight: Tensor
+    """[n, C], the rows."""
+
+    @classmethod
+    def of(cls, before: Tensor, after: Tensor) -> "ChangedRows":
+        """Rows of `after` that are not those of `before`."""
+        index = (before != after).any(1).nonzero()[:, 0]
+        return cls(index, after[index])
+
+    def in_table(self, table: Tensor) -> Tensor:
+        """A copy of the table with these rows.
+
+        Raises:
+            IndexError, RuntimeError: it has not such rows.
+        """
+        return table.index_copy(0, self.index.to(table.device), self.weight.to(table))
+
+
+@dataclass(frozen=True)
 class SubjectTensors:
-    """A file's tensors: the added parts, W_k and W_v of the UNet by diffusers' names, and the text encoder by transformers'."""
+    """A file's tensors: the added parts, W_k and W_v of the UNet by diffusers' names, the text encoder by transformers' but
+    for its table of words, and what changed there."""
 
     parts: Mapping[str, Tensor]
     unet: Mapping[str, Tensor]
     text: Mapping[str, Tensor]
+    words: ChangedRows
     metadata: Mapping[str, str]
 
 
+WORDS = "token_embedding.weight"
+"""How the name of a text encoder's table of words ends."""
+
+
 def read_subject_diffusion(path: Path) -> SubjectTensors:
-    """A file of Subject-Diffusion: `parts.*`, `unet.*` and `text.*`.
+    """A file of Subject-Diffusion: `parts.*`, `unet.*`, `text.*` and `words.*`.
 
     Raises:
         PersonalizeError: it cannot be read, or is something else.
@@ -226,14 +256,15 @@ def read_subject_diffusion(path: Path) -> SubjectTensors:
     tensors, metadata = read_safetensors(path)
     found = {
         part: {name.removeprefix(f"{part}."): value for name, value in tensors.items() if name.startswith(f"{part}.")}
-        for part in ("parts", "unet", "text")
+        for part in ("parts", "unet", "text", "words")
     }
     needed = {"conv_in.weight", "objects.mlp.fc1.weight", "objects.null_features", "word.fc1.weight"}
-    if not needed <= found["parts"].keys() or not found["unet"] or not found["text"]:
+    whole = needed <= found["parts"].keys() and found["unet"] and found["text"]
+    if not whole or found["words"].keys() != {"index", "weight"}:
         raise PersonalizeError(
             f"{path.name} is no file of Subject-Diffusion: train one with training.subject_diffusion."
         )
-    return SubjectTensors(found["parts"], found["unet"], found["text"], metadata)
+    return SubjectTensors(found["parts"], found["unet"], found["text"], ChangedRows(**found["words"]), metadata)
 
 
 class SubjectParts(nn.Module):

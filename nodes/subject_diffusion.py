@@ -26,14 +26,13 @@ from ..models.subject_diffusion import (
     read_subject_diffusion,
     three_way,
 )
-from ..models.text_keys import with_text_model
 from ..models.words import call_of, words_in
 from .attention_patch import unet_layout
 from .encoder import input_size
 from .folders import find_model
 from .prompt_words import tokens_of
 from .schema import SubjectDiffusionType, SubjectsType, schema
-from .subject_network import Told, located, patcher_of
+from .subject_network import Told, located, patcher_of, with_weights
 from .trained_files import check_base
 
 EDGE = 1.0
@@ -205,7 +204,7 @@ class ApplySubjectDiffusion(io.ComfyNode):
         parts = SubjectParts(file.tensors.parts)
         layers = layers_of(model, parts, file.name)
         pooled, patches = look_at(clip_vision, subjects, parts, file.name)
-        patched, text = with_weights(model, clip, file)
+        patched, text = with_weights(model, clip, file.tensors, file.name)
         patched.set_model_input_block_patch(located)
         positive = encode(text, fused_prompt(prompt, [one.word for one in subjects]), parts.word(pooled))
         negative, empty = (text.encode_from_tokens_scheduled(text.tokenize(own)) for own in (negative_prompt, ""))
@@ -280,37 +279,6 @@ def look_at(clip_vision: Any, subjects: Sequence[OneSubject], parts: SubjectPart
             f"{found[1]}: use the one that it was trained with."
         )
     return pooled, patches
-
-
-def with_weights(model: Any, clip: Any, file: SubjectFile) -> tuple[Any, Any]:
-    """MODEL and CLIP with the file's own weights in place of theirs.
-
-    Raises:
-        PersonalizeError: they have others.
-    """
-    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
-    unet = {f"diffusion_model.{names[name]}": value for name, value in file.tensors.unet.items() if name in names}
-    first = file.tensors.parts["conv_in.weight"]
-    unet["diffusion_model.input_blocks.0.0.weight"] = first[:, :-1].contiguous()
-    unet["diffusion_model.input_blocks.0.0.bias"] = file.tensors.parts["conv_in.bias"]
-    state = clip.patcher.model.state_dict()
-    ending = "text_model.final_layer_norm.weight"
-    prefix = next((key.removesuffix(ending) for key in state if key.endswith(ending)), "")
-    text = {prefix + name: value for name, value in with_text_model(file.tensors.text).items()}
-    done = []
-    for thing, patcher, weights in ((model, model, unet), (clip, clip.patcher, text)):
-        shapes = {key: tuple(value.shape) for key, value in patcher.model.state_dict().items()}
-        wrong = [key for key, value in weights.items() if key in shapes and shapes[key] != tuple(value.shape)]
-        fitting = {key: ("set", (value,)) for key, value in weights.items() if key in shapes}
-        if wrong or not fitting:
-            raise PersonalizeError(
-                f"{file.name} does not fit this {'model' if thing is model else 'CLIP'}"
-                f"{f' ({wrong[0]})' if wrong else ''}: it was trained on another base."
-            )
-        clone = thing.clone()
-        clone.add_patches(fitting, 1.0)
-        done.append(clone)
-    return done[0], done[1]
 
 
 def encode(clip: Any, prompt: str, words: Tensor) -> Any:

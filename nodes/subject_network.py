@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ..models.blocks import Layer
-from ..models.subject_diffusion import SubjectParts, inside_boxes, location_mask
+from ..models.errors import PersonalizeError
+from ..models.subject_diffusion import WORDS, SubjectParts, SubjectTensors, inside_boxes, location_mask
+from ..models.text_keys import with_text_model
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,41 @@ def patcher_of(parts: SubjectParts, layers: Sequence[Layer]) -> ModelPatcher:
     module = SubjectModule(parts, layers)
     device = comfy.model_management.get_torch_device()
     return ModelPatcher(module, load_device=device, offload_device=comfy.model_management.unet_offload_device())
+
+
+def with_weights(model: Any, clip: Any, tensors: SubjectTensors, name: str) -> tuple[Any, Any]:
+    """MODEL and CLIP with a file's own weights in place of theirs.
+
+    Raises:
+        PersonalizeError: they have others.
+    """
+    names = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
+    unet = {f"diffusion_model.{names[key]}": value for key, value in tensors.unet.items() if key in names}
+    first = tensors.parts["conv_in.weight"]
+    unet["diffusion_model.input_blocks.0.0.weight"] = first[:, :-1].contiguous()
+    unet["diffusion_model.input_blocks.0.0.bias"] = tensors.parts["conv_in.bias"]
+    state = clip.patcher.model.state_dict()
+    ending = "text_model.final_layer_norm.weight"
+    prefix = next((key.removesuffix(ending) for key in state if key.endswith(ending)), "")
+    text = {prefix + key: value for key, value in with_text_model(tensors.text).items()}
+    table = next((key for key in state if key.startswith(prefix) and key.endswith(WORDS)), "")
+    before = clip.patcher.backup.get(table)  # while a CLIP is in use, patches are in its weights
+    if table:
+        words = (state[table] if before is None else before.weight).detach().cpu()
+        rows = tensors.words
+        fits = rows.weight.shape[1] == words.shape[1] and bool((rows.index < len(words)).all())
+        text[table] = rows.in_table(words) if fits else rows.weight
+    done = []
+    for thing, patcher, weights in ((model, model, unet), (clip, clip.patcher, text)):
+        shapes = {key: tuple(value.shape) for key, value in patcher.model.state_dict().items()}
+        wrong = [key for key, value in weights.items() if key in shapes and shapes[key] != tuple(value.shape)]
+        fitting = {key: ("set", (value,)) for key, value in weights.items() if key in shapes}
+        if wrong or not fitting:
+            raise PersonalizeError(
+                f"{name} does not fit this {'model' if thing is model else 'CLIP'}"
+                f"{f' ({wrong[0]})' if wrong else ''}: it was trained on another base."
+            )
+        clone = thing.clone()
+        clone.add_patches(fitting, 1.0)
+        done.append(clone)
+    return done[0], done[1]

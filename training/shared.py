@@ -114,6 +114,8 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.subject_diffusion import BALANCED as BALANCED
     from models.subject_diffusion import L1 as L1
     from models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
+    from models.subject_diffusion import WORDS as WORDS
+    from models.subject_diffusion import ChangedRows as ChangedRows
     from models.subject_diffusion import GatedAdapter as GatedAdapter
     from models.subject_diffusion import ImageMLP as ImageMLP
     from models.subject_diffusion import ObjectTokens as ObjectTokens
@@ -255,6 +257,8 @@ else:
     from ..models.subject_diffusion import BALANCED as BALANCED
     from ..models.subject_diffusion import L1 as L1
     from ..models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
+    from ..models.subject_diffusion import WORDS as WORDS
+    from ..models.subject_diffusion import ChangedRows as ChangedRows
     from ..models.subject_diffusion import GatedAdapter as GatedAdapter
     from ..models.subject_diffusion import ImageMLP as ImageMLP
     from ..models.subject_diffusion import ObjectTokens as ObjectTokens

@@ -28,7 +28,9 @@ from .settings import Settings
 from .shared import (
     KEYS_AND_VALUES,
     PLACEHOLDER,
+    WORDS,
     About,
+    ChangedRows,
     PersonalizeError,
     fused_prompt,
     is_trained,
@@ -65,13 +67,18 @@ class SubjectDiffusionMethod:
             if is_trained(name, KEYS_AND_VALUES):
                 module.requires_grad_(True)
         text.requires_grad_(True)
+        table = text.get_input_embeddings()
+        self.words = table.weight.detach().cpu().clone()
         cast_training_params([unet, text], dtype=torch.float32)
         if options.subject_diffusion is not None:
             load_subject_file(Path(options.subject_diffusion).expanduser(), self.network, base)
         kv = group_of([("unet", unet)], settings.rate)
         self.network.attach(unet)
+        words = group_of([("words", table)], settings.rate)
+        table.requires_grad_(False)
         others = group_of([("text_encoder", text), ("network", self.network)], settings.rate)
-        self.groups = [kv, others]
+        table.requires_grad_(True)
+        self.groups = [kv, others, {**words, "weight_decay": 0.0}]  # words that never come up stay as they are
         self.placeholders = Placeholders(text, self.token)
         self.features: SubjectFeatures | None = None
         self.conditioning: Conditioning | None = None
@@ -115,19 +122,22 @@ class SubjectDiffusionMethod:
         return text
 
     def write(self, folder: Path, name: str, about: About) -> list[Path]:
-        """NAME.safetensors: the added parts, W_k and W_v, and the text encoder."""
+        """NAME.safetensors: the added parts, W_k and W_v, and the text encoder, of whose words only those that changed."""
         path, dtype = folder / f"{name}.safetensors", PRECISIONS[self.settings.output.save_precision]
         unet, text = self.base.pipeline.unet.state_dict(), self.base.text_encoders[0].state_dict()
         tensors = {f"parts.{key}": value for key, value in self.network.state_dict().items()}
         tensors |= {
             f"unet.{key}": value for key, value in unet.items() if is_trained(key.rpartition(".")[0], KEYS_AND_VALUES)
         }
-        tensors |= {f"text.{key}": value for key, value in text.items()}
+        tensors |= {f"text.{key}": value for key, value in text.items() if not key.endswith(WORDS)}
         written = {
             key: value.detach().cpu().to(dtype).contiguous()
             for key, value in tensors.items()
             if value.is_floating_point()
         }
+        table = self.base.text_encoders[0].get_input_embeddings().weight.detach().cpu()
+        changed = ChangedRows.of(self.words.to(dtype), table.to(dtype))
+        written |= {"words.index": changed.index, "words.weight": changed.weight}
         write_safetensors(path, written, about.as_metadata())
         if read_safetensors(path)[0].keys() != written.keys():
             raise PersonalizeError(f"{path} was not written as it should be: run the same command again.")

@@ -70,7 +70,9 @@ def load_subject_file(path: Path, network: "SubjectNetwork", base: BaseModel) ->
         network.load_state_dict(tensors.parts)
         base.pipeline.unet.load_state_dict(tensors.unet, strict=False)
         base.text_encoders[0].load_state_dict(tensors.text, strict=False)
-    except RuntimeError as error:
+        table = base.text_encoders[0].get_input_embeddings().weight
+        table.data.copy_(tensors.words.in_table(table.data))
+    except (RuntimeError, IndexError) as error:
         raise PersonalizeError(f"{path.name} does not fit {base.name} and the image encoder: {error}") from None
 
 

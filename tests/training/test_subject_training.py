@@ -12,13 +12,14 @@ from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from pack.models.custom_diffusion import KEYS_AND_VALUES, is_trained
 from pack.models.errors import PersonalizeError
-from pack.models.subject_diffusion import read_subject_diffusion
+from pack.models.subject_diffusion import WORDS, read_subject_diffusion
 from pack.training.base_model import load_base
 from pack.training.image_encoder import load_image_encoder
 from pack.training.options import PARTS
 from pack.training.pocket.subject_set import subject_scene, write_subjects
 from pack.training.preflight import preflight
 from pack.training.subject_data import METADATA, read_subjects
+from pack.training.subject_diffusion import placeholder_of, spoken_of
 from pack.training.subject_network import SubjectNetwork
 from pack.training.watch import LABEL
 from PIL import Image
@@ -113,16 +114,23 @@ def test_attached_once(root):
     assert "forward" not in vars(unet)
 
 
-def test_what_trains_is_in_the_file(root, trained):
+def test_what_trains_is_in_the_file(root, subject_set, trained):
     base, file = load_base(str(root / CHECKPOINT)), read_subject_diffusion(trained / "subject_diffusion.safetensors")
     unet, text = base.pipeline.unet.state_dict(), base.text_encoders[0].state_dict()
     kv = {name for name in unet if is_trained(name.rpartition(".")[0], KEYS_AND_VALUES)}
     assert file.unet.keys() == kv
-    assert file.text.keys() == text.keys()
+    table = next(name for name in text if name.endswith(WORDS))
+    assert file.text.keys() == text.keys() - {table}
     for name in kv:
         assert not torch.equal(file.unet[name], unet[name].float())
-    moved = [name for name in text if not torch.equal(file.text[name], text[name].float())]
+    moved = [name for name in file.text if not torch.equal(file.text[name], text[name].float())]
     assert len(moved) > len(text) // 2
+    said = {spoken_of(one, 2) for one in read_subjects(subject_set)} | {""}
+    spoken = {token for caption in said for token in base.pipeline.tokenizer(caption).input_ids}
+    placeholder = placeholder_of(base)
+    rows = file.words.index.tolist()
+    assert len(rows) > 10
+    assert set(rows) <= spoken - {placeholder}, "words that never come up stay as they are"
     first = file.parts["conv_in.weight"]
     assert first.shape[1] == unet["conv_in.weight"].shape[1] + 1
     assert first[:, -1].abs().max() > 0
