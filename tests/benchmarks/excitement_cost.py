@@ -142,7 +142,8 @@ def in_diffusers(base: Path, size: int, steps: int) -> dict:
     from diffusers import StableDiffusionAttendAndExcitePipeline
 
     pipeline, places = _pipeline(base)
-    theirs = StableDiffusionAttendAndExcitePipeline(**pipeline.components, requires_safety_checker=False)
+    parts = {name: part for name, part in pipeline.components.items() if name != "image_encoder"}
+    theirs = StableDiffusionAttendAndExcitePipeline(**parts, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps + 1, "guidance_scale": GUIDANCE, "latents": _noise(size)}
     options |= {"height": size, "width": size, "output_type": "latent"}

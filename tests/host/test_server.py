@@ -70,13 +70,13 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     prompt = prompt_of(server, name)
     outputs = server.run(prompt)
     saved = [node for node, inner in prompt.items() if inner["class_type"] == "SaveImage"]
-    assert len(saved) == {"compare_methods": 4, "attention_maps": 2}.get(name, 1)
+    assert len(saved) == {"compare_methods": 4, "attention_maps": 2, "composable_diffusion": 2}.get(name, 1)
     pictures = [Image.open(BytesIO(server.picture(outputs[node]["images"][0]))) for node in saved]
     picture = pictures[0]
     assert picture.format == "PNG"
     three = (4 * (3 * 64 + 2 * 8), 256)
     sizes = {"aggregations": three, "self_attention": three, "masks": (576, 384), "one": (512, 512)}
-    sizes |= {"attend": (384, 256), "attention_maps": (384, 256)}
+    sizes |= {"attend": (384, 256), "attention_maps": (384, 256), "composable": (192, 192)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
     assert np.asarray(picture).std() > 20
     if name in KINDS:
