@@ -10,9 +10,8 @@ orange cat"), the thing first, which no caption of the model's training does: so
 - bound: pictures that show both, each in its own colour.
 
 The intervals (95 %) draw prompts again. Attend-and-Excite excites the two subjects, with the node's settings but for the
-steps, which are half of 20, without refinement. Composable Diffusion gets the prompt and, with half its weight each, the
-two subjects.
-The folder keeps pictures (a second run draws what is missing), figures.json and sheet.png: the first prompts, the first
+steps, which are half of 20, without refinement. Composable Diffusion gets the prompt and, with half its weight, the
+animal. The folder keeps pictures (a second run draws what is missing), figures.json and sheet.png: the first prompts, the first
 seed, unchosen.
 """
 
@@ -124,7 +123,7 @@ def main():
     parser.add_argument("--thresholds", default="", help="of the refinement")
     parser.add_argument("--scale", type=float, default=20.0)
     parser.add_argument("--sink", type=float, default=Excitement.sink)
-    parser.add_argument("--composition", default="{whole} AND {thing} :0.5 AND {animal} :0.5")
+    parser.add_argument("--composition", default="{whole} AND {animal} :0.5")
     arguments = parser.parse_args()
     excitement = Excitement(
         arguments.steps, parse_thresholds(arguments.thresholds), arguments.scale, sink=arguments.sink
