@@ -20,7 +20,7 @@ from .folders import find_model
 from .personalization import TRIGGER, check_words, strength_input
 from .prompt_words import tokens_of
 from .schema import ADVANCED, schema
-from .trained_files import apply_patches, check_base, read_trained
+from .trained_files import apply_patches, as_loaded, check_base, read_trained
 
 NONE = "none"
 MOST = 6
@@ -139,7 +139,7 @@ class MergeCustomDiffusion(io.ComfyNode):
 
 
 class _Weights:
-    """A MODEL's matrices by their names in LoRA files, as they were loaded: while it is in use, patches are in them."""
+    """A MODEL's matrices by their names in LoRA files, as they were loaded."""
 
     def __init__(self, model: Any, keys: Mapping[str, str]):
         self.model, self.keys = model, keys
@@ -150,9 +150,7 @@ class _Weights:
         }
 
     def __call__(self, name: str) -> Tensor:
-        key = self.keys[name]
-        before = self.model.backup.get(key)
-        return (comfy.utils.get_attr(self.model.model, key) if before is None else before.weight).detach().cpu()
+        return as_loaded(self.model, self.keys[name]).detach().cpu()
 
 
 def features(clip: Any, texts: Iterable[str], bar: Any) -> Tensor:

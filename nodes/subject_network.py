@@ -19,6 +19,7 @@ from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
 from ..models.subject_diffusion import WORDS, SubjectParts, SubjectTensors, inside_boxes, location_mask
 from ..models.text_keys import with_text_model
+from .trained_files import as_loaded
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,8 @@ def with_weights(model: Any, clip: Any, tensors: SubjectTensors, name: str) -> t
     prefix = next((key.removesuffix(ending) for key in state if key.endswith(ending)), "")
     text = {prefix + key: value for key, value in with_text_model(tensors.text).items()}
     table = next((key for key in state if key.startswith(prefix) and key.endswith(WORDS)), "")
-    before = clip.patcher.backup.get(table)  # while a CLIP is in use, patches are in its weights
     if table:
-        words = (state[table] if before is None else before.weight).detach().cpu()
-        rows = tensors.words
+        words, rows = as_loaded(clip.patcher, table).detach().cpu(), tensors.words
         fits = rows.weight.shape[1] == words.shape[1] and bool((rows.index < len(words)).all())
         text[table] = rows.in_table(words) if fits else rows.weight
     done = []

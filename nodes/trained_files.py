@@ -73,12 +73,14 @@ def family_of_model(model: Any) -> str:
 
 
 def fingerprint_of_model(model: Any) -> str:
-    """See models.base_models. Of the weights as they were loaded: while a model is in use, patches are in its weights."""
-    weights = {}
-    for name in FINGERPRINTED:
-        before = model.backup.get(f"diffusion_model.{name}")
-        weights[name] = comfy.utils.get_attr(model.model.diffusion_model, name) if before is None else before.weight
-    return fingerprint(weights)
+    """See models.base_models."""
+    return fingerprint({name: as_loaded(model, f"diffusion_model.{name}") for name in FINGERPRINTED})
+
+
+def as_loaded(patcher: Any, key: str) -> Tensor:
+    """A weight of a MODEL or a CLIP's patcher as it was loaded: while it is in use, patches are in its weights."""
+    before = patcher.backup.get(key)
+    return comfy.utils.get_attr(patcher.model, key) if before is None else before.weight
 
 
 def check_base(model: Any, about: About | None, name: str, exactly: bool) -> None:

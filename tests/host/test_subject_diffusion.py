@@ -12,6 +12,7 @@ from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from inprocess import node, patched
 from pack.models.pictures import CLIP_MEAN, CLIP_STD
+from pack.models.subject_diffusion import WORDS, ChangedRows, read_subject_diffusion
 from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training.base_model import load_base
 from pack.training.generate import Sampling
@@ -123,6 +124,25 @@ def test_what_is_patched(host, loaded, clip_vision, file, crops):
     torch.testing.assert_close(
         patched(model, key), tensors["parts.conv_in.weight"][:, :-1].float(), rtol=1e-2, atol=1e-3
     )
+
+
+def test_words_of_the_file_in_the_clip_s_table(host, loaded, file):
+    """Those of the file, the others as they were loaded, even while another file's are in the CLIP."""
+    module = sys.modules[host.node("PersonalizeApplySubjectDiffusion").__module__]
+    import comfy.model_management
+
+    tensors = read_subject_diffusion(file)
+    model, clip = loaded[:2]
+    key = next(key for key in clip.patcher.model.state_dict() if key.endswith(WORDS))
+    base = patched(clip.patcher, key)
+    strange = replace(tensors, words=ChangedRows(torch.tensor([3, 5]), torch.full((2, base.shape[1]), 7.0)))
+    used = module.with_weights(model, clip, strange, NAME)[1]
+    comfy.model_management.load_models_gpu([used.patcher], force_patch_weights=True)
+    expected = base.clone()
+    expected[tensors.words.index] = tensors.words.weight.to(base)
+    found = patched(module.with_weights(model, clip, tensors, NAME)[1].patcher, key)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(expected, base)
 
 
 def test_three_scales_that_are_one(host, loaded, clip_vision, file, crops):
