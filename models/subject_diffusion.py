@@ -12,6 +12,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,13 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from .errors import PersonalizeError
+from .metadata import About, read_about
 from .weight_files import read_safetensors
 
 PLACEHOLDER = "sks"
+LOCATION, BOXES, ADAPTER, CONTROL, CLS = "location control", "boxes", "adapter", "attention control", "CLS feature"
+PARTS = (LOCATION, BOXES, ADAPTER, CONTROL, CLS)
+"""That a training can leave out."""
 FREQUENCIES, TEMPERATURE = 8, 100.0
 BALANCED, L1 = "balanced", "l1"
 """The attention control of the authors' code, and of their paper."""
@@ -240,7 +245,21 @@ class SubjectTensors:
     unet: Mapping[str, Tensor]
     text: Mapping[str, Tensor]
     words: ChangedRows
-    metadata: Mapping[str, str]
+    about: About | None
+
+    @property
+    def most(self) -> int:
+        """Subjects of a picture; where there are fewer stands what was learned for a missing one."""
+        return int(self._settings.get("max_subjects", 2))
+
+    @property
+    def without(self) -> Sequence[str]:
+        """Of PARTS, what it was trained without: then nothing is to be told of it."""
+        return self._settings.get("without", ())
+
+    @property
+    def _settings(self) -> Mapping[str, Any]:
+        return self.about.settings if self.about else {}
 
 
 WORDS = "token_embedding.weight"
@@ -264,7 +283,8 @@ def read_subject_diffusion(path: Path) -> SubjectTensors:
         raise PersonalizeError(
             f"{path.name} is no file of Subject-Diffusion: train one with training.subject_diffusion."
         )
-    return SubjectTensors(found["parts"], found["unet"], found["text"], ChangedRows(**found["words"]), metadata)
+    about = read_about(metadata, path.name)
+    return SubjectTensors(found["parts"], found["unet"], found["text"], ChangedRows(**found["words"]), about)
 
 
 class SubjectParts(nn.Module):

@@ -10,15 +10,17 @@ import comfy.utils
 import folder_paths
 import node_helpers
 import torch
+import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
-from ..models.metadata import About, read_about
 from ..models.pictures import box_of, cut_out, on_ground
 from ..models.subject_diffusion import (
+    BOXES,
+    CLS,
     PLACEHOLDER,
     SubjectParts,
     SubjectTensors,
@@ -44,7 +46,6 @@ class SubjectFile:
     """What *Load Subject-Diffusion* gives."""
 
     tensors: SubjectTensors
-    about: About | None
     name: str
 
 
@@ -82,8 +83,7 @@ class LoadSubjectDiffusion(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         path: Path = find_model("subject_diffusion", file)
-        tensors = read_subject_diffusion(path)
-        return io.NodeOutput(SubjectFile(tensors, read_about(tensors.metadata, path.name), path.name))
+        return io.NodeOutput(SubjectFile(read_subject_diffusion(path), path.name))
 
 
 class Subject(io.ComfyNode):
@@ -198,7 +198,7 @@ class ApplySubjectDiffusion(io.ComfyNode):
         negative_prompt: str = "",
     ) -> io.NodeOutput:
         file = subject_diffusion
-        check_base(model, file.about, file.name, exactly=False)
+        check_base(model, file.tensors.about, file.name, exactly=False)
         check_words_of(prompt, subjects)
         check_count(subjects, file)
         parts = SubjectParts(file.tensors.parts)
@@ -206,9 +206,10 @@ class ApplySubjectDiffusion(io.ComfyNode):
         pooled, patches = look_at(clip_vision, subjects, parts, file.name)
         patched, text = with_weights(model, clip, file.tensors, file.name)
         patched.set_model_input_block_patch(located)
-        positive = encode(text, fused_prompt(prompt, [one.word for one in subjects]), parts.word(pooled))
+        words = None if CLS in file.tensors.without else parts.word(pooled)
+        positive = encode(text, fused_prompt(prompt, [one.word for one in subjects]), words)
         negative, empty = (text.encode_from_tokens_scheduled(text.tokenize(own)) for own in (negative_prompt, ""))
-        shown = told_of(subjects, patches, parts)
+        shown = told_of(subjects, patches, parts, file.tensors)
         nobody, patcher = Told(torch.zeros_like(shown.objects), None), patcher_of(parts, layers)
         conditionings = (positive, shown), (negative, nobody), (empty, shown)
         return io.NodeOutput(patched, *(with_subjects(cond, patcher, told) for cond, told in conditionings))
@@ -226,10 +227,13 @@ def layers_of(model: Any, parts: SubjectParts, name: str) -> list[Layer]:
     return layers
 
 
-def told_of(subjects: Sequence[OneSubject], patches: Tensor, parts: SubjectParts) -> Told:
-    """What a conditioning says of subjects, whose patch tokens are [n, T, H]."""
-    boxes, there = torch.tensor([one.box for one in subjects]), torch.ones(1, len(subjects), dtype=torch.bool)
-    return Told(parts.objects(patches[None], boxes[None], there), boxes)
+def told_of(subjects: Sequence[OneSubject], patches: Tensor, parts: SubjectParts, file: SubjectTensors) -> Told:
+    """What a conditioning says of subjects, whose patch tokens are [n, T, H]; of missing ones what was learned."""
+    boxes, lack = torch.tensor([one.box for one in subjects]), file.most - len(subjects)
+    places = torch.zeros_like(boxes) if BOXES in file.without else boxes
+    there = torch.arange(file.most)[None] < len(subjects)
+    objects = parts.objects(F.pad(patches, (0, 0, 0, 0, 0, lack))[None], F.pad(places, (0, 0, 0, lack))[None], there)
+    return Told(objects, boxes)
 
 
 def with_subjects(cond: Any, patcher: ModelPatcher, told: Told) -> Any:
@@ -254,7 +258,7 @@ def check_words_of(prompt: str, subjects: Sequence[OneSubject]) -> None:
 
 def check_count(subjects: Sequence[OneSubject], file: SubjectFile) -> None:
     """Raises PersonalizeError where there are more subjects than the file was trained for."""
-    most = int((file.about.settings if file.about else {}).get("max_subjects", 2))
+    most = file.tensors.most
     if len(subjects) > most:
         raise PersonalizeError(f"{file.name} knows {most} subjects in a picture, but there are {len(subjects)}.")
 
@@ -281,9 +285,11 @@ def look_at(clip_vision: Any, subjects: Sequence[OneSubject], parts: SubjectPart
     return pooled, patches
 
 
-def encode(clip: Any, prompt: str, words: Tensor) -> Any:
-    """A prompt whose placeholders are vectors, [n, width], in the order in which they come."""
+def encode(clip: Any, prompt: str, words: Tensor | None) -> Any:
+    """A prompt whose placeholders are vectors, [n, width], in the order in which they come; None: the placeholder's own."""
     tokens = clip.tokenize(prompt)
+    if words is None:
+        return clip.encode_from_tokens_scheduled(tokens)
     (name,) = tokens.keys()
     places = iter(words)
     number = placeholder_of(clip)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .shared import BALANCED, L1
+from .shared import BALANCED, L1, PARTS
 
 
 def option(
@@ -333,8 +333,6 @@ class IPAdapter:
     )
 
 
-LOCATION, BOXES, ADAPTER, CONTROL, CLS = "location control", "boxes", "adapter", "attention control", "CLS feature"
-PARTS = (LOCATION, BOXES, ADAPTER, CONTROL, CLS)
 """What an ablation of Subject-Diffusion leaves out."""
 
 

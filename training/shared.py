@@ -111,14 +111,21 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
     from models.references import References as References
+    from models.subject_diffusion import ADAPTER as ADAPTER
     from models.subject_diffusion import BALANCED as BALANCED
+    from models.subject_diffusion import BOXES as BOXES
+    from models.subject_diffusion import CLS as CLS
+    from models.subject_diffusion import CONTROL as CONTROL
     from models.subject_diffusion import L1 as L1
+    from models.subject_diffusion import LOCATION as LOCATION
+    from models.subject_diffusion import PARTS as PARTS
     from models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from models.subject_diffusion import WORDS as WORDS
     from models.subject_diffusion import ChangedRows as ChangedRows
     from models.subject_diffusion import GatedAdapter as GatedAdapter
     from models.subject_diffusion import ImageMLP as ImageMLP
     from models.subject_diffusion import ObjectTokens as ObjectTokens
+    from models.subject_diffusion import SubjectTensors as SubjectTensors
     from models.subject_diffusion import fused_prompt as fused_prompt
     from models.subject_diffusion import inside_boxes as inside_boxes
     from models.subject_diffusion import localisation_loss as localisation_loss
@@ -254,14 +261,21 @@ else:
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
     from ..models.references import References as References
+    from ..models.subject_diffusion import ADAPTER as ADAPTER
     from ..models.subject_diffusion import BALANCED as BALANCED
+    from ..models.subject_diffusion import BOXES as BOXES
+    from ..models.subject_diffusion import CLS as CLS
+    from ..models.subject_diffusion import CONTROL as CONTROL
     from ..models.subject_diffusion import L1 as L1
+    from ..models.subject_diffusion import LOCATION as LOCATION
+    from ..models.subject_diffusion import PARTS as PARTS
     from ..models.subject_diffusion import PLACEHOLDER as PLACEHOLDER
     from ..models.subject_diffusion import WORDS as WORDS
     from ..models.subject_diffusion import ChangedRows as ChangedRows
     from ..models.subject_diffusion import GatedAdapter as GatedAdapter
     from ..models.subject_diffusion import ImageMLP as ImageMLP
     from ..models.subject_diffusion import ObjectTokens as ObjectTokens
+    from ..models.subject_diffusion import SubjectTensors as SubjectTensors
     from ..models.subject_diffusion import fused_prompt as fused_prompt
     from ..models.subject_diffusion import inside_boxes as inside_boxes
     from ..models.subject_diffusion import localisation_loss as localisation_loss

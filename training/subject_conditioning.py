@@ -13,8 +13,17 @@ from torch import Tensor
 
 from .dataset import Example
 from .denoising import generator_of
-from .options import ADAPTER, BOXES, CLS, CONTROL, LOCATION
-from .shared import box_of, cover_picture, fused_prompt, localisation_loss
+from .shared import (
+    ADAPTER,
+    BOXES,
+    CLS,
+    CONTROL,
+    LOCATION,
+    box_of,
+    cover_picture,
+    fused_prompt,
+    localisation_loss,
+)
 from .subject_data import SubjectPicture
 from .subject_features import SubjectFeatures
 from .subject_network import AttentionWatch, Placeholders, SubjectNetwork
@@ -85,7 +94,7 @@ class SubjectConditioning:
         most: subjects of a picture.
         dropout: how often what is left out.
         control: which attention control, and its weight.
-        without: of training.options.PARTS.
+        without: of models.subject_diffusion.PARTS.
         places_of_tokens: of each caption the places of its placeholders.
         sizes: that pictures are brought to, height and width in pixels.
         scale: pixels of a latent.

@@ -18,7 +18,7 @@ from .base_model import BaseModel
 from .encoding import guiding, read_text
 from .following import forwarding
 from .generate import SOLVERS, Job, Sampling, save_drawn
-from .shared import fused_prompt, three_way
+from .shared import BOXES, CLS, PersonalizeError, fused_prompt, three_way
 from .subject_diffusion import placeholder_of
 from .subject_features import encode_subjects, look_of
 from .subject_network import Placeholders, SubjectNetwork, load_subject_file
@@ -67,7 +67,7 @@ class SubjectArtist:
         tokens = (config.image_size // config.patch_size) ** 2
         self.base, self.encoder = base, encoder
         self.network = SubjectNetwork(unet, config.projection_dim, config.hidden_size, tokens).to(unet.device)
-        load_subject_file(path, self.network, base)
+        self.file = load_subject_file(path, self.network, base)
         self.network.requires_grad_(False)
         self.network.attach(unet)
         self.placeholders = Placeholders(text, placeholder_of(base))
@@ -81,7 +81,14 @@ class SubjectArtist:
         title: str,
         image_scale: float = IMAGE_SCALE,
     ) -> int:
-        """Draw what is missing of the jobs; returns how many this process drew."""
+        """Draw what is missing of the jobs; returns how many this process drew.
+
+        Raises:
+            PersonalizeError: a picture has more subjects than the file knows.
+        """
+        many = max((len(job.subjects) for job in jobs), default=0)
+        if many > self.file.most:
+            raise PersonalizeError(f"The file knows {self.file.most} subjects in a picture, but there are {many}.")
         missing = [job for job in jobs if not job.path.exists()]
         accelerator.wait_for_everyone()
         mine = missing[accelerator.process_index :: accelerator.num_processes]
@@ -110,9 +117,11 @@ class SubjectArtist:
         shape = (pipeline.unet.config.in_channels, height // step, width // step)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs]
         features = [[self._features(one) for one in job.subjects] for job in jobs]
-        boxes, most = [torch.tensor([one.box for one in job.subjects]) for job in jobs], max(map(len, features))
-        objects, masks = self.network.shown(features, boxes, most, (height, width), step)
-        self.placeholders.vectors = self.network.vectors(features)
+        boxes, without = [torch.tensor([one.box for one in job.subjects]) for job in jobs], self.file.without
+        objects, masks = self.network.shown(
+            features, boxes, self.file.most, (height, width), step, placed=BOXES not in without
+        )
+        self.placeholders.vectors = None if CLS in without else self.network.vectors(features)
         texts = [fused_prompt(job.prompt, [one.word for one in job.subjects]) for job in jobs]
         positive = read_text(self.base, texts).to(device, dtype)
         nothing = read_text(self.base, [""] * n).to(device, dtype)

@@ -21,6 +21,7 @@ from .shared import (
     ImageMLP,
     ObjectTokens,
     PersonalizeError,
+    SubjectTensors,
     cross_attention_maps,
     inside_boxes,
     location_mask,
@@ -59,8 +60,8 @@ class LocatedConvolution(nn.Module):
         return out + F.conv2d(mask, location, None, self.stride, self.padding)
 
 
-def load_subject_file(path: Path, network: "SubjectNetwork", base: BaseModel) -> None:
-    """A file's weights into the parts, the UNet and the text encoder.
+def load_subject_file(path: Path, network: "SubjectNetwork", base: BaseModel) -> SubjectTensors:
+    """A file's weights into the parts, the UNet and the text encoder; returns the file.
 
     Raises:
         PersonalizeError: it is no Subject-Diffusion, or not for this base and image encoder.
@@ -74,6 +75,7 @@ def load_subject_file(path: Path, network: "SubjectNetwork", base: BaseModel) ->
         table.data.copy_(tensors.words.in_table(table.data))
     except (RuntimeError, IndexError) as error:
         raise PersonalizeError(f"{path.name} does not fit {base.name} and the image encoder: {error}") from None
+    return tensors
 
 
 class _Given(nn.Module):

@@ -26,7 +26,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -36,22 +35,21 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT
 from pack.models.bootstrap import bootstrap, bootstrap_difference
-from pack.training.pocket.attributes import Identity, Scene, Subject
 from pack.training.pocket.captions import PLACE_WORDS
 from pack.training.pocket.data import identity
-from pack.training.pocket.draw import draw
 from pack.training.pocket.judge import windows
 from pack.training.pocket.measure import VALUES, read
 from pack.training.pocket.photos import SUBJECTS, write_photos
 from pack.training.pocket.vae import to_tensor
 from personalization import BASE, PHOTOS, Studio
+from shown import own_values, own_vectors
 
 JOINT, MERGED, STACKED = "Custom Diffusion, together", "Custom Diffusion, merged", "LoRA, both loaded"
 METHODS = (JOINT, MERGED, STACKED)
 TRIGGERS = ("ohwx", "zxcv")
 PLACES = ("beach", "forest", "city", "mountains", "blue", "yellow", "purple", "grey")
 FIRST = 200  # of the subjects, none of which anything else is measured on
-KNOWN, DRAWN = 2 / 3, 20
+KNOWN = 2 / 3
 
 
 def pairs(count):
@@ -126,37 +124,24 @@ def loaded(studio, folder, pair, kinds):
 
 
 @torch.no_grad()
-def counted(studio, pictures, both, places):
+def counted(studio, pictures, both):
     """[n, 3]: identity, both, apart, of the better order."""
     halves = read(studio.judge, pictures)
     vectors = [studio.judge(window)[1] for window in windows(to_tensor(pictures))]
-    whose = [own_vectors(studio, who) for who in both]
+    whose = [own_vectors(studio.judge, who) for who in both]
     rows = []
-    for i, place in enumerate(places):
+    for i in range(len(pictures)):
         best = None
         for order in ((0, 1), (1, 0)):
             shares = []
             for half, k in zip(halves, order, strict=True):
-                shown = {
-                    name: VALUES[name][half[name][i]]
-                    for name in ("pose", "expression", "hat_worn", "framing", "obstacle")
-                }
-                subject = Subject(both[k], shown["pose"], shown["expression"], shown["hat_worn"] == "yes")
-                scene = Scene((subject,), place, framing=shown["framing"], obstacle=shown["obstacle"])
-                own = {f.name for f in fields(Identity)}
-                can = {name: value for name, value in scene.subject_values()[0].items() if name in own}
-                shares.append(np.mean([VALUES[name][half[name][i]] == value for name, value in can.items()]))
+                shown = {name: VALUES[name][numbers[i]] for name, numbers in half.items()}
+                shares.append(np.mean([shown[name] == value for name, value in own_values(both[k], shown).items()]))
             apart = np.mean([float(vectors[h][i] @ (whose[k] - whose[1 - k])) for h, k in enumerate(order)])
             row = (np.mean(shares), float(min(shares) >= KNOWN), apart)
             best = row if best is None or row[0] > best[0] else best
         rows.append(best)
     return torch.tensor(rows, dtype=torch.double)
-
-
-def own_vectors(studio, who):
-    """The judge's identity features of drawings of a subject, in the mean."""
-    drawn = [draw(Scene((Subject(who, "front", "smiling", bool(i % 3 == 0)),), "blue", seed=i)) for i in range(DRAWN)]
-    return studio.judge(to_tensor(np.stack([np.asarray(one) for one in drawn])))[1].mean(0)
 
 
 def main():
@@ -176,14 +161,13 @@ def main():
         for name, took in trained(folder, numbers, pair, arguments.options.split()).items():
             minutes[name].append(took)
         for name, (model, calls) in loaded(studio, folder, pair, [who.kind for who in both]).items():
-            pictures, places = [], []
+            pictures = []
             for i, place in enumerate(PLACES):
                 where = PLACE_WORDS.get(place, (f"on a {place} background",))[0]
                 text = f"a photo of a {calls[0]} and a {calls[1]}, {where}"
                 pictures.append(studio.sample(model, *studio.base[1:], text, 1000 + i, arguments.seeds, width=96))
-                places += [place] * arguments.seeds
             every = np.concatenate(pictures)
-            scores[name].append(counted(studio, every, both, places).mean(0))
+            scores[name].append(counted(studio, every, both).mean(0))
             rows = np.concatenate([np.concatenate(list(some), 1) for some in pictures])
             Image.fromarray(rows).save(folder / f"{name}.png")
             tiles.append(np.concatenate(list(pictures[0][:4]), 1))

@@ -11,8 +11,10 @@ from diffusers import EulerDiscreteScheduler
 from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from inprocess import node, patched
+from pack.models.metadata import read_about
 from pack.models.pictures import CLIP_MEAN, CLIP_STD
-from pack.models.subject_diffusion import WORDS, ChangedRows, read_subject_diffusion
+from pack.models.subject_diffusion import BOXES as BOXES_PART
+from pack.models.subject_diffusion import CLS, WORDS, ChangedRows, read_subject_diffusion
 from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training.base_model import load_base
 from pack.training.generate import Sampling
@@ -37,9 +39,13 @@ def file(host, root, subject_set, tmp_path_factory):
     for i, (name, value) in enumerate(tensors.items()):
         if name.endswith(("alpha_attn", "alpha_dense")):
             tensors[name] = torch.full_like(value, 0.2)
+        noise = (
+            torch.randn(value.shape, generator=torch.Generator().manual_seed(i)) if value.is_floating_point() else None
+        )
+        if "null" in name:
+            tensors[name] = noise.to(value)
         if name == "parts.conv_in.weight":
-            noise = torch.randn(value[:, -1:].shape, generator=torch.Generator().manual_seed(i))
-            tensors[name] = torch.cat([value[:, :-1], 0.1 * noise.to(value)], 1)
+            tensors[name] = torch.cat([value[:, :-1], 0.1 * noise[:, -1:].to(value)], 1)
     where = host.base / "models" / "subject_diffusion" / NAME
     where.parent.mkdir(exist_ok=True)
     write_safetensors(where, tensors, about)
@@ -62,8 +68,8 @@ def subjects(host, crops, words=("cat", "woman"), boxes=BOXES):
     return listed
 
 
-def applied(host, loaded, clip_vision, listed, prompt=PROMPT):
-    file = node(host, "LoadSubjectDiffusion")(NAME)[0]
+def applied(host, loaded, clip_vision, listed, prompt=PROMPT, name=NAME):
+    file = node(host, "LoadSubjectDiffusion")(name)[0]
     return node(host, "ApplySubjectDiffusion")(loaded[0], loaded[1], clip_vision, file, listed, prompt)
 
 
@@ -77,19 +83,28 @@ def drawn(host, model, positive, negative, only, noise, scales=(4.0, 1.5), guide
         return guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, seed=0)
 
 
-def test_in_comfyui_as_headless(host, root, loaded, clip_vision, file, crops, tmp_path):
-    model, positive, negative, only = applied(host, loaded, clip_vision, subjects(host, crops))
+def headless(root, file, crops, path):
+    """A picture by the trainer's artist, its values 0 to 1, and the noise that gives the host the same start."""
     base = load_base(str(root / CHECKPOINT))
     scheduler = EulerDiscreteScheduler.from_config(base.pipeline.scheduler.config)
     scheduler.set_timesteps(20)
     artist = SubjectArtist(base, file, load_image_encoder(root / ENCODER))
-    placed = tuple(Placed(*one) for one in zip(crops, ("cat", "woman"), BOXES, strict=True))
-    job = SubjectJob(tmp_path / "picture.png", PROMPT, 3, placed)
+    placed = tuple(Placed(*one) for one in zip(crops, ("cat", "woman"), BOXES, strict=False))
+    job = SubjectJob(path, PROMPT, 3, placed)
     artist.draw(Accelerator(), [job], Sampling(64, 20, 4.0, width=96), "Drawing")
-    ours = np.asarray(Image.open(job.path)).astype(np.float32) / 255
     noise = torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3))
-    sigma = loaded[0].get_model_object("model_sampling").sigma(torch.tensor(951.0))
-    given = noise * scheduler.init_noise_sigma / sigma
+    return np.asarray(Image.open(path)).astype(np.float32) / 255, noise * scheduler.init_noise_sigma
+
+
+def start(loaded, noise):
+    """As the host wants it."""
+    return noise / loaded[0].get_model_object("model_sampling").sigma(torch.tensor(951.0))
+
+
+def test_in_comfyui_as_headless(host, root, loaded, clip_vision, file, crops, tmp_path):
+    model, positive, negative, only = applied(host, loaded, clip_vision, subjects(host, crops))
+    ours, noise = headless(root, file, crops, tmp_path / "picture.png")
+    given = start(loaded, noise)
     latent = drawn(host, model, positive, negative, only, given)
     theirs = pixels(loaded, latent).numpy()[0]
     assert np.abs(ours - theirs).max() * 255 <= 2
@@ -101,6 +116,23 @@ def test_in_comfyui_as_headless(host, root, loaded, clip_vision, file, crops, tm
     elsewhere = pixels(loaded, drawn(host, *other, given)).numpy()[0]
     assert np.abs(elsewhere - theirs).max() * 255 > 20
     assert not loaded[0].patches, "the host's model is as it was"
+
+
+def test_one_subject_of_a_file_without_parts_as_headless(host, root, loaded, clip_vision, file, crops, tmp_path):
+    """What it was trained without is not told, and a missing subject is what was learned for it."""
+    tensors, metadata = read_safetensors(file)
+    about, seen = read_about(metadata, NAME), []
+    for name, without in (("whole", []), ("bare", [BOXES_PART, CLS])):
+        other = file.with_name(f"{name}.safetensors")
+        told = replace(about, settings={**about.settings, "without": without})
+        write_safetensors(other, tensors, told.as_metadata())
+        one = subjects(host, crops[:1], ("cat",), BOXES[:1])
+        model, positive, negative, only = applied(host, loaded, clip_vision, one, name=other.name)
+        ours, noise = headless(root, other, crops[:1], tmp_path / f"{name}.png")
+        theirs = pixels(loaded, drawn(host, model, positive, negative, only, start(loaded, noise))).numpy()[0]
+        assert np.abs(ours - theirs).max() * 255 <= 2
+        seen.append(theirs)
+    assert np.abs(seen[0] - seen[1]).max() * 255 > 10
 
 
 def test_the_encoder_sees_what_it_sees_in_training(host, crops):

@@ -12,10 +12,9 @@ from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from pack.models.custom_diffusion import KEYS_AND_VALUES, is_trained
 from pack.models.errors import PersonalizeError
-from pack.models.subject_diffusion import WORDS, read_subject_diffusion
+from pack.models.subject_diffusion import PARTS, WORDS, read_subject_diffusion
 from pack.training.base_model import load_base
 from pack.training.image_encoder import load_image_encoder
-from pack.training.options import PARTS
 from pack.training.pocket.subject_set import subject_scene, write_subjects
 from pack.training.preflight import preflight
 from pack.training.subject_data import METADATA, read_subjects
@@ -137,7 +136,7 @@ def test_what_trains_is_in_the_file(root, subject_set, trained):
     gates = [value for name, value in file.parts.items() if name.endswith("alpha_attn")]
     assert len(gates) == 10
     assert all(gate != 0 for gate in gates)
-    assert file.metadata["personalize.method"] == "subject_diffusion"
+    assert file.about.method == "subject_diffusion"
 
 
 def test_it_is_watched(trained):

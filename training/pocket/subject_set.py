@@ -38,6 +38,14 @@ def subject_scene(number: int) -> Scene:
     return sample_scene(rng, tuple(who), places=places, **fixed)
 
 
+def subject_caption(scene: Scene, number: int) -> str:
+    """What varies in scene `number`, and of each subject its kind; not what it looks like."""
+    text = learning_caption(scene, np.random.default_rng([SUBJECTS, number, 6]), None)
+    for subject in scene.subjects:
+        text = text.replace("{trigger} {class}", subject.identity.kind, 1)
+    return text
+
+
 def write_subjects(folder: Path, first: int, count: int) -> int:
     """Add scenes `first` to `first + count - 1` that are not there yet; returns how many pictures the data set has.
 
@@ -52,10 +60,7 @@ def write_subjects(folder: Path, first: int, count: int) -> int:
             continue
         scene, masks = subject_scene(number), list[Image.Image]()
         picture = draw(scene, masks)
-        rng = np.random.default_rng([SUBJECTS, number, 6])
-        text = learning_caption(scene, rng, None)
-        for subject in scene.subjects:
-            text = text.replace("{trigger} {class}", subject.identity.kind, 1)
+        text = subject_caption(scene, number)
         found = [
             (subject.identity.kind, 1.0, np.asarray(mask) >= SEEN)
             for subject, mask in zip(scene.subjects, masks, strict=True)
