@@ -127,8 +127,9 @@ class SubjectConditioning:
             drop = self.dropout
             text.append(fate >= drop.text + drop.both)
             subjects.append(not drop.text <= fate < drop.text + drop.both + drop.subjects)
-            seen = torch.randint(1, self.features.views + 1, (self.most,), generator=generator).tolist()
-            views.append(seen if number >= 0 and self.features.views else [0] * self.most)
+            changed = number >= 0 and self.features.views > 0
+            least, most = (1, self.features.views) if changed else (0, 0)
+            views.append(torch.randint(least, most + 1, (self.most,), generator=generator).tolist())
         self.told = text
         self._show(examples, subjects, text, views)
         if CONTROL not in self.without and number >= 0:

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-FIRST, SCENES, STEPS, BATCH = 8_000_000, 4000, 1500, 24
-WIDTHS = (3, 32, 64, 96, 128)
+FIRST, SCENES, STEPS, BATCH = 8_000_000, 4000, 1000, 24
+WIDTHS = (3, 32, 64, 128)
 EDGE = 0.01
 """Share of a subject's pixels on each side that its box may leave out."""
 
@@ -24,21 +24,21 @@ class Finder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, 1 + (a > 3), 1) for a, b in itertools.pairwise(WIDTHS))
-        self.up = nn.ModuleList(nn.Conv2d(a + b, b, 3, 1, 1) for a, b in ((128, 96), (96, 64), (64, 32)))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, 2, 1) for a, b in itertools.pairwise(WIDTHS))
+        self.up = nn.ModuleList(nn.Conv2d(a + b, b, 3, 1, 1) for a, b in ((128, 64), (64, 32)))
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in WIDTHS[1:])
         self.wide = nn.Conv2d(128, 128, 3, 1, 2, dilation=2)
         self.out = nn.Conv2d(32, 1 + len(KINDS), 1)
 
-    def forward(self, x):
-        seen = []
+    def forward(self, pictures):
+        x, seen = pictures, []
         for convolution, norm in zip(self.down, self.norms, strict=True):
             x = F.relu(norm(convolution(x)))
             seen.append(x)
         x = x + F.relu(self.wide(x)) + x.mean((2, 3), keepdim=True)
         for convolution, before in zip(self.up, reversed(seen[:-1]), strict=True):
             x = F.relu(convolution(torch.cat([F.interpolate(x, before.shape[2:]), before], 1)))
-        return self.out(x)
+        return F.interpolate(self.out(x), pictures.shape[2:], mode="bilinear")
 
 
 def labelled(number):
