@@ -35,10 +35,12 @@ POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
     "textual_inversion": Suits(1e-2, 0.0, 600, False),
     "dreambooth": Suits(2e-4, 3e-4, 400, True),
-    "custom_diffusion": Suits(1e-3, 1e-3, 600, False),
+    "custom_diffusion": Suits(1e-3, 1e-2, 600, False),
     "ip_adapter": Suits(1e-3, 0.0, 3000, False),
     "subject_diffusion": Suits(5e-4, 5e-4, 4000, True),
 }
+SIZE_VARIANTS, MANY = {"pocket": 0}, 12
+"""The pocket model has never heard of "far away" or "zoomed in"."""
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 
 
@@ -50,13 +52,14 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
         family: of models.base_models; one that is not known is treated as SD1.5.
     """
     suits = DEFAULTS.get(family, LARGE)[settings.method.name]
-    training, data, output = settings.training, settings.data, settings.output
+    training, data, output, method = settings.training, settings.data, settings.output, settings.method
     name = default_name(settings)
-    if (
-        isinstance(settings.method, CustomDiffusion) and settings.method.concept
-    ):  # {trigger} and {class} are the first's
-        first = concepts_of(settings)[0]
-        data = replace(data, trigger=first.trigger, class_name=first.class_name)
+    if isinstance(method, CustomDiffusion):
+        if method.concept:  # {trigger} and {class} are the first's
+            first = concepts_of(settings)[0]
+            data = replace(data, trigger=first.trigger, class_name=first.class_name)
+        if method.size_variants is None:
+            method = replace(method, size_variants=SIZE_VARIANTS.get(family, MANY))
     steps = training.max_train_steps
     if steps is None and training.num_train_epochs is None:
         steps = suits.max_train_steps
@@ -81,6 +84,7 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
             max_grad_norm=0.0 if training.fused_backward else training.max_grad_norm,
         ),
         output=replace(output, output_name=given(output.output_name, name)),
+        method=method,
     )
 
 
@@ -104,7 +108,11 @@ def hints(method: str) -> dict[str, str]:
         f.name: f"{_shown(getattr(large, f.name))}; pocket {_shown(getattr(pocket, f.name))}" for f in fields(Suits)
     }
     sizes = ", ".join(f"{size} for {title_of(family)}" for family, size in RESOLUTIONS.items())
-    return texts | {"resolution": sizes, "mixed_precision": "no on CPUs, else bf16, or fp16 on old GPUs"}
+    return texts | {
+        "size_variants": f"{MANY}; pocket {SIZE_VARIANTS['pocket']}",
+        "resolution": sizes,
+        "mixed_precision": "no on CPUs, else bf16, or fp16 on old GPUs",
+    }
 
 
 def _shown(value: object) -> str:

@@ -234,8 +234,8 @@ class CustomDiffusion:
     train_layers: str = option(
         "kv", "of every cross-attention: keys and values, or queries and outputs, too", ("kv", "all")
     )
-    size_variants: int = option(
-        12,
+    size_variants: int | None = option(
+        None,
         "sizes at which each picture is shown: on an empty canvas as 'far away', cut as 'zoomed in', or as it is; 0 shows "
         "all as they are",
         least=0,

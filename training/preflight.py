@@ -114,12 +114,12 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         problems += wrong
         warnings += odd
         counts[option] = found
-    if isinstance(settings.method, CustomDiffusion):
-        problems += check_start(settings.method, concepts or [])
+    if isinstance(filled.method, CustomDiffusion):
+        problems += check_start(filled.method, concepts or [])
         found, wrong, odd = look_at_concepts(concepts or [], settings, quiet)
         problems += wrong
         warnings += odd
-        counts["instance_data_dir"] = found * max(1, settings.method.size_variants)
+        counts["instance_data_dir"] = found * max(1, filled.method.size_variants or 0)
     pictures = counts.get("instance_data_dir", 0)
     told(_output, filled, family is not None and concepts is not None, pictures, concepts or [])
     if problems:

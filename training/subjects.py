@@ -37,7 +37,7 @@ def find_pictures(
             accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
         priors += find_priors(folder, own, wanted)
     if isinstance(settings.method, CustomDiffusion):
-        examples = sized(examples, settings.method.size_variants, seed)
+        examples = sized(examples, settings.method.size_variants or 0, seed)
     examples += priors
     if not data.validation_data_dir:
         return examples, []

@@ -1,10 +1,11 @@
-"""The three trainers on whole SD1.5 and SDXL models of random weights, and their files in ComfyUI and diffusers.
+"""The trainers of a subject on whole SD1.5 and SDXL models of random weights, and their files in ComfyUI and diffusers.
 
-    python tests/benchmarks/full_size.py --photos FOLDER [--family sd15|sdxl] [--resolution 512] [--steps 2]
+    python tests/benchmarks/full_size.py --photos FOLDER [--family sd15|sdxl] [--resolution 512] [--steps 3]
 
-From one file, offline. Each trainer runs as a user runs it; printed are its time and the most memory that it took. Then
-every file goes through ComfyUI's stock nodes: a LoRA must change all of the layers that it was trained on, a word must
-change the prompt, a DreamBooth file must load, and differ from the base in the trained tensors only. diffusers loads
+From one file, offline. Each trainer runs as a user runs it; printed are the time until its first step, that of a step, how
+long its default steps would take so, the most memory that it took, and the size of its files. Then every file goes through
+ComfyUI's stock nodes: a LoRA and Custom Diffusion must change all of the layers that they were trained on, a word must change
+the prompt, a DreamBooth file must load, and differ from the base in the trained tensors only. diffusers loads
 LoRA and word. Needs about 20 GB of memory and 30 GB of disk for SDXL.
 """
 
@@ -14,11 +15,8 @@ import json
 import logging
 import multiprocessing
 import os
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -28,9 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import COMFYUI, ROOT
 from diffusers import UNet2DConditionModel
+from fine_tuning_cost import bar_of, measure
 from inprocess import Host
 from pack.models.base_models import title_of
 from pack.training.base_model import CONFIGS
+from pack.training.defaults import DEFAULTS
 from pack.training.shared import read_header
 from safetensors.torch import load_file
 from structural.full_models import random_pipeline, write_single_file
@@ -39,7 +39,15 @@ OPTIONS = {
     "lora": ["--train_text_encoder", "--rank", "8", "--lora_layers", "all"],
     "textual_inversion": ["--num_vectors", "4"],
     "dreambooth": ["--train_text_encoder", "--optimizer", "adafactor", "--fused_backward"],
+    "custom_diffusion": [],
 }
+KINDS = {
+    "lora": "loras",
+    "textual_inversion": "embeddings",
+    "dreambooth": "checkpoints",
+    "custom_diffusion": "loras",
+}
+"""The folders of their files; Custom Diffusion's words are embeddings."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -47,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--photos", type=Path, required=True, help="a folder with pictures")
     parser.add_argument("--family", choices=("sd15", "sdxl"), default="sd15")
     parser.add_argument("--resolution", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--methods", nargs="+", choices=tuple(OPTIONS), default=list(OPTIONS))
     parser.add_argument("--folder", type=Path, help="to keep the model and the results in; else they are deleted")
     return parser.parse_args()
@@ -82,18 +90,17 @@ def train(arguments: argparse.Namespace, method: str, base: Path, folder: Path) 
     command += ["--instance_data_dir", str(arguments.photos), "--output_dir", str(output), "--output_name", method]
     command += ["--resolution", str(arguments.resolution), "--max_train_steps", str(arguments.steps)]
     command += ["--class_name", "thing", "--gradient_checkpointing", *OPTIONS[method]]
-    started = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        raise SystemExit(f"{method} failed:\n{done.stdout}\n{done.stderr[-4000:]}")
-    most = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    cost, steps = measure(command, bar_of(arguments.steps)), DEFAULTS[arguments.family][method].max_train_steps
+    files = sorted(output.glob("*.safetensors"))
+    sizes = " + ".join(f"{path.stat().st_size / 1e6:.3g}" for path in files)
     print(
-        f"{method}: {arguments.steps} steps, {time.monotonic() - started:.0f} s in all, at most {most:.1f} GB until now"
+        f"{method}: first step after {cost.first_step:.0f} s, then {1 / cost.rate:.1f} s each: "
+        f"{(cost.first_step + (steps - 1) / cost.rate) / 3600:.2f} h for {steps}; {cost.memory:.1f} GB; files of {sizes} MB"
     )
-    kinds = {"lora": "loras", "textual_inversion": "embeddings", "dreambooth": "checkpoints"}
-    target = folder / "models" / kinds[method]
-    target.mkdir(parents=True, exist_ok=True)
-    (output / f"{method}.safetensors").replace(target / f"{method}.safetensors")
+    for path in files:
+        target = folder / "models" / (KINDS[method] if path.stem == method else "embeddings")
+        target.mkdir(parents=True, exist_ok=True)
+        path.replace(target / path.name)
 
 
 class Complaints(logging.Handler):
@@ -137,7 +144,7 @@ def free() -> None:
 def check_with_the_base(
     arguments: argparse.Namespace, host: Host, base: Path, folder: Path, complaints: Complaints
 ) -> int:
-    """LoRA and word; returns how many complaints there were of the base itself."""
+    """LoRA, Custom Diffusion and word; returns how many complaints there were of the base itself."""
     model, clip, _ = host.nodes.CheckpointLoaderSimple().load_checkpoint(base.name)[:3]
     known = list(complaints.lines)
     print(f"{title_of(arguments.family)} in ComfyUI; of the base it says: {known or 'nothing'}")
@@ -151,6 +158,14 @@ def check_with_the_base(
             patched = len(made[0].patches) + len(made[1].patcher.patches)
             print(f"LoRA, {name}: {patched} of {len(layers)} layers changed")
             expect(patched == len(layers))
+    if "custom_diffusion" in arguments.methods:
+        patched = host.nodes.LoraLoader().load_lora(model, clip, "custom_diffusion.safetensors", 1.0, 1.0)[0].patches
+        tensors = load_file(folder / "models" / "loras" / "custom_diffusion.safetensors")
+        ours, trigger = (
+            host.node("PersonalizeLoadCustomDiffusion").execute(model, "custom_diffusion.safetensors", 1.0).result
+        )
+        print(f"Custom Diffusion: {len(patched)} of {len(tensors)} layers changed, called {trigger}")
+        expect(len(patched) == len(tensors) == len(ours.patches))
     if "textual_inversion" in arguments.methods:
         states = []
         for text in ("a photo of embedding:textual_inversion", "a photo of textual_inversion"):

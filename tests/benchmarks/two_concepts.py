@@ -4,11 +4,11 @@
 
 Of each subject there are five pictures, of it alone. Each pair is learned
 
-- together by Custom Diffusion, in one training;
+- together by Custom Diffusion, in one training of twice the steps;
 - apart by Custom Diffusion, and merged in closed form by our node;
 - apart by LoRA, and both LoRAs loaded, one after the other.
 
-Each training is the command a user would run, with the defaults of its method. Then "a photo of a {one} and a {other}" is
+Else each training is the command a user would run, with the defaults of its method. Then "a photo of a {one} and a {other}" is
 drawn at eight places, 96 x 64 pixels, with the stock KSampler (20 steps, euler, cfg 4), the same noise for all. Counted
 are, with the subjects in either order:
 
@@ -35,6 +35,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT
 from pack.models.bootstrap import bootstrap, bootstrap_difference
+from pack.training.defaults import DEFAULTS
 from pack.training.pocket.captions import PLACE_WORDS
 from pack.training.pocket.data import identity
 from pack.training.pocket.judge import windows
@@ -84,7 +85,8 @@ def trained(folder, both, pair, options):
         write_photos(place, number, PHOTOS)
     whole = list(zip(photos, TRIGGERS, (identity(SUBJECTS, n).kind for n in both), strict=True))
     concepts = [part for photo, trigger, kind in whole for part in ("--concept", f"{photo}:{trigger}:{kind}")]
-    minutes = {JOINT: train("custom_diffusion", folder / "joint", f"p{pair}_joint", *concepts, *options)}
+    twice = ["--max_train_steps", str(2 * DEFAULTS["pocket"]["custom_diffusion"].max_train_steps)]
+    minutes = {JOINT: train("custom_diffusion", folder / "joint", f"p{pair}_joint", *concepts, *twice, *options)}
     for method, trainer in ((MERGED, "custom_diffusion"), (STACKED, "lora")):
         minutes[method] = 0.0
         for (photo, trigger, kind), letter in zip(whole, "ab", strict=True):

@@ -141,7 +141,7 @@ def test_the_defaults_of_a_hub_id_are_those_of_what_it_turns_out_to_be(root, fol
 def test_shipped_configurations(root):
     """Each says in its first lines which command it is for, and is understood by it."""
     configs = sorted((root / "training" / "configs").glob("*.toml"))
-    assert len(configs) == 21
+    assert len(configs) == 22
     for path in configs:
         text = path.read_text()
         method = re.search(r"python -m training\.(\w+) --config training/configs/(\S+)", text)
