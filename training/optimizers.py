@@ -8,7 +8,8 @@ from .settings import Settings
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, its 8-bit form, Adafactor (Shazeer and Stern 2018, at a given rate), or Prodigy."""
+    """AdamW, its 8-bit form, Adafactor (Shazeer and Stern 2018, at a given rate), Prodigy, or Muon (Jordan et al. 2024: of
+    matrices and convolutions; the rest, and a group of a single table, as of words, by its AdamW)."""
     training = settings.training
     common: dict[str, Any] = {
         "betas": (training.adam_beta1, training.adam_beta2),
@@ -23,6 +24,11 @@ def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.op
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, eps=training.adam_epsilon, **common)
+    if training.optimizer == "muon":
+        from timm.optim import Muon
+
+        groups = [{**group, "use_fallback": len(group["params"]) == 1} for group in groups]
+        return Muon(groups, lr=settings.rate, nesterov=True, **common)
     if training.optimizer == "adafactor":
         from transformers import Adafactor
 

@@ -115,8 +115,8 @@ class Training:
     optimizer: str = option(
         "adamw",
         "adafactor needs the least memory; adamw8bit needs the package bitsandbytes, prodigy (which finds its rate) the "
-        "package prodigyopt",
-        ("adamw", "adamw8bit", "adafactor", "prodigy"),
+        "package prodigyopt; muon, for networks that start anew, the package timm",
+        ("adamw", "adamw8bit", "adafactor", "prodigy", "muon"),
         switches={"use_8bit_adam": "adamw8bit"},
     )
     fused_backward: bool = option(

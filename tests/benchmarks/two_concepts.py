@@ -5,7 +5,7 @@
 Of each subject there are five pictures, of it alone. Each pair is learned
 
 - together by Custom Diffusion, in one training of twice the steps;
-- apart by Custom Diffusion, and merged in closed form by our node;
+- apart by Custom Diffusion, and merged in closed form by our node, with captions as the pocket model knows them;
 - apart by LoRA, and both LoRAs loaded, one after the other.
 
 Else each training is the command a user would run, with the defaults of its method. Then "a photo of a {one} and a {other}" is
@@ -35,11 +35,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT
 from pack.models.bootstrap import bootstrap, bootstrap_difference
+from pack.models.measures import mean_by_group
 from pack.training.defaults import DEFAULTS
 from pack.training.pocket.captions import PLACE_WORDS
 from pack.training.pocket.data import identity
 from pack.training.pocket.judge import windows
-from pack.training.pocket.measure import VALUES, read
+from pack.training.pocket.measure import VALUES, fresh_captions, read
 from pack.training.pocket.photos import SUBJECTS, write_photos
 from pack.training.pocket.vae import to_tensor
 from personalization import BASE, PHOTOS, Studio
@@ -50,6 +51,7 @@ METHODS = (JOINT, MERGED, STACKED)
 TRIGGERS = ("ohwx", "zxcv")
 PLACES = ("beach", "forest", "city", "mountains", "blue", "yellow", "purple", "grey")
 FIRST = 200  # of the subjects, none of which anything else is measured on
+CAPTIONS = "\n".join(words.text for count in (1, 2) for words in fresh_captions(100, count))
 KNOWN = 2 / 3
 
 
@@ -78,7 +80,7 @@ def train(method, output, name, *options):
     return float((output / "minutes.txt").read_text())
 
 
-def trained(folder, both, pair, options):
+def trained(folder, both, pair, options, prior):
     """Minutes of each method; the files lie in the folder."""
     photos = [folder / name for name in "ab"]
     for place, number in zip(photos, both, strict=True):
@@ -86,14 +88,29 @@ def trained(folder, both, pair, options):
     whole = list(zip(photos, TRIGGERS, (identity(SUBJECTS, n).kind for n in both), strict=True))
     concepts = [part for photo, trigger, kind in whole for part in ("--concept", f"{photo}:{trigger}:{kind}")]
     twice = ["--max_train_steps", str(2 * DEFAULTS["pocket"]["custom_diffusion"].max_train_steps)]
-    minutes = {JOINT: train("custom_diffusion", folder / "joint", f"p{pair}_joint", *concepts, *twice, *options)}
+    classes = folder.parent / "class"
+
+    def preserving(place):
+        return (
+            ["--with_prior_preservation", "--num_class_images", "100", "--class_data_dir", str(place)] if prior else []
+        )
+
+    minutes = {
+        JOINT: train(
+            "custom_diffusion", folder / "joint", f"p{pair}_joint", *concepts, *twice, *preserving(classes), *options
+        )
+    }
     for method, trainer in ((MERGED, "custom_diffusion"), (STACKED, "lora")):
         minutes[method] = 0.0
         for (photo, trigger, kind), letter in zip(whole, "ab", strict=True):
             own = ["--instance_data_dir", str(photo), "--trigger", trigger, "--class_name", kind]
             name = f"p{pair}_{trainer}_{letter}"
             minutes[method] += train(
-                trainer, folder / f"{trainer}_{letter}", name, *own, *(options if method == MERGED else [])
+                trainer,
+                folder / f"{trainer}_{letter}",
+                name,
+                *own,
+                *([*preserving(classes / kind), *options] if method == MERGED else []),
             )
     return minutes
 
@@ -115,7 +132,7 @@ def loaded(studio, folder, pair, kinds):
     joint, trigger = node("LoadCustomDiffusion", base[0], f"p{pair}_joint.safetensors", 1.0)
     made[JOINT] = joint, trigger.split(", ")
     files = [f"p{pair}_custom_diffusion_{letter}.safetensors" for letter in "ab"]
-    merged, trigger, report = node("MergeCustomDiffusion", *base[:2], *files, 1.0)
+    merged, trigger, report = node("MergeCustomDiffusion", *base[:2], *files, 1.0, CAPTIONS)
     made[MERGED] = merged, trigger.split(", ")
     print(f"pair {pair}: {report}")
     stacked = base[0]
@@ -152,15 +169,18 @@ def main():
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--options", default="", help="more options of Custom Diffusion's trainings, in quotes")
+    parser.add_argument(
+        "--prior", action="store_true", help="of Custom Diffusion's trainings, with pictures of the class"
+    )
     arguments = parser.parse_args()
     studio = Studio(arguments.output / "comfyui")
     scores, minutes, tiles = {name: [] for name in METHODS}, {name: [] for name in METHODS}, []
-    names = [f"pair {i}" for i in range(arguments.pairs)]
+    names, groups = [f"pair {i}" for i in range(arguments.pairs)], torch.arange(arguments.pairs)
     for pair, numbers in enumerate(pairs(arguments.pairs)):
         folder = arguments.output / f"pair{pair}"
         folder.mkdir(parents=True, exist_ok=True)
         both = [identity(SUBJECTS, number) for number in numbers]
-        for name, took in trained(folder, numbers, pair, arguments.options.split()).items():
+        for name, took in trained(folder, numbers, pair, arguments.options.split(), arguments.prior).items():
             minutes[name].append(took)
         for name, (model, calls) in loaded(studio, folder, pair, [who.kind for who in both]).items():
             pictures = []
@@ -175,7 +195,7 @@ def main():
             tiles.append(np.concatenate(list(pictures[0][:4]), 1))
     figures = {}
     for column, what in enumerate(("identity", "both", "apart")):
-        found = {n: bootstrap(names, torch.stack(rows)[:, column], 2000) for n, rows in scores.items()}
+        found = {n: bootstrap(names, mean_by_group(torch.stack(r)[:, column], groups), 2000) for n, r in scores.items()}
         for name, estimate in found.items():
             figures[f"{name}, {what}"] = [estimate.value, *estimate.interval]
         for name in METHODS[:2]:

@@ -379,12 +379,12 @@ def test_captions_without_the_trigger_are_a_warning(root, tmp_path):
     assert warning.startswith("2 of 2 captions do not have the trigger 'ohwx' (")
 
 
-@pytest.mark.parametrize("package", ["prodigy", "tensorboard"])
+@pytest.mark.parametrize("package", ["prodigy", "muon", "tensorboard"])
 def test_packages_that_are_missing(root, tmp_path, monkeypatch, package):
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
-    option = "optimizer" if package == "prodigy" else "report_to"
+    option = "report_to" if package == "tensorboard" else "optimizer"
     (said,) = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", **{option: package})
-    name = {"prodigy": "prodigyopt"}.get(package, package)
+    name = {"prodigy": "prodigyopt", "muon": "timm"}.get(package, package)
     assert said == f"{package} needs the package {name}: pip install {name}."
 
 
