@@ -45,13 +45,8 @@ WRITTEN_AND_READ = (  # folders that must be two; class pictures are drawn into 
     ("output_dir", "validation_data_dir"),
     ("instance_data_dir", "class_data_dir"),
 )
-PACKAGES = {
-    "adamw8bit": "bitsandbytes",
-    "prodigy": "prodigyopt",
-    "muon": "timm",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-}
+PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt", "muon": "timm"}
+PACKAGES |= {name: name for name in ("tensorboard", "wandb")}
 
 
 @dataclass(frozen=True)

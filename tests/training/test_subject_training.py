@@ -158,7 +158,7 @@ def test_a_part_that_is_left_out(root, subject_set, tmp_path, part):
 
 def test_without_changed_views(root, subject_set, tmp_path):
     (path,) = train_subjects(root, subject_set, tmp_path, augmentations=0, max_train_steps=1)
-    assert read_subject_diffusion(path).without == []
+    assert not read_subject_diffusion(path).without
 
 
 def test_true_boxes_and_masks(subject_set):
