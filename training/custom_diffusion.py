@@ -78,7 +78,7 @@ class CustomDiffusionMethod:
         vectors = [word.vectors for word in self.words]
         self.groups = [
             group_of([("unet", unet)], settings.rate),
-            {"params": vectors, "lr": settings.text_rate, "names": names, "weight_decay": 0.0},
+            {"params": vectors, "lr": settings.text_rate, "names": names, "weight_decay": 0.0, "words": True},
         ]
 
     def spoken(self, text: str) -> str:

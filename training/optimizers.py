@@ -8,8 +8,8 @@ from .settings import Settings
 
 
 def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.optim.Optimizer:
-    """AdamW, its 8-bit form, Adafactor (Shazeer and Stern 2018, at a given rate), Prodigy, or Muon (Jordan et al. 2024: of
-    matrices and convolutions; the rest, and a group of a single table, as of words, by its AdamW)."""
+    """AdamW, its 8-bit form, Adafactor (Shazeer and Stern 2018, at a given rate), Prodigy, or Muon (Jordan et al. 2024, of
+    matrices and convolutions; vectors, and groups that are `words`, whose rows are independent, by its AdamW)."""
     training = settings.training
     common: dict[str, Any] = {
         "betas": (training.adam_beta1, training.adam_beta2),
@@ -27,7 +27,7 @@ def make_optimizer(groups: list[dict[str, Any]], settings: Settings) -> torch.op
     if training.optimizer == "muon":
         from timm.optim import Muon
 
-        groups = [{**group, "use_fallback": len(group["params"]) == 1} for group in groups]
+        groups = [{**group, "use_fallback": group.get("words", False)} for group in groups]
         return Muon(groups, lr=settings.rate, nesterov=True, **common)
     if training.optimizer == "adafactor":
         from transformers import Adafactor

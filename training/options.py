@@ -333,9 +333,6 @@ class IPAdapter:
     )
 
 
-"""What an ablation of Subject-Diffusion leaves out."""
-
-
 @dataclass
 class SubjectDiffusion:
     """Subject-Diffusion"""

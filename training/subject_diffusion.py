@@ -78,7 +78,11 @@ class SubjectDiffusionMethod:
         table.requires_grad_(False)
         others = group_of([("text_encoder", text), ("network", self.network)], settings.rate)
         table.requires_grad_(True)
-        self.groups = [kv, others, {**words, "weight_decay": 0.0}]  # words that never come up stay as they are
+        self.groups = [
+            kv,
+            others,
+            {**words, "weight_decay": 0.0, "words": True},
+        ]  # words that never come up stay as they are
         self.placeholders = Placeholders(text, self.token)
         self.features: SubjectFeatures | None = None
         self.conditioning: Conditioning | None = None

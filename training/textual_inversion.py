@@ -49,7 +49,7 @@ class TextualInversionMethod:
         names = [f"{name}.vectors" for name, _ in text_modules(base)]
         vectors = [word.vectors for word in self.words]
         self.trains_text, self.writes_all = True, False
-        self.groups = [{"params": vectors, "lr": settings.rate, "names": names, "weight_decay": 0.0}]
+        self.groups = [{"params": vectors, "lr": settings.rate, "names": names, "weight_decay": 0.0, "words": True}]
 
     def _start(self, tokenizer, table, options: TextualInversion) -> torch.Tensor:
         text = options.initializer_token or self.settings.data.class_name

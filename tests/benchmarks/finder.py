@@ -90,14 +90,3 @@ def find(finder, picture, kind):
     (top, bottom), (left, right) = sides
     height, width = is_it.shape
     return left / width, top / height, right / width, bottom / height
-
-
-def overlap(one, other):
-    """Intersection over union of two boxes; of none, 0."""
-    if one is None:
-        return 0.0
-    shared = 1.0
-    for axis in (0, 1):
-        shared *= max(0.0, min(one[axis + 2], other[axis + 2]) - max(one[axis], other[axis]))
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
-    return shared / (sum(areas) - shared)

@@ -35,9 +35,10 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT
-from finder import find, find_with, overlap
+from finder import find, find_with
 from pack.models.bootstrap import bootstrap, bootstrap_difference
 from pack.models.measures import mean_by_group
+from pack.models.pictures import box_of
 from pack.training.base_model import load_base
 from pack.training.generate import Job, Sampling, draw_pictures
 from pack.training.image_encoder import load_image_encoder
@@ -51,6 +52,7 @@ from pack.training.pocket.subject_set import SEEN, reference, subject_caption, s
 from pack.training.pocket.vae import to_tensor
 from pack.training.subject_drawing import IMAGE_SCALE, Placed, SubjectArtist, SubjectJob
 from shown import own_values, own_vectors
+from torchvision.ops import box_iou
 
 WORDS, TRUTH = "words alone", "the truth"
 FIRST = 5_000_000  # of the scenes: no data set has them
@@ -86,15 +88,16 @@ def cases(folder, count):
             for i, (path, subject) in enumerate(zip(crops, scene.subjects, strict=True)):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 reference(subject.identity, number + i * 10_000_000).save(path)
-            boxes = tuple(box_of(np.asarray(mask) >= SEEN) for mask in masks)
+            boxes = tuple(shares_of(np.asarray(mask) >= SEEN) for mask in masks)
             found[kind].append(Case(number, scene, subject_caption(scene, number), truth, boxes, crops))
         number += 1
     return found
 
 
-def box_of(mask):
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    return columns[0] / WIDTH, rows[0] / HEIGHT, (columns[-1] + 1) / WIDTH, (rows[-1] + 1) / HEIGHT
+def shares_of(mask):
+    """The box around what is true, as shares."""
+    left, top, right, bottom = box_of(torch.from_numpy(mask))
+    return left / WIDTH, top / HEIGHT, right / WIDTH, bottom / HEIGHT
 
 
 def jobs_of(folder, some, seeds):
@@ -153,7 +156,7 @@ def measured(judge, finder, picture, case, whose):
         own = own_values(subject.identity, shown).items()
         shares.append(np.mean([shown[name] == value for name, value in own if name != "kind"]))
         likenesses.append(float(vector @ whose[i]))
-        overlaps.append(overlap(found, box))
+        overlaps.append(0.0 if found is None else float(box_iou(torch.tensor([found]), torch.tensor([box]))))
         names = ["pose", "expression"] + ["hat_worn"] * (asked["hat_worn"] == "yes")
         said += [shown[name] == asked[name] for name in names]
         around = {"background": case.scene.background, "light": case.scene.light}

@@ -125,6 +125,7 @@ def test_asked_to_stop_it_goes_on_with_the_same_settings_only(root, tmp_path):
         ("dreambooth", {"optimizer": "adafactor", "save_as": "delta", "channels_last": True}),
         ("textual_inversion", {"optimizer": "prodigy", "num_vectors": 2}),
         ("dreambooth", {"optimizer": "muon", "save_as": "delta", "learning_rate": 1e-3}),
+        ("textual_inversion", {"optimizer": "muon", "num_vectors": 2}),
     ],
     ids=lambda value: value if isinstance(value, str) else "=".join(map(str, next(iter(value.items())))),
 )
