@@ -83,6 +83,13 @@ def location_mask(inside: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(outside[None, None], (height, width), mode="nearest")[0]
 
 
+def slots(patches: Tensor, boxes: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A picture's subjects [n, T, H] and [n, 4] among `most` places: both with zeros for the missing ones, and [most],
+    false there."""
+    lack = most - len(boxes)
+    return F.pad(patches, (0, 0, 0, 0, 0, lack)), F.pad(boxes, (0, 0, 0, lack)), torch.arange(most) < len(boxes)
+
+
 class ImageMLP(nn.Module):
     """LayerNorm, Linear, GELU, Linear: of features the UNet's or the text encoder's vectors."""
 

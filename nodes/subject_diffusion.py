@@ -10,7 +10,6 @@ import comfy.utils
 import folder_paths
 import node_helpers
 import torch
-import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 from torch import Tensor
@@ -26,6 +25,7 @@ from ..models.subject_diffusion import (
     SubjectTensors,
     fused_prompt,
     read_subject_diffusion,
+    slots,
     three_way,
 )
 from ..models.words import call_of, words_in
@@ -229,11 +229,9 @@ def layers_of(model: Any, parts: SubjectParts, name: str) -> list[Layer]:
 
 def told_of(subjects: Sequence[OneSubject], patches: Tensor, parts: SubjectParts, file: SubjectTensors) -> Told:
     """What a conditioning says of subjects, whose patch tokens are [n, T, H]; of missing ones what was learned."""
-    boxes, lack = torch.tensor([one.box for one in subjects]), file.most - len(subjects)
-    places = torch.zeros_like(boxes) if BOXES in file.without else boxes
-    there = torch.arange(file.most)[None] < len(subjects)
-    objects = parts.objects(F.pad(patches, (0, 0, 0, 0, 0, lack))[None], F.pad(places, (0, 0, 0, lack))[None], there)
-    return Told(objects, boxes)
+    boxes = torch.tensor([one.box for one in subjects])
+    given = slots(patches, torch.zeros_like(boxes) if BOXES in file.without else boxes, file.most)
+    return Told(parts.objects(*(part[None] for part in given)), boxes)
 
 
 def with_subjects(cond: Any, patcher: ModelPatcher, told: Told) -> Any:

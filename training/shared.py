@@ -132,6 +132,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.subject_diffusion import location_mask as location_mask
     from models.subject_diffusion import read_subject_diffusion as read_subject_diffusion
     from models.subject_diffusion import replace_embeddings as replace_embeddings
+    from models.subject_diffusion import slots as slots
     from models.subject_diffusion import three_way as three_way
     from models.text_keys import PREFIXES as PREFIXES
     from models.text_keys import text_tensors as text_tensors
@@ -282,6 +283,7 @@ else:
     from ..models.subject_diffusion import location_mask as location_mask
     from ..models.subject_diffusion import read_subject_diffusion as read_subject_diffusion
     from ..models.subject_diffusion import replace_embeddings as replace_embeddings
+    from ..models.subject_diffusion import slots as slots
     from ..models.subject_diffusion import three_way as three_way
     from ..models.text_keys import PREFIXES as PREFIXES
     from ..models.text_keys import text_tensors as text_tensors

@@ -28,6 +28,7 @@ from .shared import (
     map_size,
     read_subject_diffusion,
     replace_embeddings,
+    slots,
 )
 
 FINEST = 32
@@ -156,16 +157,14 @@ class SubjectNetwork(nn.Module):
             placed: whether the tokens carry the boxes.
         """
         device, latent = self.conv_in.weight.device, [side // scale for side in size]
-        lacks = [most - len(own) for own in features]
-        patches = [
-            F.pad(torch.stack([tokens for _, tokens in own]), (0, 0, 0, 0, 0, lack))
-            for own, lack in zip(features, lacks, strict=True)
+        given = [
+            slots(torch.stack([tokens for _, tokens in own]), box if placed else torch.zeros_like(box), most)
+            for own, box in zip(features, boxes, strict=True)
         ]
-        places = torch.stack([F.pad(own, (0, 0, 0, lack)) for own, lack in zip(boxes, lacks, strict=True)])
-        there = torch.arange(most) < most - torch.tensor(lacks)[:, None]
-        given = torch.stack(patches), places if placed else torch.zeros_like(places), there
         masks = [location_mask(inside_boxes(own, size[0], size[1]), latent[0], latent[1]) for own in boxes]
-        return self.objects(*(tensor.to(device) for tensor in given)), torch.stack(masks).to(device)
+        return self.objects(*(torch.stack(part).to(device) for part in zip(*given, strict=True))), torch.stack(
+            masks
+        ).to(device)
 
     def vectors(self, features: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> Tensor | None:
         """What stands for the placeholders of texts, [n, width], of their subjects' features; nothing if there are none."""
