@@ -15,6 +15,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from .encoding import Latent, TextStates
+from .settings import Settings
 from .shared import denoising_losses, min_snr_weights, offset_noise, prior_preservation_loss
 
 
@@ -34,12 +35,43 @@ class Draw:
 
 @dataclass(frozen=True)
 class Weighting:
-    """How errors count."""
+    """How noise is drawn, and how errors count."""
 
     snr_gamma: float | None = None
     noise_offset: float = 0.0
     caption_dropout: float = 0.0
     prior_loss_weight: float = 1.0
+    timesteps: Tensor | None = None
+    """How often each is drawn, of all together; None: all as often."""
+
+    @classmethod
+    def of(cls, settings: Settings, timesteps: int) -> "Weighting":
+        """As the settings say, of a schedule with so many timesteps."""
+        training, data = settings.training, settings.data
+        often = timestep_weights(
+            timesteps,
+            training.timestep_bias_strategy,
+            training.timestep_bias_portion,
+            training.timestep_bias_multiplier,
+        )
+        gamma = training.snr_gamma or None
+        return cls(gamma, training.noise_offset, data.caption_dropout, data.prior_loss_weight, often)
+
+
+def timestep_weights(count: int, strategy: str, portion: float, multiplier: float) -> Tensor | None:
+    """How often each timestep is drawn, [count], as diffusers' SDXL script has it; None: all as often.
+
+    Args:
+        count: of the schedule.
+        strategy: none, earlier (the first, with little noise) or later (the last, with much).
+        portion: of the schedule, that is drawn more or less often.
+        multiplier: how many times as often.
+    """
+    if strategy == "none":
+        return None
+    weights, some = torch.ones(count), int(portion * count)
+    weights[slice(some) if strategy == "earlier" else slice(count - some, None)] *= multiplier
+    return weights / weights.sum()
 
 
 def generator_of(seed: int, *numbers: int) -> torch.Generator:
@@ -59,12 +91,15 @@ def draw(
         seed: of the run.
         number: of the batch.
         timesteps: how many the schedule has.
-        weighting: says how noise is drawn, and how many captions are left out.
+        weighting: says how noise and timesteps are drawn, and how many captions are left out.
     """
     z, noises, times, captions = [], [], [], []
     for latent, place in zip(latents, places, strict=True):
         generator = generator_of(seed, number, place)
-        times.append(torch.randint(timesteps, (), generator=generator))
+        if weighting.timesteps is None:
+            times.append(torch.randint(timesteps, (), generator=generator))
+        else:
+            times.append(torch.multinomial(weighting.timesteps, 1, generator=generator)[0])
         noise = torch.randn(latent.mean.shape, generator=generator)
         if weighting.noise_offset:
             shift = torch.randn(latent.mean.shape[0], 1, 1, generator=generator)

@@ -88,12 +88,7 @@ class Trainer:
         training = self.settings.training
         config = self.base.pipeline.scheduler.config
         self.scheduler = DDPMScheduler.from_config(config)
-        self.weighting = Weighting(
-            training.snr_gamma or None,
-            training.noise_offset,
-            self.settings.data.caption_dropout,
-            self.settings.data.prior_loss_weight,
-        )
+        self.weighting = Weighting.of(self.settings, config.num_train_timesteps)
         groups = self.method.groups
         self.names = [name for group in groups for name in group["names"]]
         self.parameters = [p for group in groups for p in group["params"]]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from pack.training.denoising import Weighting, draw, generator_of, training_losses
+from pack.training.denoising import Weighting, draw, generator_of, timestep_weights, training_losses
 from pack.training.encoding import Latent, TextStates
 
 
@@ -26,6 +26,17 @@ def test_noise_offset_shifts_each_picture_and_channel():
         torch.randint(1000, (), generator=generator)
         torch.randn(4, 6, 5, generator=generator)
         torch.testing.assert_close(shift[place], 0.1 * torch.randn(4, 1, 1, generator=generator), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("strategy", "part"), [("earlier", slice(250)), ("later", slice(750, None))])
+def test_a_part_of_the_schedule_is_drawn_more_often(strategy, part):
+    often = timestep_weights(1000, strategy, 0.25, 3.0)
+    known = torch.ones(1000)
+    known[part] = 3
+    torch.testing.assert_close(often, known / 1500)
+    drawn = draw(latents(4000), range(4000), 3, 0, 1000, Weighting(timesteps=often)).timesteps
+    assert drawn.dtype == torch.int64
+    assert float(torch.isin(drawn, torch.arange(1000)[part]).float().mean()) == pytest.approx(0.5, abs=0.025)
 
 
 class Twice(torch.nn.Module):

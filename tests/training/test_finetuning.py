@@ -362,6 +362,7 @@ def test_tensorboard_has_everything(root, folder, tmp_path):
     "options",
     [
         {"snr_gamma": 5.0},
+        {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 1000.0},
         {"noise_offset": 0.1},
         {"lr_warmup_steps": 3},
         {"random_flip": True},
