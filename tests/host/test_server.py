@@ -76,7 +76,7 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     assert picture.format == "PNG"
     three = (4 * (3 * 64 + 2 * 8), 256)
     sizes = {"aggregations": three, "self_attention": three, "masks": (576, 384), "one": (512, 512)}
-    sizes |= {"attend": (384, 256), "attention_maps": (384, 256), "composable": (192, 192)}
+    sizes |= {"attend": (384, 256), "attention_maps": (384, 256), "composable": (192, 192), "merged": (384, 256)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
     assert np.asarray(picture).std() > 20
     if name in KINDS:
@@ -110,6 +110,19 @@ def test_the_shipped_files_know_their_subject(server):
     assert max(right["without"].values()) < 0.5, right
     assert right["textual_inversion"]["hair_colour"] > 0.7, right
     assert min(*right["lora"].values(), *right["dreambooth"].values()) > 0.7, right
+
+
+def test_the_merged_concepts_stand_side_by_side(server):
+    """A woman and a dog, each learned by itself, both with what is their own."""
+    outputs = server.run(prompt := prompt_of(server, "custom_diffusion_merged"))
+    (saved,) = (node for node, inner in prompt.items() if inner["class_type"] == "SaveImage")
+    files = [server.picture(picture) for picture in outputs[saved]["images"]]
+    pictures = [np.asarray(Image.open(BytesIO(file)).convert("RGB").resize((96, 64))) for file in files]
+    halves = read(load_judge(), np.stack(pictures))
+    for number, half, traits in ((10, halves[0], ("kind", "hair_style", "glasses")), (26, halves[1], ("kind", "fur"))):
+        for trait in traits:
+            own = getattr(identity(SUBJECTS, number), trait)
+            assert np.mean([SUBJECT_VALUES[trait][value] == own for value in half[trait]]) >= 0.75, (trait, own)
 
 
 def test_real_photographs_by_folder(server, photographs):
