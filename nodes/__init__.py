@@ -14,6 +14,7 @@ from .pocket import register_pocket
 from .reference_attention import ShowReferenceAttention
 from .references import EncodeReferences, LoadReferences, SaveReferences
 from .subject_diffusion import ApplySubjectDiffusion, GuideSubjects, LoadSubjectDiffusion, Subject
+from .training import TrainDreamBooth, TrainLora, TrainTextualInversion
 
 NODES: list[type[io.ComfyNode]] = [
     LoadImageEncoder,
@@ -38,6 +39,9 @@ NODES: list[type[io.ComfyNode]] = [
     ApplySubjectDiffusion,
     GuideSubjects,
     LoadPersonalization,
+    TrainLora,
+    TrainTextualInversion,
+    TrainDreamBooth,
 ]
 
 

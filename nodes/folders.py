@@ -55,3 +55,14 @@ def find_pictures(name: str) -> Path:
             continue  # a name that no file system takes
     looked = " and ".join(str(place)[:300] for place in places)
     raise PersonalizeError(f'There is no folder "{name[:300]}" (looked for {looked}): write a folder with pictures.')
+
+
+def state_of(folder: str | None) -> str:
+    """Another text whenever something in a folder of pictures, as `find_pictures` takes it, is another."""
+    if not folder or not folder.strip():
+        return ""
+    try:
+        files = [(path.name, path.stat().st_mtime_ns) for path in find_pictures(folder).iterdir()]
+    except (PersonalizeError, OSError):
+        return folder
+    return repr(sorted(files))

@@ -13,7 +13,7 @@ from ..models.errors import PersonalizeError
 from ..models.pictures import FRAMINGS, Picture, frame_picture, list_pictures, make_picture, read_picture
 from ..models.references import References, parse_weights
 from .encoder import encode, encode_zero, input_size
-from .folders import find_model, find_pictures, references_folder
+from .folders import find_model, find_pictures, references_folder, state_of
 from .schema import ADVANCED, ReferencesType, schema
 
 
@@ -74,13 +74,7 @@ class EncodeReferences(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder="", **_) -> str:
-        if not folder or not folder.strip():
-            return ""
-        try:
-            files = [(path.name, path.stat().st_mtime_ns) for path in find_pictures(folder).iterdir()]
-        except (PersonalizeError, OSError):
-            return folder
-        return repr(sorted(files))
+        return state_of(folder)
 
     @classmethod
     def execute(cls, clip_vision, images=None, masks=None, folder="", weights="", framing="crop") -> io.NodeOutput:

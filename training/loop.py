@@ -83,6 +83,8 @@ class Trainer:
     watch: Callable[[int], None]
     """Called after validation_steps by the main process: measures, draws the curve and samples."""
     stop: Stop = field(default_factory=Stop)
+    report: Callable[[int, int], None] = lambda _done, _steps: None
+    """Called after each step."""
 
     def __post_init__(self) -> None:
         training = self.settings.training
@@ -261,6 +263,7 @@ class Trainer:
                 break
             if look:
                 self.look(done)
+            self.report(done, self.steps)
         bar.close()
         return done
 

@@ -64,9 +64,9 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     try:
         options, prog = METHODS[method][0], f"python -m training.{method}"
         settings = read_settings(options, prog, doc or "", arguments, hints(method))
-        stop, folder = Stop(), settings.folder if settings.output.output_dir else None
-        with stopping_on_signals(stop), explained(settings.folder), alone(folder):
-            paths = personalize(method, settings, stop)
+        stop = Stop()
+        with stopping_on_signals(stop):
+            paths = train(method, settings, stop)
             PartialState().destroy_process_group()
     except PersonalizeError as error:
         print(error, file=sys.stderr)
@@ -74,6 +74,14 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
     if not paths:
         return 128 + (stop.signal or 0)
     return 0
+
+
+def train(
+    method: str, settings: Settings, stop: Stop | None = None, report: Callable[[int, int], None] | None = None
+) -> list[Path]:
+    """`personalize` in a folder that no other training uses; what goes wrong with memory and disk is a sentence, too."""
+    with explained(settings.folder), alone(settings.folder if settings.output.output_dir else None):
+        return personalize(method, settings, stop, report)
 
 
 @contextmanager
@@ -93,13 +101,16 @@ def explained(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def personalize(method: str, settings: Settings, stop: Stop | None = None) -> list[Path]:
+def personalize(
+    method: str, settings: Settings, stop: Stop | None = None, report: Callable[[int, int], None] | None = None
+) -> list[Path]:
     """Train and write the result.
 
     Args:
         method: a key of METHODS.
         settings: what the user said.
         stop: asks the loop to stop.
+        report: is told after each step how many are done, of how many.
 
     Returns:
         The files; none if it was stopped. Of several processes the main one writes them, when the others have returned.
@@ -142,6 +153,7 @@ def personalize(method: str, settings: Settings, stop: Stop | None = None) -> li
     record = Record(settings.folder, begun, accelerator)
     vae = digest_of(base.pipeline.vae)
     trainer = prepare(method, settings, accelerator, base, record, Stop() if stop is None else stop, vae)
+    trainer.report = report or trainer.report
     check_steps(settings, trainer.steps)  # of epochs, or of a hub id, which the preflight could not tell
     material = material_of(trainer.examples, mark, vae)
     if trainer.method.conditioning is not None:

@@ -22,6 +22,7 @@ NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReference
 NODES += ["ShowReferenceAttention", "LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
 NODES += ["ComposePrompt", "ComposeConcepts", "AttendAndExcite", "RecordAttentionMaps", "ShowAttentionMaps"]
 NODES += ["LoadCustomDiffusion", "MergeCustomDiffusion"]
+NODES += ["TrainLoRA", "TrainTextualInversion", "TrainDreamBooth"]
 NODES += ["LoadSubjectDiffusion", "Subject", "ApplySubjectDiffusion", "SubjectGuider"]
 
 

@@ -1,0 +1,175 @@
+"""Training inside ComfyUI: the same file as headless, stopped and gone on with, and nothing of the host's is changed."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from finetuning import photos, train
+from inprocess import BASE, node
+from PIL import Image
+from safetensors.torch import load_file
+
+METHODS = {
+    "lora": ("TrainLoRA", "loras", {"rank": 4}, {"rank": 4}),
+    "textual_inversion": (
+        "TrainTextualInversion",
+        "embeddings",
+        {"num_vectors": 2, "learnable_property": "object"},
+        {"num_vectors": 2},
+    ),
+    "dreambooth": ("TrainDreamBooth", "checkpoints", {"save_as": "full", "class_pictures": 0}, {"save_as": "full"}),
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("training") / "photos", 3)
+
+
+def on_wires(folder):
+    paths = sorted(folder.glob("*.png"))
+    tensors = [torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), np.float32) / 255)[None] for path in paths]
+    return {f"image{i}": tensor for i, tensor in enumerate(tensors)}
+
+
+def asked(name, /, **values):
+    common = {"checkpoint": BASE, "folder": "", "class_name": "woman", "trigger": "ohwx", "name": name, "steps": 3}
+    return common | {"learning_rate": 0.0, "resolution": 0, "seed": 5, "sample_prompt": ""} | values
+
+
+def ask(host, name, /, **values):
+    """As the host runs a node."""
+    with torch.inference_mode():
+        return node(host, name)(**values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_file_as_headless(host, root, pictures, tmp_path, method):
+    name, kind, own, options = METHODS[method]
+    with torch.inference_mode():
+        *_, file, shown = node(host, name)(**asked(f"wired_{method}", images=on_wires(pictures), **own))
+    path = Path(file)
+    assert path.parent == host.base / "models" / kind
+    # PNGs of the very pixels, as a user of the headless trainer may have them
+    (headless,) = train(
+        method,
+        root,
+        pictures,
+        tmp_path,
+        trigger="ohwx",
+        seed=5,
+        output_name=path.stem,
+        save_precision="fp16",
+        **options,
+    )
+    ours, theirs = path.read_bytes(), headless.read_bytes()
+    start, begin = (8 + int.from_bytes(data[:8], "little") for data in (ours, theirs))
+    assert ours[start:] == theirs[begin:]
+    assert load_file(path).keys() == load_file(headless).keys()
+    assert shown.ndim == 4
+    assert shown.shape[-1] == 3
+
+
+def test_the_model_comes_with_it_and_the_loaded_one_is_as_before(host, loaded, pictures):
+    before = {key: value.clone() for key, value in loaded[0].model.state_dict().items()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    model, clip, vae, trigger, file, _ = ask(
+        host, "TrainLoRA", **asked("comes_with_it", images=on_wires(pictures), rank=4, learning_rate=1e-2)
+    )
+    assert trigger == "ohwx"
+    assert model.patches
+    assert not loaded[0].patches
+    assert all(torch.equal(value, before[key]) for key, value in loaded[0].model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert clip is not None
+    assert vae is not None
+    changed = Path(file).stat().st_mtime_ns
+    again = ask(host, "TrainLoRA", **asked("comes_with_it", images=on_wires(pictures), rank=4, learning_rate=1e-2))
+    assert again[4] == file, "what is there is not trained again"
+    assert Path(file).stat().st_mtime_ns == changed
+    other = ask(host, "TrainLoRA", **asked("comes_with_it", images=on_wires(pictures), rank=2, learning_rate=1e-2))
+    assert Path(other[4]).name == "comes_with_it_02.safetensors"
+    assert Path(file).stat().st_mtime_ns == changed
+
+
+def test_samples_and_progress(host, pictures, monkeypatch):
+    import comfy.utils
+
+    told = []
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar,
+        "update_absolute",
+        lambda self, value, total=None, preview=None: told.append((value, total, preview)),
+    )
+    values = asked("sampled", images=on_wires(pictures), rank=4) | {"sample_prompt": "a {trigger} {class}", "steps": 4}
+    *_, shown = ask(host, "TrainLoRA", **values, sample_steps=2)
+    assert [(value, total) for value, total, _ in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [preview is not None for *_, preview in told] == [False, True, False, True]
+    assert shown.shape[2] >= 4 * 64, "four pictures side by side"
+    assert float(shown.std()) > 0.05
+
+
+def test_cancelled_it_goes_on_from_its_last_step(host, root, pictures, tmp_path, monkeypatch):
+    import comfy.model_management
+    import comfy.utils
+
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar,
+        "update_absolute",
+        lambda self, value, total=None, preview=None: (
+            comfy.model_management.interrupt_current_processing() if value == 2 else None
+        ),
+    )
+    values = asked("stopped", images=on_wires(pictures), rank=4) | {"steps": 6}
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        ask(host, "TrainLoRA", **values)
+    (run,) = (host.base / "output" / "personalize").glob("stopped-*")
+    (checkpoint,) = (run / "checkpoints").glob("step-*")
+    assert checkpoint.name == "step-0000003", "within one step"
+    assert not (host.base / "models" / "loras" / "stopped.safetensors").exists()
+    assert not comfy.model_management.processing_interrupted()
+    monkeypatch.undo()
+    *_, file, _ = ask(host, "TrainLoRA", **values)
+    options = {"rank": 4, "max_train_steps": 6, "output_name": "stopped", "save_precision": "fp16"}
+    (whole,) = train("lora", root, pictures, tmp_path, trigger="ohwx", seed=5, **options)
+    ours, theirs = load_file(file), load_file(whole)
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_a_folder_and_captions(host, pictures):
+    values = asked("foldered", rank=4) | {"folder": str(pictures), "steps": 1}
+    *_, file, _ = ask(host, "TrainLoRA", **values)
+    assert Path(file).is_file()
+    captions = "a {trigger} {class} on a beach\n\na {trigger} {class}\nsomebody"
+    ask(host, "TrainLoRA", **asked("captioned", rank=4, images=on_wires(pictures), captions=captions) | {"steps": 1})
+    (run,) = (host.base / "output" / "personalize").glob("captioned-*")
+    texts = [path.read_text() for path in sorted((run / "pictures").glob("*.txt"))]
+    assert texts == ["a {trigger} {class} on a beach", "a {trigger} {class}", "somebody"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"images": {}}, r"There are no pictures: connect some, or write a folder of them\."),
+        ({"folder": "."}, r"There are both connected pictures and a folder: use one of them\."),
+        ({"captions": "one\ntwo"}, r"There are 2 captions but 3 pictures: write a line for each\."),
+        (
+            {"images": {}, "folder": "nowhere"},
+            r'There is no folder "nowhere" \(looked for .*\): write a folder with pict.*',
+        ),
+        ({"name": "../up"}, r'"\.\./up" is no name of a file: write letters, digits, _ and -\.'),
+        ({"checkpoint": "none.safetensors"}, r"none.safetensors is not in .*: put it there and refresh\."),
+        ({"trigger": ""}, r".*trigger.*"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_one_sentence(host, pictures, wrong, sentence):
+    values = asked("wrong", images=on_wires(pictures), rank=4) | wrong
+    with pytest.raises(host.module("models.errors").PersonalizeError, match=sentence) as error:
+        node(host, "TrainLoRA")(**values)
+    assert "\n" not in str(error.value)
+    assert not list((host.base / "models" / "loras").glob("wrong*"))
