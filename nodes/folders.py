@@ -43,8 +43,7 @@ def find_model(kind: str, name: str) -> Path:
 
 def find_pictures(name: str) -> Path:
     """A folder of pictures: a full path, a folder in ComfyUI's input folder, or one of the pack's examples."""
-    path = Path(name.strip().strip("\"'")).expanduser()
-    places = [path] if path.is_absolute() else [Path(folder_paths.get_input_directory()) / path, EXAMPLES / path]
+    places = _places(name)
     for place in places:
         try:
             if place.is_dir():
@@ -53,16 +52,43 @@ def find_pictures(name: str) -> Path:
                 raise PersonalizeError(f"{place} is a file: write the folder it is in, or connect it as an image.")
         except OSError:
             continue  # a name that no file system takes
-    looked = " and ".join(str(place)[:300] for place in places)
-    raise PersonalizeError(f'There is no folder "{name[:300]}" (looked for {looked}): write a folder with pictures.')
+    raise PersonalizeError(
+        f'There is no folder "{name[:300]}" (looked for {_looked(places)}): write a folder with pictures.'
+    )
 
 
-def state_of(folder: str | None) -> str:
-    """Another text whenever something in a folder of pictures, as `find_pictures` takes it, is another."""
-    if not folder or not folder.strip():
+def find_picture(name: str) -> Path:
+    """A picture's file, looked for as `find_pictures` does."""
+    places = _places(name)
+    for place in places:
+        try:
+            if place.is_file():
+                return place
+        except OSError:
+            continue
+    raise PersonalizeError(
+        f'There is no picture "{name[:300]}" (looked for {_looked(places)}): write the name of a file.'
+    )
+
+
+def _places(name: str) -> list[Path]:
+    path = Path(name.strip().strip("\"'")).expanduser()
+    return [path] if path.is_absolute() else [Path(folder_paths.get_input_directory()) / path, EXAMPLES / path]
+
+
+def _looked(places: list[Path]) -> str:
+    return " and ".join(str(place)[:300] for place in places)
+
+
+def state_of(name: str | None) -> str:
+    """Another text whenever a picture, or something in a folder of pictures, is another."""
+    if not name or not name.strip():
         return ""
-    try:
-        files = [(path.name, path.stat().st_mtime_ns) for path in find_pictures(folder).iterdir()]
-    except (PersonalizeError, OSError):
-        return folder
-    return repr(sorted(files))
+    for place in _places(name):
+        try:
+            if place.is_dir() or place.is_file():
+                files = place.iterdir() if place.is_dir() else [place]
+                return repr(sorted((path.name, path.stat().st_mtime_ns) for path in files))
+        except OSError:
+            continue
+    return name

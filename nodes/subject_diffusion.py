@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
-from ..models.pictures import box_of, cut_out, on_ground
+from ..models.pictures import box_of, cut_out, on_ground, read_picture
 from ..models.subject_diffusion import (
     BOXES,
     CLS,
@@ -31,7 +31,7 @@ from ..models.subject_diffusion import (
 from ..models.words import call_of, words_in
 from .attention_patch import unet_layout
 from .encoder import input_size
-from .folders import find_model
+from .folders import find_model, find_picture, state_of
 from .prompt_words import tokens_of
 from .schema import SubjectDiffusionType, SubjectsType, schema
 from .subject_network import Told, located, patcher_of, with_weights
@@ -95,12 +95,23 @@ class Subject(io.ComfyNode):
             description="A subject for Subject-Diffusion: its picture, its word in the prompt, and where it shall be.",
             search_aliases=["subject diffusion", "box", "bounding box", "region"],
             inputs=[
-                io.Image.Input("image", tooltip="The subject; of several pictures the first is taken."),
+                io.Image.Input(
+                    "image",
+                    optional=True,
+                    tooltip="The subject; of several pictures the first is taken. Or write its file.",
+                ),
                 io.String.Input("word", default="", tooltip="Its word in the prompt, for example dog."),
                 io.Float.Input("left", default=0.25, **_SHARE, tooltip="Of the box, as a share of the width."),
                 io.Float.Input("top", default=0.25, **_SHARE, tooltip="Of the box, as a share of the height."),
                 io.Float.Input("width", default=0.5, **_SHARE, tooltip="Of the box, as a share of the picture's."),
                 io.Float.Input("height", default=0.75, **_SHARE, tooltip="Of the box, as a share of the picture's."),
+                io.String.Input(
+                    "file",
+                    default="",
+                    placeholder="a picture's file",
+                    tooltip="The subject's picture, instead of a connected one: in ComfyUI's input folder, or a full path. "
+                    "Its alpha channel is its mask.",
+                ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Where the subject is in its picture, white is the subject."
                 ),
@@ -117,11 +128,31 @@ class Subject(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, file="", **_) -> str:
+        return state_of(file)
+
+    @classmethod
     def execute(
-        cls, image, word, left, top, width, height, mask=None, place=None, subjects: Sequence[OneSubject] = ()
+        cls,
+        word,
+        left,
+        top,
+        width,
+        height,
+        image=None,
+        file="",
+        mask=None,
+        place=None,
+        subjects: Sequence[OneSubject] = (),
     ) -> io.NodeOutput:
         if not word.strip():
             raise PersonalizeError("The subject has no word: write its word in the prompt, for example dog.")
+        if (image is None) != bool(file.strip()):
+            what = "no picture: connect one, or write" if image is None else "two pictures: a connected one and"
+            raise PersonalizeError(f'The subject "{word}" has {what} its file.')
+        if image is None:
+            picture = read_picture(find_picture(file))
+            image, mask = picture.pixels[None], mask if picture.mask is None else picture.mask[None]
         box = (left, top, left + width, top + height) if place is None else painted(place)
         if not (box[0] < box[2] and box[1] < box[3]):
             raise PersonalizeError(f'The box of "{word}" is empty: give it a width and a height above 0.')

@@ -63,7 +63,7 @@ def subjects(host, crops, words=("cat", "woman"), boxes=BOXES):
     for crop, word, (left, top, right, bottom) in zip(crops, words, boxes, strict=True):
         picture = torch.from_numpy(np.asarray(Image.open(crop), np.float32) / 255)
         (listed,) = node(host, "Subject")(
-            picture[None, ..., :3], word, left, top, right - left, bottom - top, picture[None, ..., 3], None, listed
+            word, left, top, right - left, bottom - top, picture[None, ..., :3], "", picture[None, ..., 3], None, listed
         )
     return listed
 
@@ -205,16 +205,28 @@ def test_what_is_wrong_is_told(host, loaded, clip_vision, file, crops):
         applied(host, loaded, clip_vision, subjects(host, crops), "a sks cat and a woman")
     make, picture = node(host, "Subject"), torch.rand(1, 20, 30, 3)
     cases = {
-        r"^The subject has no word": (picture, " ", 0, 0, 1, 1),
-        r'^The box of "cat" is empty': (picture, "cat", 0.2, 0.2, 0, 0.5),
-        r'^The box of "cat" reaches out of the picture \(right 1\.2, bottom 0\.5\)': (picture, "cat", 0.7, 0, 0.5, 0.5),
-        r'^The mask of "cat" is empty': (picture, "cat", 0, 0, 1, 1, torch.zeros(1, 20, 30)),
-        r'^The mask of "cat" is 5 x 4, its picture 30 x 20': (picture, "cat", 0, 0, 1, 1, torch.ones(1, 4, 5)),
-        r"^The place is an empty mask": (picture, "cat", 0, 0, 1, 1, None, torch.zeros(1, 8, 8)),
+        r"^The subject has no word": (" ", 0, 0, 1, 1, picture),
+        r'^The box of "cat" is empty': ("cat", 0.2, 0.2, 0, 0.5, picture),
+        r'^The box of "cat" reaches out of the picture \(right 1\.2, bottom 0\.5\)': ("cat", 0.7, 0, 0.5, 0.5, picture),
+        r'^The mask of "cat" is empty': ("cat", 0, 0, 1, 1, picture, "", torch.zeros(1, 20, 30)),
+        r'^The mask of "cat" is 5 x 4, its picture 30 x 20': ("cat", 0, 0, 1, 1, picture, "", torch.ones(1, 4, 5)),
+        r"^The place is an empty mask": ("cat", 0, 0, 1, 1, picture, "", None, torch.zeros(1, 8, 8)),
+        r'^The subject "cat" has no picture: connect one, or write its file\.$': ("cat", 0, 0, 1, 1),
+        r'^The subject "cat" has two pictures: a connected one and its file\.$': ("cat", 0, 0, 1, 1, picture, "a.png"),
+        r'^There is no picture "a\.png" \(looked for .* and .*\): write': ("cat", 0, 0, 1, 1, None, "a.png"),
     }
     for sentence, given in cases.items():
         with pytest.raises(ValueError, match=sentence):
             make(*given)
     place = torch.zeros(1, 8, 10)
     place[:, 2:6, 5:10] = 1
-    assert make(picture, "cat", 0, 0, 1, 1, None, place)[0][0].box == (0.5, 0.25, 1.0, 0.75)
+    assert make("cat", 0, 0, 1, 1, picture, "", None, place)[0][0].box == (0.5, 0.25, 1.0, 0.75)
+
+
+def test_a_picture_by_its_file(host, crops):
+    wired = subjects(host, crops)[0]
+    left, top, right, bottom = wired.box
+    (one,) = node(host, "Subject")("cat", left, top, right - left, bottom - top, None, str(crops[0]))[0]
+    assert torch.equal(one.image, wired.image)
+    assert torch.equal(one.mask, wired.mask)
+    assert one.box == wired.box
