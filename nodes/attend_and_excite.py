@@ -87,6 +87,11 @@ class AttendAndExcite(io.ComfyNode):
                     tooltip="Computes parts of the model twice instead of keeping them: slower, the same picture.",
                     extra_dict=ADVANCED,
                 ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    optional=True,
+                    tooltip="Of this prompt, where another node has read it, as Apply Subject-Diffusion does: it is taken instead.",
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="To the sampler."),
@@ -107,9 +112,11 @@ class AttendAndExcite(io.ComfyNode):
         refinements=PAPER.refinements,
         resolution="auto",
         low_memory=False,
+        conditioning=None,
     ) -> io.NodeOutput:
         tokens = clip.tokenize(prompt)
-        conditioning = clip.encode_from_tokens_scheduled(tokens)
+        if conditioning is None:
+            conditioning = clip.encode_from_tokens_scheduled(tokens)
         wanted, settings = parse_words(words), Excitement(steps, parse_thresholds(thresholds), scale, refinements)
         levels = layer_levels(model, "Attend-and-Excite")
         level = pick_level(set(levels.values()), LEVELS[resolution])

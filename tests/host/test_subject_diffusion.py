@@ -230,3 +230,41 @@ def test_a_picture_by_its_file(host, crops):
     assert torch.equal(one.image, wired.image)
     assert torch.equal(one.mask, wired.mask)
     assert one.box == wired.box
+
+
+def test_with_ip_adapter_before_and_after(host, loaded, models, clip_vision, file, crops):
+    """References and subjects both act, in any order; at weight 0 the references do not."""
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    references = node(host, "EncodeReferences")(clip_vision, {"image0": picture})[0]
+    adapter, listed = node(host, "LoadIPAdapter")("base.safetensors")[0], subjects(host, crops)
+    noise = start(loaded, torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3)))
+
+    def with_references(model, weight):
+        return node(host, "ApplyIPAdapter")(model, adapter, references, weight)[0]
+
+    def both(weight, before):
+        base = (with_references(loaded[0], weight), *loaded[1:]) if before else loaded
+        model, *conds = applied(host, base, clip_vision, listed)
+        return drawn(host, model if before else with_references(model, weight), *conds, noise)
+
+    alone = drawn(host, *applied(host, loaded, clip_vision, listed), noise)
+    after = both(1.0, before=False)
+    torch.testing.assert_close(both(1.0, before=True), after, rtol=0, atol=1e-5)
+    assert (after - alone).abs().max() > 0.05
+    assert torch.equal(both(0.0, before=False), alone)
+
+
+def test_attend_and_excite_moves_its_latent(host, loaded, clip_vision, file, crops):
+    model, positive, negative, only = applied(host, loaded, clip_vision, subjects(host, crops))
+    noise = start(loaded, torch.randn(1, 32, 8, 12, generator=torch.Generator().manual_seed(3)))
+    plain = drawn(host, model, positive, negative, only, noise)
+
+    def excited(words, steps=4):
+        made = node(host, "AttendAndExcite")(model, loaded[1], PROMPT, words, steps, "", conditioning=positive)
+        return drawn(host, made[0], made[1], negative, only, noise)
+
+    assert torch.equal(excited("cat, woman", steps=0), plain)
+    moved = excited("cat, woman")
+    assert moved.isfinite().all()
+    assert (moved - plain).abs().max() > 0.01
+    assert torch.equal(drawn(host, model, positive, negative, only, noise), plain), "nothing is left on the model"
