@@ -18,6 +18,7 @@ class Suits:
     text_encoder_lr: float
     max_train_steps: int
     train_text_encoder: bool
+    timestep_bias_strategy: str = "none"
 
 
 UNCALLED = ("ip_adapter", "subject_diffusion")
@@ -80,6 +81,7 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
             learning_rate=given(training.learning_rate, suits.learning_rate),
             text_encoder_lr=given(training.text_encoder_lr, suits.text_encoder_lr),
             train_text_encoder=given(training.train_text_encoder, suits.train_text_encoder),
+            timestep_bias_strategy=given(training.timestep_bias_strategy, suits.timestep_bias_strategy),
             mixed_precision=given(training.mixed_precision, best_precision()),
             max_grad_norm=0.0 if training.fused_backward else training.max_grad_norm,
         ),
@@ -116,7 +118,9 @@ def hints(method: str) -> dict[str, str]:
 
 
 def _shown(value: object) -> str:
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value:g}"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def best_precision() -> str:

@@ -50,7 +50,7 @@ class Weighting:
         training, data = settings.training, settings.data
         often = timestep_weights(
             timesteps,
-            training.timestep_bias_strategy,
+            training.timestep_bias_strategy or "none",
             training.timestep_bias_portion,
             training.timestep_bias_multiplier,
         )

@@ -132,14 +132,14 @@ class Training:
     mixed_precision: str | None = option(None, "what the network computes in", ("no", "fp16", "bf16"))
     gradient_checkpointing: bool = option(False, "less memory, a third slower")
     snr_gamma: float | None = option(None, "min-SNR weighting of the loss; 5 learns faster, 0 is off", least=0)
-    timestep_bias_strategy: str = option(
-        "none",
+    timestep_bias_strategy: str | None = option(
+        None,
         "draw a part of the schedule more often: later is where the noise is strong and layout and identity are decided, "
         "earlier where details are",
         ("none", "earlier", "later"),
     )
-    timestep_bias_portion: float = option(0.25, "the part, of the whole schedule", above=0, most=1)
-    timestep_bias_multiplier: float = option(1.0, "how many times as often", above=0)
+    timestep_bias_portion: float = option(0.5, "the part, of the whole schedule", above=0, most=1)
+    timestep_bias_multiplier: float = option(4.0, "how many times as often", above=0)
     noise_offset: float = option(0.0, "0.05 to 0.1 lets very dark and bright pictures be learned", least=0)
     use_ema: bool = option(False, "keep a running average of the weights and save that")
     ema_decay: float = option(0.9999, "of the average", least=0, below=1)
