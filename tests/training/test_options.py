@@ -193,3 +193,11 @@ def test_help_says_what_is_filled_in(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "of the UNet; of the words in Textual Inversion; of the adapter [0.005; pocket 0.01]" in text
     assert "[512 for SD1.5, 768 for SD2.x, 1024 for SDXL, 64 for the pocket model]" in text
+
+
+def test_help_says_what_suits_each_method(capsys):
+    with pytest.raises(SystemExit):
+        running.main("custom_diffusion", "", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(none, earlier, later) [none; pocket later]" in text
+    assert "0 shows all as they are [12; pocket 0]" in text
