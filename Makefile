@@ -4,7 +4,7 @@ PYTHON ?= python3
 
 # Without make: python -m training.bootstrap demo --photos FOLDER
 demo:
-	$(PYTHON) -m training.bootstrap demo $(if $(PHOTOS),--photos "$(PHOTOS)")
+	$(PYTHON) -m training.bootstrap demo $(if $(PHOTOS),--photos "$(PHOTOS)") $(if $(CLASS),--class_name "$(CLASS)")
 
 # Without make: python -m training.bootstrap test
 test:

@@ -1,102 +1,85 @@
-"""The pack's main job on a folder of photographs: references in, pictures out, one contact sheet.
+"""Every method on the same few photographs: trained, drawn, measured, and laid side by side on one sheet.
 
-Runs a shipped workflow in the ComfyUI of this machine, or the same computation through diffusers where there is none.
+Trains Textual Inversion, LoRA, Custom Diffusion and DreamBooth of the pocket model on them, takes its IP-Adapter as it is,
+and draws the same prompts with each in the ComfyUI of this machine, or through diffusers where there is none.
 """
 
 import argparse
-import json
 import sys
-import tempfile
-from io import BytesIO
+import time
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-from tqdm import tqdm
-
+from ..pocket.photos import write_photos
 from ..shared import PersonalizeError, list_pictures
 from .find import ROOT, comfyui_version, find_comfyui
-from .server import Server
+from .measures import score
+from .methods import PROMPTS, make, prompt_of
 from .sheet import contact_sheet
-from .workflow import to_prompt
 
-WORKFLOW = ROOT / "workflows" / "ip_adapter_compare_aggregations.json"
-
-
-def in_comfyui(comfyui: Path, photos: Path, workflow: dict[str, Any]) -> list[tuple[str, Image.Image]]:
-    """Results of the workflow in a real server, labelled."""
-    with tempfile.TemporaryDirectory(prefix="personalize-") as base, Server(comfyui, Path(base)) as server:
-        prompt = to_prompt(workflow, server.get("/object_info"))
-        for node in prompt.values():
-            if node["class_type"] == "PersonalizeEncodeReferences":
-                node["inputs"]["folder"] = str(photos)
-        steps = {key: node["inputs"]["steps"] for key, node in prompt.items() if "steps" in node["inputs"]}
-        with tqdm(desc="Sampling in ComfyUI", total=sum(steps.values()), unit=" steps") as bar:
-            done = dict.fromkeys(steps, 0)
-
-            def advance(node: str, step: int, _total: int) -> None:  # the host leaves out steps that follow fast
-                if node in done:
-                    done[node] = step
-                    bar.update(sum(done.values()) - bar.n)
-
-            outputs = server.run(prompt, advance)
-            bar.update(bar.total - bar.n)
-        return split(prompt, Image.open(BytesIO(server.picture(saved(prompt, outputs)))))
-
-
-def saved(prompt: dict[str, Any], outputs: dict[str, Any]) -> dict[str, str]:
-    """The picture of the workflow's SaveImage node."""
-    node = next(key for key, node in prompt.items() if node["class_type"] == "SaveImage")
-    return outputs[node]["images"][0]
-
-
-def split(prompt: dict[str, Any], stitched: Image.Image) -> list[tuple[str, Image.Image]]:
-    """The workflow's result is its pictures side by side, in the order of its Apply IP-Adapter nodes."""
-    labels = [
-        f"{node['inputs']['aggregation']}, weight {node['inputs']['weight']:g}"
-        for _, node in sorted(prompt.items(), key=lambda item: int(item[0]))
-        if node["class_type"] == "PersonalizeApplyIPAdapter"
-    ]
-    enlarged = next(n["inputs"]["scale_by"] for n in prompt.values() if n["class_type"] == "ImageScaleBy")
-    gap = round(
-        enlarged * next(n["inputs"]["spacing_width"] for n in prompt.values() if n["class_type"] == "ImageStitch")
-    )
-    width = (stitched.width + gap) // len(labels) - gap
-    lefts = [i * (width + gap) for i in range(len(labels))]
-    parts = [stitched.crop((left, 0, left + width, stitched.height)) for left in lefts]
-    return list(zip(labels, parts, strict=True))
+SUBJECT, CLASS, PHOTOS = 10, "woman", 5
+"""A pocket identity that the model has never seen, where nobody brings photographs."""
+EACH = 4
+"""Pictures of each method and prompt."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.demo", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--photos", type=Path, default=ROOT / "workflows" / "example_photos", help="a folder of pictures"
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="where the contact sheet goes")
+    parser = argparse.ArgumentParser(prog="python -m training.demo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--photos", type=Path, help="a folder of pictures of one subject; pocket pictures by default")
+    parser.add_argument("--class_name", help="what it is, as one noun: dog, woman, logo; person by default")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo-output", help="where everything goes")
     options = parser.parse_args()
-    photos = options.photos.expanduser().resolve()
+    started, output = time.monotonic(), options.output.expanduser()
     try:
+        output.mkdir(parents=True, exist_ok=True)
+        if options.photos is None:
+            photos = output / "photographs"
+            write_photos(photos, SUBJECT, PHOTOS)
+        else:
+            photos = options.photos.expanduser().resolve()
+        class_name = options.class_name or (CLASS if options.photos is None else "person")
         references = list_pictures(photos)
-        options.output.mkdir(parents=True, exist_ok=True)
-        print(f"{len(references)} photographs in {photos}")
-        comfyui, workflow = find_comfyui(), json.loads(WORKFLOW.read_text())
-        text = next(node["widgets_values"][0] for node in workflow["nodes"] if node.get("title") == "Prompt")
+        print(f"{len(references)} photographs of a {class_name} in {photos}")
+        rows = make(photos, references, class_name, output)
+        comfyui = find_comfyui()
         if comfyui is not None:
-            where = f"ComfyUI {comfyui_version(comfyui)}, workflow {WORKFLOW.name}"
-            results = in_comfyui(comfyui, photos, workflow)
+            from .comfyui import in_comfyui
+
+            where, pictures = f"ComfyUI {comfyui_version(comfyui)}", in_comfyui(comfyui, rows, photos, EACH)
         else:
             from .headless import in_diffusers
 
-            where = "headless, through diffusers"
-            results = in_diffusers(photos, text)
-        sheet = contact_sheet(references, results, f'{where}; pocket portraits, "{text}"')
-        path = options.output / "contact_sheet.png"
-        sheet.save(path)
+            where, pictures = "diffusers", in_diffusers(rows, photos, EACH, output / "pictures")
+        scores, among = score(pictures, references)
+        table = table_of(rows, scores, among)
+        labels = [
+            (row.title, f"likeness {own.likeness:.2f}", f"prompt {own.following:.0%}")
+            for row, own in zip(rows, scores, strict=True)
+        ]
+        shown = [[some[0] for some in row] for row in pictures]
+        prompts = [prompt_of(wishes, class_name) for wishes in PROMPTS]
+        sheet = contact_sheet(references, labels, prompts, shown, f"Pocket portraits, drawn by {where}")
+        sheet.save(output / "contact_sheet.png")
+        (output / "table.md").write_text(table, encoding="utf-8")
     except (PersonalizeError, RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"Contact sheet: {path}")
+    print(
+        f"\n{table}\nIn {(time.monotonic() - started) / 60:.1f} minutes. Contact sheet: {output / 'contact_sheet.png'}"
+    )
+    for row in rows:
+        if row.minutes:
+            print(f"{row.title}: {', '.join(map(str, row.files))}, for models/{row.kind} of ComfyUI")
     return 0
+
+
+def table_of(rows, scores, among: float) -> str:
+    """In Markdown."""
+    lines = ["| method | likeness | prompt followed | minutes | MB |", "|---|---|---|---|---|"]
+    for row, own in zip(rows, scores, strict=True):
+        cost = f"{row.minutes:.1f} | {row.megabytes:.2g}" if row.minutes else "|"
+        lines.append(f"| {row.title} | {own.likeness:.2f} | {own.following:.0%} | {cost} |")
+    lines.append(f"| the photographs to each other | {among:.2f} | | | |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,39 +1,56 @@
-"""The demo without ComfyUI: the pocket model through diffusers, with the pack's own equations."""
+"""The demo's pictures without ComfyUI: through diffusers, with the pack's own equations."""
 
+import gc
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from accelerate import Accelerator
 from PIL import Image
 
-from ..base_model import load_pipeline
-from ..diffusers_attention import apply_image_prompts
-from ..image_encoder import encode_references, load_image_encoder
-from ..pocket.files import ADAPTER, CHECKPOINT, IMAGE_ENCODER
-from ..shared import POCKET, IPAdapter, list_pictures, read_ip_adapter
+from ..base_model import load_base
+from ..generate import Job, ReferencePrompts, Sampling, draw_pictures
+from ..image_encoder import load_image_encoder
+from ..personalization import put_on
+from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
+from ..shared import POCKET, SELF_ATTENTION, IPAdapter, list_pictures, read_ip_adapter
+from .methods import ADAPTER, PROMPTS, TRIGGER, Made, prompt_of
 
-STEPS, GUIDANCE, WEIGHT, SIZE, ENLARGED = 20, 4.0, 0.8, 64, 256
+SAMPLING = Sampling(64, 20, 4.0)
 
 
-def in_diffusers(photos: Path, prompt: str) -> list[tuple[str, Image.Image]]:
-    """A picture of the prompt for each aggregation of the photographs, from the same noise, labelled."""
-    pipeline = load_pipeline(POCKET / CHECKPOINT)
-    pipeline.set_progress_bar_config(desc="Sampling")
-    adapter = IPAdapter.from_state(read_ip_adapter(POCKET / ADAPTER))
-    references = encode_references(load_image_encoder(POCKET / IMAGE_ENCODER), list_pictures(photos))
-    results = []
-    for aggregation in ("average", "max", "concatenate"):
-        prompts = [adapter.empty_prompt(references), adapter.image_prompt(references, aggregation)]
-        before = apply_image_prompts(pipeline.unet, prompts, WEIGHT)
-        picture = pipeline(
-            prompt,
-            width=SIZE,
-            height=SIZE,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            generator=torch.Generator().manual_seed(42),
-        ).images[0]
-        pipeline.unet.set_attn_processor(before)
-        results.append(
-            (f"{aggregation}, weight {WEIGHT:g}", picture.resize((ENLARGED, ENLARGED), Image.Resampling.BICUBIC))
-        )
-    return results
+def in_diffusers(rows: Sequence[Made], photos: Path, count: int, folder: Path) -> list[list[list[Image.Image]]]:
+    """Of each row and prompt so many pictures, from the same noise for all rows.
+
+    Args:
+        folder: for the pictures; those that are there are taken.
+    """
+    found = []
+    for row in rows:
+        base = load_base(str(row.files[0] if row.method == "dreambooth" else POCKET / CHECKPOINT))
+        base.pipeline.unet.requires_grad_(False)
+        showing, references, subject = None, (), row.subject
+        if row.method == "ip_adapter":
+            adapter = IPAdapter.from_state(read_ip_adapter(ADAPTER))
+            encoder = load_image_encoder(POCKET / IMAGE_ENCODER)
+            showing = ReferencePrompts(base, adapter, encoder, SELF_ATTENTION, "before projection", 1.0)
+            references = tuple(list_pictures(photos))
+        elif row.method and row.method != "dreambooth":
+            put_on(base, row.method, row.files[0], TRIGGER)
+            subject = f"{TRIGGER} {row.subject.rpartition(' ')[2]}"
+        jobs = [
+            [
+                Job(
+                    folder / row.title / f"p{i}-s{seed}.png",
+                    prompt_of(wishes, subject),
+                    seed * 1_000_003 + i,
+                    references,
+                )
+                for seed in range(count)
+            ]
+            for i, wishes in enumerate(PROMPTS)
+        ]
+        draw_pictures(Accelerator(), base, [job for some in jobs for job in some], SAMPLING, row.title, showing)
+        found.append([[Image.open(job.path) for job in some] for some in jobs])
+        del base, showing
+        gc.collect()
+    return found

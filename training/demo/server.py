@@ -123,7 +123,10 @@ class Server:
         socket_url = f"ws://127.0.0.1:{self.port}/ws?clientId={self.client_id}"
         connection = websocket.create_connection(socket_url, timeout=timeout)
         try:
-            queued = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})["prompt_id"]
+            answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
+            if answer.get("node_errors"):  # the host runs what is left
+                raise WorkflowError(json.dumps(answer["node_errors"]))
+            queued = answer["prompt_id"]
             while True:
                 message = connection.recv()
                 if isinstance(message, bytes):

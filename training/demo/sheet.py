@@ -1,5 +1,6 @@
-"""A contact sheet: references on top, results below, labelled."""
+"""A contact sheet: photographs on top, below a row for each method and a column for each prompt."""
 
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,46 +11,57 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..shared import read_picture
 
-CELL, GAP, LINE = 256, 16, 26
-BACKGROUND, INK = "white", "#222222"
+CELL, GAP, LINE, LABEL = 160, 12, 22, 230
+BACKGROUND, INK, FAINT = "white", "#222222", "#666666"
 
 
-def contact_sheet(references: Sequence[Path], results: Sequence[tuple[str, Image.Image]], note: str) -> Image.Image:
-    """References (at most eight shown) above labelled results.
+def contact_sheet(
+    references: Sequence[Path],
+    labels: Sequence[Sequence[str]],
+    prompts: Sequence[str],
+    rows: Sequence[Sequence[Image.Image]],
+    note: str,
+) -> Image.Image:
+    """Photographs (as many as there is room for) above labelled rows.
 
     Args:
         references: picture files.
-        results: label and picture of each.
+        labels: lines of each row, the first its title.
+        prompts: of the columns.
+        rows: their pictures.
         note: a line for the foot: what made them.
     """
-    shown = list(references[:8])
-    columns = max(len(shown), len(results))
-    width = columns * (CELL + GAP) + GAP
-    row = LINE + CELL + LINE + GAP
-    sheet = Image.new("RGB", (width, 2 * row + LINE + GAP), BACKGROUND)
+    columns = max(len(prompts), 1)
+    shown = list(references[:columns])
+    width = LABEL + columns * (CELL + GAP) + GAP
+    top = CELL + 2 * GAP + 3 * LINE
+    sheet = Image.new("RGB", (width, top + len(rows) * (CELL + GAP) + LINE + GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     more = f" ({len(shown)} of {len(references)})" if len(shown) < len(references) else ""
-    draw.text((GAP, GAP // 2), f"References{more}", INK, _font(18))
-    draw.text((GAP, row + GAP // 2), "Results", INK, _font(18))
+    draw.text((GAP, GAP), f"Photographs{more}", INK, _font(16))
     for i, path in enumerate(shown):
         pixels = (read_picture(path).pixels * 255).round().byte().numpy()
-        _cell(sheet, draw, i, LINE + GAP // 2, Image.fromarray(pixels), _plain(path.name))
-    for i, (label, picture) in enumerate(results):
-        _cell(sheet, draw, i, row + LINE + GAP // 2, picture, label)
-    draw.text((GAP, 2 * row + GAP // 2), note, INK, _font(14))
+        _cell(sheet, i, GAP, Image.fromarray(pixels))
+    for i, prompt in enumerate(prompts):
+        for line, text in enumerate(textwrap.wrap(_plain(prompt), 26)[:3]):
+            draw.text((_left(i), CELL + 2 * GAP + line * (LINE - 4)), text, FAINT, _font(12))
+    for number, (lines, pictures) in enumerate(zip(labels, rows, strict=True)):
+        y = top + number * (CELL + GAP)
+        for line, text in enumerate(lines):
+            draw.text((GAP, y + line * LINE), text, FAINT if line else INK, _font(12 if line else 16))
+        for i, picture in enumerate(pictures):
+            _cell(sheet, i, y, picture)
+    draw.text((GAP, sheet.height - LINE), _plain(note), FAINT, _font(12))
     return sheet
 
 
-def _cell(
-    sheet: Image.Image, draw: ImageDraw.ImageDraw, column: int, top: int, picture: Image.Image, label: str
-) -> None:
-    left = GAP + column * (CELL + GAP)
+def _left(column: int) -> int:
+    return LABEL + column * (CELL + GAP)
+
+
+def _cell(sheet: Image.Image, column: int, top: int, picture: Image.Image) -> None:
     fitted = ImageOps.contain(picture.convert("RGB"), (CELL, CELL), Image.Resampling.LANCZOS)
-    sheet.paste(fitted, (left + (CELL - fitted.width) // 2, top + (CELL - fitted.height) // 2))
-    font = _font(14)
-    while draw.textlength(label, font) > CELL and len(label) > 4:
-        label = label[:-4] + "..."
-    draw.text((left + (CELL - draw.textlength(label, font)) / 2, top + CELL + 4), label, INK, font)
+    sheet.paste(fitted, (_left(column) + (CELL - fitted.width) // 2, top + (CELL - fitted.height) // 2))
 
 
 @cache

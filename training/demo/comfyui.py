@@ -1,0 +1,101 @@
+"""The demo's pictures in a real ComfyUI, by the nodes that a user would wire."""
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
+from .methods import ADAPTER, PLAIN, PROMPTS, Made, prompt_of
+from .server import Server
+
+STEPS, GUIDANCE, SIZE, SEED = 20, 4.0, 64, 7
+
+
+class Graph:
+    """A workflow in the API's format."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, dict[str, Any]] = {}
+
+    def add(self, kind: str, **inputs: Any) -> str:
+        """A node; its number, which inputs of others name as [number, output]."""
+        number = str(len(self.nodes) + 1)
+        self.nodes[number] = {"class_type": kind, "inputs": inputs}
+        return number
+
+
+def graph_of(rows: Sequence[Made], photos: Path, count: int) -> tuple[Graph, list[list[str]]]:
+    """The workflow, and of each row and prompt the node that saves so many pictures, from the same noise for all rows."""
+    graph = Graph()
+    base = graph.add("CheckpointLoaderSimple", ckpt_name=Path(CHECKPOINT).name)
+    empty = graph.add("CLIPTextEncode", clip=[base, 1], text="")
+    latent = graph.add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=count)
+    saved = []
+    for row in rows:
+        model, clip, vae, negative = [base, 0], [base, 1], [base, 2], [empty, 0]
+        if row.method == "ip_adapter":
+            encoder = graph.add("PersonalizeLoadImageEncoder", file=Path(IMAGE_ENCODER).name)
+            adapter = graph.add("PersonalizeLoadIPAdapter", file=ADAPTER.name)
+            given = {"clip_vision": [encoder, 0], "folder": str(photos), "weights": "", "framing": "crop"}
+            references = graph.add("PersonalizeEncodeReferences", **given)
+            how = {"weight": 1.0, "aggregation": "self-attention", "start_percent": 0.0, "end_percent": 1.0}
+            how |= {"pooling": "before projection", "layers": "all", "layer_list": ""}
+            wires = {"model": model, "ip_adapter": [adapter, 0], "references": [references, 0]}
+            model = [graph.add("PersonalizeApplyIPAdapter", **wires, **how), 0]
+        elif row.title != PLAIN:
+            own = {} if row.method == "dreambooth" else {"model": model, "clip": clip, "vae": vae}
+            file = f"{row.kind}/{row.files[0].name}"
+            loader = graph.add("PersonalizeLoadPersonalization", file=file, strength=1.0, **own)
+            model, clip, vae = [loader, 0], [loader, 1], [loader, 2]
+            negative = [graph.add("CLIPTextEncode", clip=clip, text=""), 0]
+        nodes = []
+        for number, wishes in enumerate(PROMPTS):
+            positive = graph.add("CLIPTextEncode", clip=clip, text=prompt_of(wishes, row.subject))
+            sampling = {"seed": SEED + number, "steps": STEPS, "cfg": GUIDANCE, "sampler_name": "euler", "denoise": 1.0}
+            wires = {"model": model, "positive": [positive, 0], "negative": negative, "latent_image": [latent, 0]}
+            samples = graph.add("KSampler", scheduler="normal", **sampling, **wires)
+            decoded = graph.add("VAEDecode", samples=[samples, 0], vae=vae)
+            nodes.append(
+                graph.add("SaveImage", images=[decoded, 0], filename_prefix=f"demo/{row.method or PLAIN}_{number}")
+            )
+        saved.append(nodes)
+    return graph, saved
+
+
+def in_comfyui(comfyui: Path, rows: Sequence[Made], photos: Path, count: int) -> list[list[list[Image.Image]]]:
+    """Of each row and prompt its pictures.
+
+    Raises:
+        RuntimeError: the server does not start, or a node fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="personalize-") as base:
+        for row in rows:
+            for i, file in enumerate(row.files if row.method != "ip_adapter" else ()):
+                target = Path(base) / "models" / (row.kind if i == 0 else "embeddings")
+                target.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
+        graph, saved = graph_of(rows, photos, count)
+        samplers = {number for number, node in graph.nodes.items() if node["class_type"] == "KSampler"}
+        with (
+            Server(comfyui, Path(base)) as server,
+            tqdm(desc="Sampling in ComfyUI", total=len(samplers) * STEPS) as bar,
+        ):
+            done = dict.fromkeys(samplers, 0)
+
+            def advance(node: str, step: int, _total: int) -> None:  # the host leaves out steps that follow fast
+                if node in done:
+                    done[node] = step
+                    bar.update(sum(done.values()) - bar.n)
+
+            outputs = server.run(graph.nodes, advance)
+            bar.update(bar.total - bar.n)
+            return [
+                [[Image.open(BytesIO(server.picture(one))) for one in outputs[node]["images"]] for node in nodes]
+                for nodes in saved
+            ]

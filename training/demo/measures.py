@@ -1,0 +1,50 @@
+"""What the demo's pictures are worth, by the judge of the pocket model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..pocket.measure import VALUES, read
+from ..pocket.shipped import load_judge
+from ..pocket.vae import to_tensor
+from ..shared import cover_picture, read_picture
+from .methods import PROMPTS
+
+SIDE = 64
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one row."""
+
+    likeness: float
+    """Mean cosine of the judge's identity features to those of the photographs."""
+    following: float
+    """Share of poses, expressions and backgrounds that are read as the prompts say."""
+
+
+def score(rows: Sequence[Sequence[Sequence[Image.Image]]], references: Sequence[Path]) -> tuple[list[Score], float]:
+    """Of each row, whose pictures come by prompt; and the likeness of the photographs to each other."""
+    judge = load_judge()
+
+    @torch.no_grad()
+    def who(pictures: np.ndarray) -> torch.Tensor:
+        return judge(to_tensor(pictures))[1]
+
+    photographs = torch.stack([cover_picture(read_picture(path).pixels, SIDE, SIDE) for path in references])
+    own = who((photographs.clamp(0, 1) * 255).round().byte().numpy())
+    scores = []
+    for row in rows:
+        pictures = np.stack([np.asarray(one.convert("RGB")) for some in row for one in some])
+        wishes = [wished for wished, some in zip(PROMPTS, row, strict=True) for _ in some]
+        (seen,) = read(judge, pictures)
+        right = [
+            VALUES[name][seen[name][i]] == value for i, wished in enumerate(wishes) for name, value in wished.items()
+        ]
+        scores.append(Score(float((who(pictures) @ own.T).mean()), float(np.mean(right))))
+    n, among = len(own), own @ own.T
+    return scores, float((among.sum() - among.trace()) / max(n * (n - 1), 1))

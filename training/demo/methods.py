@@ -1,0 +1,103 @@
+"""What the demo makes of a few photographs: each method's file, trained on them as a user trains it."""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS
+from ..pocket.files import CHECKPOINT
+from ..run import METHODS, train
+from ..settings import make_settings
+from ..shared import POCKET, calls_of, read_about, read_header
+
+TITLES = {
+    "textual_inversion": "Textual Inversion",
+    "lora": "LoRA",
+    "custom_diffusion": "Custom Diffusion",
+    "dreambooth": "DreamBooth",
+}
+PLAIN, REFERENCES = "without", "IP-Adapter, self-attention"
+ADAPTER = POCKET / "ipadapter" / "pocket_self_attention.safetensors"
+TRIGGER = "ohwx"
+STEPS: int | None = None
+"""Of each training; None: each method's own."""
+KINDS = {"textual_inversion": "embeddings", "dreambooth": "checkpoints"}
+"""Where ComfyUI looks for the files; for the others in loras."""
+PROMPTS = (
+    {"expression": "smiling", "pose": "left", "background": "beach"},
+    {"expression": "sad", "pose": "front", "background": "forest"},
+    {"expression": "surprised", "pose": "right", "background": "mountains"},
+    {"expression": "angry", "pose": "front", "background": "space"},
+)
+"""What each asks for, in the words of training.truth."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """One row of the sheet."""
+
+    title: str
+    method: str = ""
+    """As everywhere; nothing where nothing was trained."""
+    files: tuple[Path, ...] = ()
+    subject: str = ""
+    """What prompts call it in ComfyUI."""
+    minutes: float = 0.0
+
+    @property
+    def megabytes(self) -> float:
+        """Of its files."""
+        return sum(path.stat().st_size for path in self.files) / 1e6
+
+    @property
+    def kind(self) -> str:
+        """The folder of its first file in ComfyUI's models."""
+        return KINDS.get(self.method, "loras")
+
+
+def prompt_of(wishes: dict[str, str], subject: str) -> str:
+    """As the pocket model's captions say it."""
+    words = (
+        EXPRESSION_WORDS[wishes["expression"]][0],
+        POSE_WORDS[wishes["pose"]][0],
+        PLACE_WORDS[wishes["background"]][0],
+    )
+    return f"a photo of a {words[0]} {subject}, {words[1]}, {words[2]}"
+
+
+def make(photos: Path, pictures: Sequence[Path], class_name: str, folder: Path) -> list[Made]:
+    """Every row; what a demo on the same photographs has trained before is taken.
+
+    Raises:
+        PersonalizeError: whatever a training cannot do.
+    """
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in pictures) + class_name.encode()).hexdigest()[:8]
+    rows = [Made(PLAIN, subject=class_name), Made(REFERENCES, "ip_adapter", (ADAPTER,), class_name)]
+    for number, (method, title) in enumerate(TITLES.items(), 1):
+        out = folder / f"training-{digest}" / method
+        print(f"{number} of {len(TITLES)}: {title}", flush=True)
+        started, note = time.monotonic(), out / "minutes.txt"
+        values = {
+            "pretrained_model_name_or_path": str(POCKET / CHECKPOINT),
+            "instance_data_dir": str(photos),
+            "class_name": class_name,
+            "trigger": TRIGGER,
+            "output_dir": str(out),
+            "output_name": f"demo_{method}",
+            "max_train_steps": STEPS,
+        }
+        files = sorted(out.glob("demo_*.safetensors"))
+        if not files or not note.exists():
+            files = train(method, make_settings(METHODS[method][0], values))
+            note.write_text(str((time.monotonic() - started) / 60))
+        rows.append(Made(title, method, tuple(files), called(files[0], class_name), float(note.read_text())))
+    return rows
+
+
+def called(file: Path, class_name: str) -> str:
+    """What prompts call a file's subject by in ComfyUI."""
+    about = read_about(read_header(file)[1], file.name)
+    trigger = about.trigger if about else TRIGGER
+    return trigger if calls_of(trigger)[0].text.endswith(f" {class_name}") else f"{trigger} {class_name}"
