@@ -71,7 +71,14 @@ def _shared(class_name: str) -> list[Any]:
             tooltip=f"How much changes in a step. {open_}",
         ),
         io.Int.Input("resolution", default=0, min=0, max=4096, step=8, tooltip=f"Pixels of the side. {open_}"),
-        io.Int.Input("seed", default=0, min=0, max=2**32 - 1, tooltip="The same seed gives the same file."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**32 - 1,
+            control_after_generate=False,  # or each queueing would train another file
+            tooltip="The same seed gives the same file.",
+        ),
         io.String.Input(
             "captions",
             default="",
@@ -91,10 +98,7 @@ def _shared(class_name: str) -> list[Any]:
         ),
         io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures in each step.", extra_dict=ADVANCED),
         io.Boolean.Input(
-            "gradient_checkpointing",
-            default=False,
-            tooltip="Less memory, a third slower.",
-            extra_dict=ADVANCED,
+            "gradient_checkpointing", default=False, tooltip="Less memory, a third slower.", extra_dict=ADVANCED
         ),
     ]
 
