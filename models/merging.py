@@ -81,9 +81,13 @@ class Merging:
         return float((self.everyday @ change.double().T).norm() / whole.clamp(min=torch.finfo(torch.double).tiny))
 
 
-def prompts_of(called: str) -> tuple[str, str]:
-    """In which texts a concept shall be itself, of the words that call it."""
-    return called, f"a photo of {called}"
+FRAMES = ("", "a photo of ")
+"""What may stand before the words of a concept."""
+
+
+def prompts_of(called: str) -> list[str]:
+    """In which texts a concept shall be itself, of the words that call it: one for each of FRAMES."""
+    return [f"{frame}{called}" for frame in FRAMES]
 
 
 def read_captions(path: Path = EVERYDAY) -> list[str]:
@@ -101,9 +105,18 @@ def read_captions(path: Path = EVERYDAY) -> list[str]:
     return [line for line in lines if line]
 
 
-def unique_rows(states: Tensor, ends: Sequence[int]) -> Tensor:
-    """The features of texts [n, T, width] from behind the token that begins each to the first that ends it, each once."""
-    return torch.unique(torch.cat([one[1 : end + 1] for one, end in zip(states, ends, strict=True)]), dim=0)
+def unique_rows(states: Tensor, ends: Sequence[int], starts: Sequence[int] | None = None) -> Tensor:
+    """The features of texts, each once, of the places from `starts` to `ends`.
+
+    Args:
+        states: of the texts, [n, T, width].
+        ends: the first token that ends each.
+        starts: by default behind the token that begins each. A concept's words start behind their frame, whose tokens do
+            not see them: what they give is everybody's, and no concept's own (Adobe's code leaves them out, too).
+    """
+    begins = [1] * len(ends) if starts is None else starts
+    rows = [one[start : end + 1] for one, start, end in zip(states, begins, ends, strict=True)]
+    return torch.unique(torch.cat(rows), dim=0)
 
 
 def check_parts(concepts: Mapping[str, Mapping[str, Tensor]], calls: Sequence[Sequence[str]]) -> None:

@@ -1,6 +1,6 @@
 """Custom Diffusion: load a concept's file, or merge several in closed form on the loaded model."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..models.custom_diffusion import calls_of, concept_changes
 from ..models.errors import PersonalizeError
-from ..models.merging import check_parts, merge_changes, prompts_of, read_captions, unique_rows
+from ..models.merging import FRAMES, check_parts, merge_changes, prompts_of, read_captions, unique_rows
 from ..models.metadata import About
 from .folders import find_model
 from .personalization import TRIGGER, check_words, strength_input
@@ -128,7 +128,9 @@ class MergeCustomDiffusion(io.ComfyNode):
         prompts = [[text for call in own for text in prompts_of(call)] for own in calls]
         layers = {layer for changes in concepts.values() for layer in changes}
         bar = comfy.utils.ProgressBar(len(texts) + sum(map(len, prompts)) + len(layers))
-        everyday, *words = (features(clip, own, bar) for own in (texts, *prompts))
+        starts = [_end(clip, frame) for frame in FRAMES]
+        everyday = features(clip, texts, bar)
+        words = [features(clip, own, bar, starts * (len(own) // len(starts))) for own in prompts]
         merged = merge_changes(
             weights, list(concepts.values()), everyday, words, torch.float32, lambda names: _counted(names, bar)
         )
@@ -153,20 +155,20 @@ class _Weights:
         return as_loaded(self.model, self.keys[name]).detach().cpu()
 
 
-def features(clip: Any, texts: Iterable[str], bar: Any) -> Tensor:
-    """What the UNet reads of texts, from behind the token that begins each to the first that ends it, [R, width]."""
-    end = tokens_of(clip.tokenize(""))[1]
+def features(clip: Any, texts: Iterable[str], bar: Any, starts: Sequence[int] | None = None) -> Tensor:
+    """What the UNet reads of texts, [R, width]: see `unique_rows`."""
     states, ends = [], []
     for text in _counted(texts, bar):
-        tokens = clip.tokenize(text)
-        ends.append(_first(tokens_of(tokens), end))
-        states.append(clip.encode_from_tokens(tokens)[0].float().cpu())
+        ends.append(_end(clip, text))
+        states.append(clip.encode_from_tokens(clip.tokenize(text))[0].float().cpu())
     length = min(len(one) for one in states)
-    return unique_rows(torch.stack([one[:length] for one in states]), [min(one, length - 1) for one in ends])
+    return unique_rows(torch.stack([one[:length] for one in states]), [min(one, length - 1) for one in ends], starts)
 
 
-def _first(tokens: list[Any], end: Any) -> int:
-    return next(i for i, token in enumerate(tokens) if isinstance(token, int) and token == end)
+def _end(clip: Any, text: str) -> int:
+    """The place of the first token that ends a text."""
+    end = tokens_of(clip.tokenize(""))[1]
+    return next(i for i, token in enumerate(tokens_of(clip.tokenize(text))) if isinstance(token, int) and token == end)
 
 
 def _counted(things: Iterable[str], bar: Any) -> Iterator[str]:

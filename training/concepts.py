@@ -8,7 +8,7 @@ from pathlib import Path
 from .clip_tokenizer import clip_tokenizer
 from .options import CustomDiffusion, Data
 from .settings import Settings
-from .shared import RARE, PersonalizeError, call_of
+from .shared import FRAMES, RARE, PersonalizeError, call_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ def concepts_of(settings: Settings) -> list[Concept]:
         if data.instance_data_dir is not None:
             problems.append("--instance_data_dir and --concept say the same thing: give one of them.")
     for i, (_, trigger, class_name) in enumerate(parts):
+        if not class_name and not method.concept:
+            problems.append("--class_name is empty: say what the subject is, as one noun: dog, woman, mug.")
+        if trigger and (call_of(trigger).search(class_name) or any(map(call_of(trigger).search, FRAMES))):
+            problems.append(f"The trigger {trigger!r} is a word that captions say anyway: take one that is in none.")
         if trigger and not re.fullmatch(r"[\w.+-]+", trigger):
             problems.append(f"The trigger {trigger!r} cannot be called in ComfyUI's prompts: take one word of letters.")
         if re.search(r"[,():]", class_name):
@@ -97,13 +101,13 @@ def check_start(method: CustomDiffusion, concepts: Sequence[Concept]) -> list[st
     """A sentence where the words of concepts have nothing to start as."""
     chosen = starts_of(method)
     if len(chosen) < len(concepts):
-        given = "names" if method.initializer_token else "has by default"
+        given = "names" if method.initializer_token is not None else "has by default"
         return [
             f"--initializer_token {given} {len(chosen)} words for {len(concepts)} concepts: name one for each, with commas "
             "between."
         ]
     problems = []
-    for word in chosen if method.initializer_token else ():
+    for word in chosen if method.initializer_token is not None else ():
         count = len(clip_tokenizer()(word, add_special_tokens=False).input_ids)
         if count != 1 and word not in RARE:
             problems.append(f"--initializer_token {word!r} is {count} tokens, but must be a single one.")

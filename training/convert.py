@@ -27,7 +27,7 @@ from torch import Tensor
 from .base_model import load_base
 from .convert_concepts import read_any_concepts, word_vectors, write_new, written_concepts
 from .convert_networks import convert_dreambooth, convert_lora
-from .look import check_writable
+from .look import check_writable, name_problems
 from .methods import PRECISIONS
 from .options import option
 from .settings import exit_status, make_groups, read_values
@@ -116,10 +116,8 @@ def convert(options: Convert) -> list[Path]:
         raise PersonalizeError(f"--pretrained_model_name_or_path is missing: the base that {path.name} was trained on.")
     check_writable(folder, "--output_dir")
     name, whole = options.output_name or path.stem, options.to in ("diffusers", "adobe") and kind == "custom_diffusion"
-    if name.endswith(".safetensors") or any(letter in name for letter in '/\\:*?"<>|') or re.search(r"\s", name):
-        raise PersonalizeError(
-            f"--output_name {name!r} is no name of a file without ending, nor what a prompt can call."
-        )
+    if problems := name_problems(name, called=kind in ("custom_diffusion", "textual_inversion")):
+        raise PersonalizeError("\n".join(problems))
     for given, use in (("compression", "personalize"), ("word", "")):
         if getattr(options, given) and (kind != "custom_diffusion" or (use and options.to != use)):
             print(f"--{given} has no effect on a {kind} that becomes {options.to}.", file=sys.stderr)

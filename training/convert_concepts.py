@@ -1,5 +1,6 @@
 """Converting Custom Diffusion: whatever program wrote it, read into differences and words, and written for any other."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,8 +92,8 @@ def read_any_concepts(path: Path, base: BaseModel, given: Sequence[Path]) -> Rea
         layers = host_layers({key: tuple(value.shape) for key, value in state.items()}, [])
         changes = {names[key]: value for key, value in concept_changes(weights, layers, path.name).items()}
         called = [call.word for call in calls_of(about.trigger) if call.word]
-        for one in given or [path.with_name(f"{word}.safetensors") for word in called]:
-            words[one.stem] = fitting(one, word_vectors(one))
+        for word, one in _files_of(path, called, given).items():
+            words[word] = fitting(one, word_vectors(one))
         return Read(about, changes, words)
     read = read_concepts(weights, state, base.unet_names(), path.name)
     for word, vectors in read.words.items():
@@ -100,7 +101,35 @@ def read_any_concepts(path: Path, base: BaseModel, given: Sequence[Path]) -> Rea
     for one in given or _words_beside(path):
         for key, value in word_vectors(one).items():
             words[(key if key.startswith("<") else one.stem).strip("<>")] = fitting(one, {"word": value})
+    if not words:
+        print(
+            f"No learned word lies beside {path}, so that nothing calls what it learned: give its --word.",
+            file=sys.stderr,
+        )
     return Read(about, read.changes, words)
+
+
+def _files_of(path: Path, called: Sequence[str], given: Sequence[Path]) -> dict[str, Path]:
+    """The file of each word that calls a file of ours: beside it, or as given.
+
+    Raises:
+        PersonalizeError: a word has no file, or a file is of another word.
+    """
+    if not given:
+        return {word: path.with_name(f"{word}.safetensors") for word in called}
+    files = {_word_in(one): one for one in given}
+    if files.keys() != set(called):
+        raise PersonalizeError(
+            f"{path.name} is called by {', '.join(called) or 'no learned word'}, but --word names {', '.join(files)}: give the "
+            "file of each of its words."
+        )
+    return {word: files[word] for word in called}
+
+
+def _word_in(path: Path) -> str:
+    """What a word's file calls itself, whatever it was renamed to."""
+    about = read_about(read_header(path)[1], path.name) if path.suffix == ".safetensors" else None
+    return about.trigger.removeprefix(CALL) if about and about.trigger.startswith(CALL) else path.stem
 
 
 def _words_beside(path: Path) -> list[Path]:
@@ -108,7 +137,10 @@ def _words_beside(path: Path) -> list[Path]:
     found = []
     for one in sorted(path.parent.iterdir()):
         if one.suffix in (".bin", ".safetensors") and one != path and one.stat().st_size < SMALL:
-            keys = read_header(one)[0] if one.suffix == ".safetensors" else read_weights(one)
+            try:
+                keys = read_header(one)[0] if one.suffix == ".safetensors" else read_weights(one)
+            except PersonalizeError:  # what another program left there
+                continue
             if keys and all(str(key).startswith("<") for key in keys):
                 found.append(one)
     return found

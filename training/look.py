@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,18 @@ def check_writable(folder: Path, option: str) -> None:
         raise PersonalizeError(
             f"The folder {folder} ({option}) cannot be written to ({error.strerror or error})."
         ) from None
+
+
+def name_problems(name: str, called: bool) -> list[str]:
+    """A sentence for each reason why a result cannot have this name; `called`: whether prompts call it by that."""
+    problems = []
+    if name.endswith(".safetensors"):
+        problems.append(f"--output_name {name} is without ending: write {name.removesuffix('.safetensors')}.")
+    if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
+        problems.append(f"{name!r} is no file name: set --output_name.")
+    if called and re.search(r"[\s():,]", name):
+        problems.append(f"{name!r} cannot be called in ComfyUI's prompts, which take one word: set --output_name.")
+    return problems
 
 
 def tell(problems: list[str], check: Callable, *arguments: Any) -> Any:

@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from .base_model import BaseModel, load_base
 from .encoding import read_text
-from .look import check_writable
+from .look import check_writable, name_problems
 from .methods import PRECISIONS
 from .options import option
 from .settings import exit_status, make_groups, read_values
 from .shared import (
     CALL,
     EVERYDAY,
+    FRAMES,
     UNET,
     About,
     Call,
@@ -64,7 +65,9 @@ class MergeConcepts:
     )
     output_dir: str | None = option(None, "folder for the result")
     output_name: str = option("merged", "its name without ending")
-    save_precision: str = option("fp16", "of the result", ("fp16", "bf16", "fp32"))
+    save_precision: str = option(
+        "fp32", "of the result; half precision misses what each file gives by some percent", ("fp16", "bf16", "fp32")
+    )
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def merge(options: MergeConcepts) -> Path:
     }
     if problems := [f"--{name} is missing: {what}." for name, what in needed.items() if not getattr(options, name)]:
         raise PersonalizeError("\n".join(problems))
+    if problems := name_problems(options.output_name, called=False):
+        raise PersonalizeError("\n".join(problems))
     folder = Path(options.output_dir or "").expanduser()
     check_writable(folder, "--output_dir")
     target = folder / f"{options.output_name}.safetensors"
@@ -131,7 +136,8 @@ def merge(options: MergeConcepts) -> Path:
     }
     check_parts(concepts, [[call.text for call in part.calls] for part in parts])
     weights = {f"{file_name(UNET, n.removesuffix('.weight'))}.weight": value for n, value in state.items()}
-    everyday, own = features(base, captions, [part.calls for part in parts], words, skips.pop())
+    (skip,) = skips
+    everyday, own = features(base, captions, [part.calls for part in parts], words, skip)
     merged = merge_changes(
         lambda layer: weights[layer],
         list(concepts.values()),
@@ -145,7 +151,7 @@ def merge(options: MergeConcepts) -> Path:
         parts[0].about,
         trigger=", ".join(calls),
         class_name=", ".join(dict.fromkeys(name for part in parts for name in part.about.class_name.split(", "))),
-        settings={"merged": [part.path.name for part in parts], "missed": merged.missed},
+        settings={"merged": [part.path.name for part in parts], "missed": merged.missed, "clip_skip": skip},
         extra={},
     )
     tensors = {f"{name.removesuffix('.weight')}.diff": change for name, change in merged.changes.items()}
@@ -207,15 +213,21 @@ def features(
         add_words(base, added, lambda _, table: next(rows).to(table.weight))
     tokenizer = base.pipeline.tokenizer
 
-    def read(texts: Sequence[str]) -> Tensor:
+    def ends(texts: Sequence[str]) -> list[int]:
         ids = tokenizer(list(texts), padding="max_length", truncation=True, max_length=77).input_ids
+        return [one.index(tokenizer.eos_token_id) for one in ids]
+
+    def read(texts: Sequence[str], starts: Sequence[int] | None = None) -> Tensor:
         states = torch.cat([read_text(base, [text], clip_skip).states for text in texts])
-        return unique_rows(states, [one.index(tokenizer.eos_token_id) for one in ids])
+        return unique_rows(states, ends(texts), starts)
 
     def spoken(call: Call) -> str:
         return call.text.replace(f"{CALL}{call.word}", "".join(tokens[call.text])) if call.word else call.text
 
-    return read(captions), [read([text for call in own for text in prompts_of(spoken(call))]) for own in calls]
+    starts = ends(FRAMES)
+    return read(captions), [
+        read([text for call in own for text in prompts_of(spoken(call))], starts * len(own)) for own in calls
+    ]
 
 
 if __name__ == "__main__":

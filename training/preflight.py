@@ -26,6 +26,7 @@ from .look import (
     look_at_identities,
     look_at_pictures,
     look_at_validation,
+    name_problems,
 )
 from .lora import unet_config
 from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion, Training
@@ -168,12 +169,7 @@ def _options(settings: Settings) -> None:
         if isinstance(value, str) and value.encode(errors="replace").decode() != value:
             problems.append(f"--{option} {value!r} is not UTF-8: rename it.")
     name = settings.output.output_name or default_name(settings)
-    if name.endswith(".safetensors"):
-        problems.append(f"--output_name {name} is without ending: write {name.removesuffix('.safetensors')}.")
-    if not name.strip() or any(letter in name for letter in '/\\:*?"<>|\0') or name.startswith("."):
-        problems.append(f"{name!r} is no file name: set --output_name.")
-    if isinstance(settings.method, TextualInversion | CustomDiffusion) and re.search(r"[\s():,]", name):
-        problems.append(f"{name!r} cannot be called in ComfyUI's prompts, which take one word: set --output_name.")
+    problems += name_problems(name, called=isinstance(settings.method, TextualInversion | CustomDiffusion))
     if isinstance(settings.method, Lora):
         try:
             unet_config(settings.method)

@@ -87,6 +87,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.measures import score_by_group as score_by_group
     from models.measures import uniform_score_by_group as uniform_score_by_group
     from models.merging import EVERYDAY as EVERYDAY
+    from models.merging import FRAMES as FRAMES
     from models.merging import check_parts as check_parts
     from models.merging import merge_changes as merge_changes
     from models.merging import prompts_of as prompts_of
@@ -238,6 +239,7 @@ else:
     from ..models.measures import score_by_group as score_by_group
     from ..models.measures import uniform_score_by_group as uniform_score_by_group
     from ..models.merging import EVERYDAY as EVERYDAY
+    from ..models.merging import FRAMES as FRAMES
     from ..models.merging import check_parts as check_parts
     from ..models.merging import merge_changes as merge_changes
     from ..models.merging import prompts_of as prompts_of

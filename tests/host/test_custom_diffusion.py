@@ -192,7 +192,8 @@ def test_the_words_give_what_they_shall_and_captions_change_the_least(host, file
 
     clip, captions = loaded[1], ["a cat", "a dog on a beach"]
     calls = ["embedding:rex_ohwx woman", "embedding:anna_zxcv woman"]
-    words = [module.features(clip, prompts_of(call), Bar()) for call in calls]
+    words = [module.features(clip, prompts_of(call), Bar(), (1, 4)) for call in calls]  # behind "a photo of"
+    assert [len(one) for one in words] == [6, 6], "the word, the class and the end, with and without a frame"
     everyday = module.features(clip, captions, Bar())
     model, _, _ = node(host, "MergeCustomDiffusion")(
         *loaded[:2], "rex.safetensors", "anna.safetensors", 1.0, "\n".join(captions)

@@ -1,5 +1,8 @@
 """Every format of every file, there and back."""
 
+import re
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,7 +14,7 @@ from pack.models.errors import PersonalizeError
 from pack.models.ip_adapter import read_ip_adapter
 from pack.models.lora import file_name
 from pack.models.metadata import read_about
-from pack.models.weight_files import read_safetensors
+from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training.base_model import load_base, load_pipeline
 from pack.training.convert import Convert, convert, kind_of
 from safetensors.torch import load_file, save_file
@@ -261,11 +264,39 @@ def test_what_is_wrong_is_said(root, concept, sd15, tmp_path):
         converted(whole, "diffusers", tmp_path, root / CHECKPOINT)
     with pytest.raises(PersonalizeError, match="is there already: name another --output_dir or --output_name"):
         converted(whole, "personalize", whole.parent, sd15)
-    for name in ("two words", "a/b", "x.safetensors"):
-        with pytest.raises(PersonalizeError, match=r"is no name of a file without ending, nor what a prompt can call"):
+    for name, said in (
+        ("two words", "'two words' cannot be called in ComfyUI's prompts"),
+        ("my,dog", "'my,dog' cannot be called in ComfyUI's prompts"),
+        ("a/b", "'a/b' is no file name: set --output_name"),
+        ("..", "'..' is no file name: set --output_name"),
+        ("x.safetensors", "--output_name x.safetensors is without ending: write x"),
+    ):
+        with pytest.raises(PersonalizeError, match=re.escape(said)):
             converted(whole, "personalize", tmp_path / "out", sd15, output_name=name)
     save_file({f"x{i}": torch.zeros(1) for i in range(3)}, tmp_path / "odd.safetensors")
     with pytest.raises(PersonalizeError, match="is of no kind that is known: its tensors are called x0, x1, x2"):
         converted(tmp_path / "odd.safetensors", "personalize", tmp_path / "out")
     with pytest.raises(PersonalizeError, match=r"gone\.safetensors"):
         converted(tmp_path / "gone.safetensors", "personalize", tmp_path / "out")
+
+
+def test_words_that_were_moved_or_renamed(concept, sd15, tmp_path, capsys):
+    whole, word = concept
+    renamed = tmp_path / "renamed.safetensors"
+    renamed.write_bytes(word.read_bytes())
+    paths = converted(whole, "personalize", tmp_path / "out", sd15, word=[str(renamed)])
+    assert [path.name for path in paths] == [whole.name, word.name], "it is still what the file's trigger calls"
+    other = tmp_path / "other.safetensors"
+    tensors, metadata = read_safetensors(word)
+    about = replace(read_about(metadata, word.name), trigger="embedding:someone_else")
+    write_safetensors(other, tensors, about.as_metadata())
+    said = f"{whole.name} is called by {word.stem}, but --word names someone_else: give the file of each of its words."
+    with pytest.raises(PersonalizeError, match=re.escape(said)):
+        converted(whole, "personalize", tmp_path / "no", sd15, word=[str(other)])
+    theirs = converted(whole, "diffusers", tmp_path / "theirs", sd15)
+    (tmp_path / "theirs" / "training_args.bin").write_bytes(b"what another program left")
+    assert len(converted(theirs[0], "personalize", tmp_path / "with", sd15, output_name="mine")) == 2
+    theirs[1].unlink()
+    capsys.readouterr()
+    assert len(converted(theirs[0], "personalize", tmp_path / "without", sd15, output_name="mine")) == 1
+    assert f"No learned word lies beside {theirs[0]}" in capsys.readouterr().err

@@ -270,11 +270,11 @@ def refused(root, output, **values):
 
 
 def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
-    said = refused(root, tmp_path / "out", concept=["photos:cat", ":a:b", two[0]], output_name="two words")
+    said = refused(root, tmp_path / "out", concept=["photos:cat", ":x:b", two[0]], output_name="two words")
     assert said.splitlines() == [
         "'two words' cannot be called in ComfyUI's prompts, which take one word: set --output_name.",
         "--concept photos:cat is not FOLDER:TRIGGER:CLASS, such as photographs/rex:ohwx:dog.",
-        "--concept :a:b is not FOLDER:TRIGGER:CLASS, such as photographs/rex:ohwx:dog.",
+        "--concept :x:b is not FOLDER:TRIGGER:CLASS, such as photographs/rex:ohwx:dog.",
     ]
     assert "--instance_data_dir is missing" in refused(root, tmp_path / "out")
     for concept, sentence in (
@@ -292,6 +292,8 @@ def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
             f"{folder}:x:dog (toy)",
             "The class 'dog (toy)' has a comma, a colon or a bracket, which a prompt reads as its own.",
         ),
+        (f"{folder}:old:old man", "The trigger 'old' is a word that captions say anyway: take one that is in none."),
+        (f"{folder}:photo:dog", "The trigger 'photo' is a word that captions say anyway: take one that is in none."),
         (f"{tmp_path / 'gone'}:x:cat", f"The folder {tmp_path / 'gone'} does not exist"),
     ):
         assert sentence in refused(root, tmp_path / "out", concept=[*two, concept])
