@@ -76,8 +76,9 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     picture = pictures[0]
     assert picture.format == "PNG"
     three = (4 * (3 * 64 + 2 * 8), 256)
-    sizes = {"aggregations": three, "self_attention": three, "masks": (576, 384), "one": (512, 512)}
+    sizes = {"aggregations": three, "self_attention": three, "masks": (576, 384), "one_reference": (512, 512)}
     sizes |= {"attend": (384, 256), "attention_maps": (384, 256), "composable": (192, 192), "merged": (384, 256)}
+    sizes |= {"subject_diffusion": (384, 256)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
     assert np.asarray(picture).std() > 20
     if name in KINDS:
@@ -124,6 +125,25 @@ def test_the_merged_concepts_stand_side_by_side(server):
         for trait in traits:
             own = getattr(identity(SUBJECTS, number), trait)
             assert np.mean([SUBJECT_VALUES[trait][value] == own for value in half[trait]]) >= 0.75, (trait, own)
+
+
+def test_two_subjects_stand_in_their_boxes(server):
+    """Each with what its picture shows: and exchanged with their boxes."""
+    wanted = {"woman": {"kind": "woman", "glasses": "sunglasses"}, "dog": {"kind": "dog", "fur": "orange"}}
+    prompt = prompt_of(server, "subject_diffusion_two")
+    (saved,) = (node for node, inner in prompt.items() if inner["class_type"] == "SaveImage")
+    subjects = [inner["inputs"] for inner in prompt.values() if inner["class_type"] == "PersonalizeSubject"]
+    for left, right in (("woman", "dog"), ("dog", "woman")):
+        outputs = server.run(prompt)
+        files = [server.picture(picture) for picture in outputs[saved]["images"]]
+        pictures = [np.asarray(Image.open(BytesIO(file)).convert("RGB").resize((96, 64))) for file in files]
+        for half, word in zip(read(load_judge(), np.stack(pictures)), (left, right), strict=True):
+            for trait, own in wanted[word].items():
+                share = np.mean([SUBJECT_VALUES[trait][value] == own for value in half[trait]])
+                assert share >= 0.75, (word, trait, share)
+        one, other = (dict(inner) for inner in subjects)
+        for side in ("left", "top", "width", "height"):
+            subjects[0][side], subjects[1][side] = other[side], one[side]
 
 
 def test_real_photographs_by_folder(server, photographs):
