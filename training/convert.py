@@ -69,6 +69,9 @@ class Convert:
     word: list[str] = option(  # noqa: RUF009 - a list of its own for each
         [], "Custom Diffusion: the file of a word, where it does not lie beside; may be given several times"
     )
+    class_name: str | None = option(
+        None, "Custom Diffusion of other programs: what it is, which follows its word in prompts; several with commas"
+    )
     compression: float | None = option(
         None,
         "Custom Diffusion, to personalize: keep the singular values that make up this share of their sum",

@@ -28,6 +28,7 @@ from .shared import (
     read_header,
     read_weights,
     read_word,
+    same_model,
     title_of,
     whole,
     word_tensors,
@@ -87,6 +88,8 @@ def read_any_concepts(path: Path, base: BaseModel, given: Sequence[Path]) -> Rea
         return [v.float() for v in read_word(tensors, widths, one.name, title_of(base.family))]
 
     words: dict[str, list[Tensor]] = {}
+    if about.base_fingerprint and not same_model(about.base_fingerprint, base.fingerprint()):
+        print(f"{path.name} was trained on {about.base_name}, {base.name} is another checkpoint.", file=sys.stderr)
     if format_of(weights) is None:
         names = {f"{file_name(UNET, key.rpartition('.')[0])}.{key.rpartition('.')[2]}": key for key in state}
         layers = host_layers({key: tuple(value.shape) for key, value in state.items()}, [])
@@ -116,7 +119,7 @@ def _files_of(path: Path, called: Sequence[str], given: Sequence[Path]) -> dict[
         PersonalizeError: a word has no file, or a file is of another word.
     """
     if not given:
-        return {word: path.with_name(f"{word}.safetensors") for word in called}
+        return {word: word_of(path, word) for word in called}
     files = {_word_in(one): one for one in given}
     if files.keys() != set(called):
         raise PersonalizeError(
@@ -124,6 +127,13 @@ def _files_of(path: Path, called: Sequence[str], given: Sequence[Path]) -> dict[
             "file of each of its words."
         )
     return {word: files[word] for word in called}
+
+
+def word_of(path: Path, word: str) -> Path:
+    """The file of a word that calls a file of ours: beside it, or in ComfyUI's folders, where they lie apart."""
+    name = f"{word}.safetensors"
+    beside, apart = path.with_name(name), path.parent.parent / "embeddings" / name
+    return apart if path.parent.name == "loras" and apart.is_file() and not beside.is_file() else beside
 
 
 def _word_in(path: Path) -> str:
@@ -173,8 +183,15 @@ def written_concepts(
 def _ours(read: Read, options: "Convert", folder: Path, name: str, dtype: torch.dtype) -> list[Path]:
     about, stems = read.about, {word: word for word in read.words}
     if not about.trigger:  # what the words of another program are called says nothing of this file
-        stems = {word: f"{name}_{word}" for word in read.words}
-        about = replace(about, trigger=", ".join(f"{CALL}{stem}" for stem in stems.values()))
+        stems = {word: word if word.startswith(f"{name}_") else f"{name}_{word}" for word in read.words}
+        classes = [one.strip() for one in options.class_name.split(",")] if options.class_name else [""] * len(stems)
+        if len(classes) != len(stems):
+            raise PersonalizeError(
+                f"--class_name has {len(classes)} classes, but there are {len(stems)} words ({', '.join(read.words)}): name one "
+                "for each, with commas between."
+            )
+        calls = [f"{CALL}{stem} {one}".strip() for stem, one in zip(stems.values(), classes, strict=True)]
+        about = replace(about, trigger=", ".join(calls), class_name=", ".join(filter(None, classes)))
     targets = [folder / f"{stem}.safetensors" for stem in (name, *stems.values())]
     check_new(targets)
     tensors = {key: value.to(dtype) for key, value in concept_tensors(read.changes, options.compression).items()}

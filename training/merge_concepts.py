@@ -4,8 +4,8 @@
         --file mug.safetensors --output_dir FOLDER
 
 On each concept's words the merged keys and values are those of its own file; on everyday captions they are as near to the
-base's as that lets them be (Kumari et al. 2023, eq. 4). The words' files are looked for beside each file, and stay as they
-are: in ComfyUI the merged file goes into models/loras, the words into models/embeddings.
+base's as that lets them be (Kumari et al. 2023, eq. 4). The words' files are looked for beside each file, or where ComfyUI
+has them, in embeddings beside loras, and stay as they are: the merged file goes into models/loras.
 """
 
 import sys
@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base_model import BaseModel, load_base
+from .convert_concepts import word_of
 from .encoding import read_text
 from .look import check_writable, name_problems
 from .methods import PRECISIONS
@@ -81,7 +82,7 @@ class Part:
 
     def word_file(self, call: Call) -> Path:
         """Of the word in a call."""
-        return self.path.with_name(f"{call.word}.safetensors")
+        return word_of(self.path, call.word)
 
 
 def main(arguments: list[str] | None = None) -> int:

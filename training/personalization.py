@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .convert import kind_of
-from .convert_concepts import read_any_concepts, word_vectors
+from .convert_concepts import read_any_concepts, word_of, word_vectors
 from .shared import CALL, PersonalizeError, calls_of, read_about, read_header, read_word, title_of
 from .textual_inversion import find_the_end
 
@@ -43,8 +43,8 @@ def check_file(method: str, path: Path) -> None:
     if method != "custom_diffusion":
         return
     about = read_about(read_header(path)[1], path.name) if path.suffix == ".safetensors" else None
-    called = [f"{call.word}.safetensors" for call in calls_of(about.trigger if about else "") if call.word]
-    if missing := [name for name in called if not path.with_name(name).is_file()]:
+    called = [word_of(path, call.word) for call in calls_of(about.trigger if about else "") if call.word]
+    if missing := [one.name for one in called if not one.is_file()]:
         raise PersonalizeError(f"The learned word {missing[0]} does not lie beside {path}: put it there.")
 
 

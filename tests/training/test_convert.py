@@ -293,7 +293,18 @@ def test_words_that_were_moved_or_renamed(concept, sd15, tmp_path, capsys):
     said = f"{whole.name} is called by {word.stem}, but --word names someone_else: give the file of each of its words."
     with pytest.raises(PersonalizeError, match=re.escape(said)):
         converted(whole, "personalize", tmp_path / "no", sd15, word=[str(other)])
+    for folder, one in (("loras", whole), ("embeddings", word)):  # as ComfyUI has them
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / one.name).write_bytes(one.read_bytes())
+    assert len(converted(tmp_path / "loras" / whole.name, "adobe", tmp_path / "adobe", sd15)) == 1
     theirs = converted(whole, "diffusers", tmp_path / "theirs", sd15)
+    (back, _) = converted(theirs[0], "personalize", tmp_path / "b", sd15, output_name="mine", class_name="tin robot")
+    assert (
+        read_about(read_safetensors(back)[1], "").trigger
+        == f"embedding:mine_{word.stem.removeprefix('mine_')} tin robot"
+    )
+    with pytest.raises(PersonalizeError, match=r"--class_name has 2 classes, but there are 1 words"):
+        converted(theirs[0], "personalize", tmp_path / "c", sd15, output_name="mine", class_name="dog, cat")
     (tmp_path / "theirs" / "training_args.bin").write_bytes(b"what another program left")
     assert len(converted(theirs[0], "personalize", tmp_path / "with", sd15, output_name="mine")) == 2
     theirs[1].unlink()
