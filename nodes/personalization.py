@@ -158,7 +158,9 @@ def check_words(model: Any, about: About, name: str) -> None:
     Raises:
         PersonalizeError: one is not in models/embeddings, or for another base.
     """
-    there = {Path(file).stem: file for file in folder_paths.get_filename_list("embeddings")}  # it looks into folders, too
+    there = {
+        Path(file).stem: file for file in folder_paths.get_filename_list("embeddings")
+    }  # it looks into folders, too
     for word in (call.word for call in calls_of(about.trigger) if call.word):
         if word not in there:
             raise PersonalizeError(

@@ -129,10 +129,7 @@ class TrainLora(io.ComfyNode):
                 *_shared("person"),
                 io.Int.Input("rank", default=16, min=1, max=256, tooltip="More holds more details, in a larger file."),
                 io.Boolean.Input(
-                    "train_text_encoder",
-                    default=False,
-                    tooltip="Change the text encoders, too.",
-                    extra_dict=ADVANCED,
+                    "train_text_encoder", default=False, tooltip="Change the text encoders, too.", extra_dict=ADVANCED
                 ),
             ],
             outputs=_outputs(),
@@ -370,7 +367,9 @@ class _Progress:
     """The host's bar, with the last samples."""
 
     def __init__(self, place: Path):
-        self.place, self.bar, self.seen = place, None, None
+        self.place = place
+        self.bar: Any = None
+        self.seen: Path | None = None
 
     def __call__(self, done: int, steps: int) -> None:
         self.bar = self.bar or comfy.utils.ProgressBar(steps)

@@ -19,6 +19,7 @@ class Suits:
     max_train_steps: int
     train_text_encoder: bool
     timestep_bias_strategy: str = "none"
+    lr_scheduler: str = "constant"
 
 
 UNCALLED = ("ip_adapter", "subject_diffusion")
@@ -36,7 +37,7 @@ POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
     "textual_inversion": Suits(1e-2, 0.0, 600, False),
     "dreambooth": Suits(2e-4, 3e-4, 400, True),
-    "custom_diffusion": Suits(1e-3, 1e-2, 1200, False, "later"),
+    "custom_diffusion": Suits(1e-3, 1e-2, 1200, False, "later", "cosine"),
     "ip_adapter": Suits(1e-3, 0.0, 3000, False),
     "subject_diffusion": Suits(5e-4, 5e-4, 4000, True),
 }
@@ -81,6 +82,7 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
             learning_rate=given(training.learning_rate, suits.learning_rate),
             text_encoder_lr=given(training.text_encoder_lr, suits.text_encoder_lr),
             train_text_encoder=given(training.train_text_encoder, suits.train_text_encoder),
+            lr_scheduler=given(training.lr_scheduler, suits.lr_scheduler),
             timestep_bias_strategy=given(training.timestep_bias_strategy, suits.timestep_bias_strategy),
             mixed_precision=given(training.mixed_precision, best_precision()),
             max_grad_norm=0.0 if training.fused_backward else training.max_grad_norm,

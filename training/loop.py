@@ -96,9 +96,10 @@ class Trainer:
         self.parameters = [p for group in groups for p in group["params"]]
         plain = [{key: value for key, value in group.items() if key != "names"} for group in groups]
         self.optimizer = make_optimizer(plain, self.settings)
-        rises = training.lr_scheduler == "constant" and training.lr_warmup_steps > 0
+        shape = training.lr_scheduler or "constant"
+        rises = shape == "constant" and training.lr_warmup_steps > 0
         self.schedule = get_scheduler(
-            "constant_with_warmup" if rises else training.lr_scheduler,
+            "constant_with_warmup" if rises else shape,
             self.optimizer,
             num_warmup_steps=training.lr_warmup_steps,
             num_training_steps=self.steps,

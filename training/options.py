@@ -104,8 +104,8 @@ class Training:
     )
     train_text_encoder: bool | None = option(None, "train the text encoder, too")
     text_encoder_lr: float | None = option(None, "its learning rate; in Custom Diffusion that of the words", least=0)
-    lr_scheduler: str = option(
-        "constant",
+    lr_scheduler: str | None = option(
+        None,
         "how the rate changes",
         ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     )

@@ -94,7 +94,7 @@ def test_loss_and_gradients_are_those_of_diffusers(root, where, tmp_path, layers
 def test_five_steps_are_those_of_a_plain_loop_with_diffusers_processors(root, where, folder, tmp_path):
     options = {"train_batch_size": 2, "max_train_steps": STEPS, "learning_rate": 1e-3, "text_encoder_lr": 1e-2}
     options |= {"seed": 7, "resolution": 64, "size_variants": 0, "pretrained_model_name_or_path": str(where)}
-    options |= {"timestep_bias_strategy": "none"}
+    options |= {"timestep_bias_strategy": "none", "lr_scheduler": "constant"}
     settings = settings_of("custom_diffusion", root, folder, tmp_path, **options)
     weights, word = (load_file(path) for path in train("custom_diffusion", root, folder, tmp_path, **options))
     base = load_base(str(where))
@@ -194,7 +194,7 @@ def test_several_concepts_have_a_word_each_and_one_file(root, two, tmp_path):
 
 
 def test_a_compressed_file_is_the_leading_part_of_the_whole_one(root, folder, tmp_path):
-    options = {"learning_rate": 1e-3, "output_name": "mine", "timestep_bias_strategy": "none"}
+    options = {"output_name": "mine", "timestep_bias_strategy": "none", "lr_scheduler": "constant"}
     (whole, _), (cut, _) = (
         train("custom_diffusion", root, folder, tmp_path / str(share), compression=share, **options)
         for share in (None, 0.6)

@@ -200,4 +200,5 @@ def test_help_says_what_suits_each_method(capsys):
         running.main("custom_diffusion", "", ["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "(none, earlier, later) [none; pocket later]" in text
+    assert "polynomial) [constant; pocket cosine]" in text
     assert "0 shows all as they are [12; pocket 0]" in text

@@ -24,11 +24,12 @@ def in_diffusers(rows: Sequence[Made], photos: Path, count: int, folder: Path) -
     Args:
         folder: for the pictures; those that are there are taken.
     """
-    found = []
+    found: list[list[list[Image.Image]]] = []
     for row in rows:
         base = load_base(str(row.files[0] if row.method == "dreambooth" else POCKET / CHECKPOINT))
         base.pipeline.unet.requires_grad_(False)
-        showing, references, subject = None, (), row.subject
+        references: tuple[Path, ...] = ()
+        showing, subject = None, row.subject
         if row.method == "ip_adapter":
             adapter = IPAdapter.from_state(read_ip_adapter(ADAPTER))
             encoder = load_image_encoder(POCKET / IMAGE_ENCODER)
