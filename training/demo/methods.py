@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS
+from ..pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS, article
 from ..pocket.files import CHECKPOINT
 from ..run import METHODS, train
 from ..settings import make_settings
@@ -64,7 +64,7 @@ def prompt_of(wishes: dict[str, str], subject: str) -> str:
         POSE_WORDS[wishes["pose"]][0],
         PLACE_WORDS[wishes["background"]][0],
     )
-    return f"a photo of a {words[0]} {subject}, {words[1]}, {words[2]}"
+    return f"a photo of {article(f'{words[0]} {subject}')}, {words[1]}, {words[2]}"
 
 
 def make(photos: Path, pictures: Sequence[Path], class_name: str, folder: Path) -> list[Made]:
