@@ -12,7 +12,7 @@ def rows(tmp_path_factory):
     place = photos(folder / "photographs", 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(methods, "STEPS", 2)
-        return place, methods.make(place, sorted(place.glob("*.png")), "woman", folder)
+        return place, methods.make(place, "woman", folder)
 
 
 def test_every_method_draws_every_prompt(comfyui, rows, monkeypatch):

@@ -53,7 +53,10 @@ def test_a_second_run_takes_what_is_there(quick, tmp_path, monkeypatch, capsys):
     before = file.stat().st_mtime_ns
     assert run(monkeypatch, *common) == 0
     assert file.stat().st_mtime_ns == before
-    assert "a photo of a smiling ohwx cat" in next((tmp_path / "out").glob("pictures/Text*/p0-s0.txt")).read_text()
+    assert (
+        "a photo of a smiling ohwx cat"
+        in next((tmp_path / "out").glob("training-*/pictures/Text*/p0-s0.txt")).read_text()
+    )
 
 
 def test_a_folder_that_is_not_there(tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from ..pocket.photos import write_photos
 from ..shared import PersonalizeError, list_pictures
 from .find import ROOT, comfyui_version, find_comfyui
 from .measures import score
-from .methods import PROMPTS, make, prompt_of
+from .methods import PROMPTS, make, place_of, prompt_of
 from .sheet import contact_sheet
 
 SUBJECT, CLASS, PHOTOS = 10, "woman", 5
@@ -39,7 +39,8 @@ def main() -> int:
         class_name = options.class_name or (CLASS if options.photos is None else "person")
         references = list_pictures(photos)
         print(f"{len(references)} photographs of a {class_name} in {photos}")
-        rows = make(photos, references, class_name, output)
+        place = place_of(references, class_name, output)
+        rows = make(photos, class_name, place)
         comfyui = find_comfyui()
         if comfyui is not None:
             from .comfyui import in_comfyui
@@ -48,7 +49,7 @@ def main() -> int:
         else:
             from .headless import in_diffusers
 
-            where, pictures = "diffusers", in_diffusers(rows, photos, EACH, output / "pictures")
+            where, pictures = "diffusers", in_diffusers(rows, photos, EACH, place / "pictures")
         scores, among = score(pictures, references)
         table = table_of(rows, scores, among)
         labels = [

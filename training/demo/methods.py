@@ -67,16 +67,21 @@ def prompt_of(wishes: dict[str, str], subject: str) -> str:
     return f"a photo of {article(f'{words[0]} {subject}')}, {words[1]}, {words[2]}"
 
 
-def make(photos: Path, pictures: Sequence[Path], class_name: str, folder: Path) -> list[Made]:
-    """Every row; what a demo on the same photographs has trained before is taken.
+def place_of(pictures: Sequence[Path], class_name: str, folder: Path) -> Path:
+    """Where a demo on these photographs trains and draws: others have another place."""
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in pictures) + class_name.encode()).hexdigest()
+    return folder / f"training-{digest[:8]}"
+
+
+def make(photos: Path, class_name: str, place: Path) -> list[Made]:
+    """Every row; what was trained in this place before is taken.
 
     Raises:
         PersonalizeError: whatever a training cannot do.
     """
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in pictures) + class_name.encode()).hexdigest()[:8]
     rows = [Made(PLAIN, subject=class_name), Made(REFERENCES, "ip_adapter", (ADAPTER,), class_name)]
     for number, (method, title) in enumerate(TITLES.items(), 1):
-        out = folder / f"training-{digest}" / method
+        out = place / method
         print(f"{number} of {len(TITLES)}: {title}", flush=True)
         started, note = time.monotonic(), out / "minutes.txt"
         values = {
