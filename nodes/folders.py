@@ -44,36 +44,41 @@ def find_model(kind: str, name: str) -> Path:
 def find_pictures(name: str) -> Path:
     """A folder of pictures: a full path, a folder in ComfyUI's input folder, or one of the pack's examples."""
     places = _places(name)
-    for place in places:
-        try:
-            if place.is_dir():
-                return place
-            if place.is_file():
-                raise PersonalizeError(f"{place} is a file: write the folder it is in, or connect it as an image.")
-        except OSError:
-            continue  # a name that no file system takes
-    raise PersonalizeError(
-        f'There is no folder "{name[:300]}" (looked for {_looked(places)}): write a folder with pictures.'
-    )
+    found = _first(places)
+    if found is None:
+        raise PersonalizeError(
+            f'There is no folder "{name[:300]}" (looked for {_looked(places)}): write a folder with pictures.'
+        )
+    if found.is_file():
+        raise PersonalizeError(f"{found} is a file: write the folder it is in, or connect it as an image.")
+    return found
 
 
 def find_picture(name: str) -> Path:
     """A picture's file, looked for as `find_pictures` does."""
     places = _places(name)
-    for place in places:
-        try:
-            if place.is_file():
-                return place
-        except OSError:
-            continue
-    raise PersonalizeError(
-        f'There is no picture "{name[:300]}" (looked for {_looked(places)}): write the name of a file.'
-    )
+    found = _first(places)
+    if found is None or found.is_dir():
+        raise PersonalizeError(
+            f'There is no picture "{name[:300]}" (looked for {_looked(places)}): write the name of a file.'
+        )
+    return found
 
 
 def _places(name: str) -> list[Path]:
     path = Path(name.strip().strip("\"'")).expanduser()
     return [path] if path.is_absolute() else [Path(folder_paths.get_input_directory()) / path, EXAMPLES / path]
+
+
+def _first(places: list[Path]) -> Path | None:
+    """The first that is there."""
+    for place in places:
+        try:
+            if place.is_dir() or place.is_file():
+                return place
+        except OSError:
+            continue  # a name that no file system takes
+    return None
 
 
 def _looked(places: list[Path]) -> str:
@@ -84,11 +89,11 @@ def state_of(name: str | None) -> str:
     """Another text whenever a picture, or something in a folder of pictures, is another."""
     if not name or not name.strip():
         return ""
-    for place in _places(name):
-        try:
-            if place.is_dir() or place.is_file():
-                files = place.iterdir() if place.is_dir() else [place]
-                return repr(sorted((path.name, path.stat().st_mtime_ns) for path in files))
-        except OSError:
-            continue
-    return name
+    try:
+        found = _first(_places(name))
+        if found is None:
+            return name
+        files = found.iterdir() if found.is_dir() else iter([found])
+        return repr(sorted((path.name, path.stat().st_mtime_ns) for path in files))
+    except OSError:
+        return name
