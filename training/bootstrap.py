@@ -23,6 +23,9 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 STAMP = VENV / "installed.txt"
 WORKERS = 2
+# These fit each other. Not the newest of each: torchaudio's releases neither require the torch that they are built for
+# nor carry its number (2.11.1 does not load with torch 2.11), and ComfyUI does not start where the two differ.
+TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 
 
 def run(*command: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None) -> int:
@@ -35,21 +38,11 @@ def pip(*arguments: str | Path) -> None:
         raise SystemExit(f"Installing {' '.join(map(str, arguments))} failed; see above.")
 
 
-def installed_version(package: str) -> str | None:
-    code = f"from importlib.metadata import version; print(version('{package}'))"
-    done = subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
 def install_torch() -> None:
-    """torch, torchvision and torchaudio that fit each other; a torch that is there already is kept."""
-    if installed_version("torch") and installed_version("torchvision") and installed_version("torchaudio"):
-        return
-    # torchaudio's releases carry the number of the torch they are built for but do not require it, and ComfyUI
-    # does not start where the two differ.
-    pip("--no-deps", "torchaudio")
-    release = ".".join((installed_version("torchaudio") or "").split(".")[:2])
-    pip(f"torch=={release}.*", "torchvision")
+    """torch, torchvision and torchaudio that fit each other; those that are there already and load are kept."""
+    command = [str(PYTHON), "-c", "import torch, torchvision, torchaudio"]
+    if subprocess.run(command, capture_output=True).returncode:
+        pip(*TORCH)
 
 
 def set_up(comfyui: Path | None) -> None:
