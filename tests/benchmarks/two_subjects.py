@@ -1,6 +1,6 @@
 """Prompts of a thing and an animal on the pocket model: plain, with Attend-and-Excite, and composed; counted by the judge.
 
-    python tests/benchmarks/two_subjects.py --output FOLDER [--prompts 200] [--seeds 4]
+    python tests/benchmarks/two_subjects.py --output FOLDER [--prompts 200 (of 510)] [--seeds 4]
 
 A prompt names two subjects, each with a colour of its own, as the paper of Attend-and-Excite does ("a red scarf and an
 orange cat"), the thing first, which no caption of the model's training does: so it forgets one of them or swaps colours.
@@ -59,6 +59,10 @@ class Pair:
 
 def pairs(count):
     """So many different prompts, each with the attributes that it names: of the thing, and of the animal."""
+    colours = [(colour, other) for furs in (*[FURS] * len(PETS), METALS) for colour in furs for other in HAT_COLOURS]
+    most = len((*NECKWEAR[1:], *HATS)) * sum(colour != other for colour, other in colours)
+    if count > most:
+        raise SystemExit(f"--prompts {count}: there are {most}.")
     rng, found = np.random.default_rng(17), {}
     while len(found) < count:
         kind = str(rng.choice((*PETS, "robot")))
