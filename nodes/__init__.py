@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension, io
 from .attend_and_excite import AttendAndExcite
 from .attention_maps import RecordAttentionMaps, ShowAttentionMaps
 from .composable_diffusion import ComposeConcepts, ComposePrompt
+from .contact_sheet import ContactSheet
 from .custom_diffusion import LoadCustomDiffusion, MergeCustomDiffusion
 from .folders import register_folders
 from .image_encoder import LoadImageEncoder
@@ -13,6 +14,7 @@ from .personalization import LoadDreamBooth, LoadLora, LoadPersonalization, Load
 from .pocket import register_pocket
 from .reference_attention import ShowReferenceAttention
 from .references import EncodeReferences, LoadReferences, SaveReferences
+from .scores import ScoreImages
 from .subject_diffusion import ApplySubjectDiffusion, GuideSubjects, LoadSubjectDiffusion, Subject
 from .training import TrainDreamBooth, TrainLora, TrainTextualInversion
 
@@ -42,6 +44,8 @@ NODES: list[type[io.ComfyNode]] = [
     TrainLora,
     TrainTextualInversion,
     TrainDreamBooth,
+    ScoreImages,
+    ContactSheet,
 ]
 
 

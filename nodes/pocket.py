@@ -6,6 +6,7 @@ import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
 import folder_paths
+import torch
 
 from .folders import POCKET
 
@@ -22,7 +23,7 @@ TEXT = {
     "layer_norm_eps": 1e-5,
     "projection_dim": 96,
 }
-
+PROJECTION = "clip_l.transformer.text_projection.weight"
 
 # Latent to picture by least squares (R² 0.96), in thousandths of -1..1, for previews while sampling.
 # fmt: off
@@ -49,9 +50,13 @@ class PocketTextModel(comfy.sd1_clip.SDClipModel):
             device=device,
             dtype=dtype,
             textmodel_json_config=dict(TEXT),
-            return_projected_pooled=False,
+            return_projected_pooled=True,
             model_options=model_options or {},
         )
+        # The host's is square. Zeros, not what lies in memory, where a file has none.
+        width, place = TEXT["projection_dim"], {"dtype": dtype, "device": device}
+        self.transformer.text_projection = self.operations.Linear(CONTEXT, width, bias=False, **place)
+        torch.nn.init.zeros_(self.transformer.text_projection.weight)
 
 
 class PocketText(comfy.sd1_clip.SD1ClipModel):
@@ -81,6 +86,16 @@ class PocketPortraits(comfy.supported_models.SD15):
 
     def inpaint_model(self):
         return False  # the host takes more than four channels for a mask's
+
+    def process_clip_state_dict(self, state_dict):
+        own = super().process_clip_state_dict(state_dict)
+        moved = own.pop("clip_l.transformer.text_model.text_projection.weight", None)  # SD1.5 has none
+        return own if moved is None else own | {PROJECTION: moved}
+
+    def process_clip_state_dict_for_saving(self, state_dict):
+        kept = state_dict.get(PROJECTION)
+        saved = super().process_clip_state_dict_for_saving(state_dict)
+        return saved if kept is None else saved | {PROJECTION.replace("clip_l.", "cond_stage_model."): kept}
 
     def clip_target(self, state_dict=None):
         return comfy.supported_models_base.ClipTarget(PocketTokenizer, PocketText)

@@ -1,6 +1,5 @@
 """Which references a trained self-attention looks at: numbers, and a small picture."""
 
-import numpy as np
 import torch
 from comfy_api.latest import io
 from PIL import Image, ImageDraw, ImageFont
@@ -9,6 +8,7 @@ from torch import Tensor
 from ..models.ip_adapter import IPAdapter
 from ..models.references import References
 from .ip_adapter import references_of, tensors_of
+from .pictures import as_tensor
 from .schema import EmbedsType, IPAdapterType, ReferencesType, schema
 
 CELL, LABEL, BAR = 34, 150, 160  # pixels: of a head's column, of the names, of the longest bar
@@ -75,7 +75,7 @@ def draw_bars(names: list[str], shares: Tensor) -> Tensor:
         length = BAR * share / max(float(shares.max()), 1e-9)
         pen.rectangle((LABEL, y + 3, LABEL + length, y + 20), fill=SHADE)
         pen.text((LABEL + length + 6, y + 4), f"{share:.2f}", fill=INK, font=font)
-    return _as_tensor(image)
+    return as_tensor(image)
 
 
 def draw_table(names: list[str], shares: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def draw_table(names: list[str], shares: Tensor) -> Tensor:
             pen.text(
                 (x + CELL / 2, y + 5), f"{share:.2f}", fill="white" if share > 0.5 else INK, font=font, anchor="ma"
             )
-    return _as_tensor(image)
+    return as_tensor(image)
 
 
 def _paper(
@@ -107,7 +107,3 @@ def _fitting(name: str, font) -> str:
     while len(name) > 1 and font.getlength(name) > LABEL - 16:
         name = name.removesuffix("…")[:-1] + "…"
     return name
-
-
-def _as_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(image).copy()).float()[None] / 255

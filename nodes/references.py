@@ -1,6 +1,5 @@
 """References: photographs of one subject, encoded; and their files."""
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -10,17 +9,17 @@ import torch
 from comfy_api.latest import io
 
 from ..models.errors import PersonalizeError
-from ..models.pictures import FRAMINGS, Picture, frame_picture, list_pictures, make_picture, read_picture
+from ..models.pictures import FRAMINGS, frame_picture, list_pictures, read_picture
 from ..models.references import References, parse_weights
 from .encoder import encode, encode_zero, input_size
 from .folders import find_model, find_pictures, references_folder, state_of
+from .pictures import MOST, connected, folder_of_pictures, growing_pictures
 from .schema import ADVANCED, ReferencesType, schema
 
 
 class EncodeReferences(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        picture = io.Image.Input("image", tooltip="A picture, or a batch of pictures, of the subject. Any size.")
         mask = io.Mask.Input(
             "mask", tooltip="Where the subject is (white) in the picture of the same number; the rest is painted out."
         )
@@ -34,22 +33,15 @@ class EncodeReferences(io.ComfyNode):
                     "clip_vision",
                     tooltip="The image encoder the adapter was trained with: ViT-H for nearly all of them.",
                 ),
-                io.Autogrow.Input(
-                    "images",
-                    template=io.Autogrow.TemplatePrefix(picture, prefix="image", min=0, max=50),
-                    tooltip="Pictures of the subject; a new input appears as you connect one.",
-                ),
+                growing_pictures("images", "image", "Pictures of the subject"),
                 io.Autogrow.Input(
                     "masks",
-                    template=io.Autogrow.TemplatePrefix(mask, prefix="mask", min=0, max=50),
+                    template=io.Autogrow.TemplatePrefix(mask, prefix="mask", min=0, max=MOST),
                     tooltip="Optional masks: mask0 belongs to image0, mask1 to image1.",
                 ),
-                io.String.Input(
-                    "folder",
-                    default="",
-                    placeholder="a folder of pictures",
-                    tooltip="A folder of pictures, instead of or besides connected ones: a folder inside ComfyUI's input "
-                    "folder or a full path. An alpha channel, or photo-masklabel.png beside photo.jpg, is the mask.",
+                folder_of_pictures(
+                    "instead of or besides connected ones: a folder inside ComfyUI's input folder or a full path. An alpha "
+                    "channel, or photo-masklabel.png beside photo.jpg, is the mask."
                 ),
                 io.String.Input(
                     "weights",
@@ -82,7 +74,7 @@ class EncodeReferences(io.ComfyNode):
         paths = list_pictures(find_pictures(folder)) if folder.strip() else []
         names, framed = [], []
         # One picture at a time: a hundred photographs as they come from a camera would not fit into memory.
-        for picture in chain(_connected(images or {}, masks or {}), map(read_picture, paths)):
+        for picture in chain(connected(images or {}, masks), map(read_picture, paths)):
             comfy.model_management.throw_exception_if_processing_interrupted()
             names.append(picture.name)
             framed.append(frame_picture(picture, framing, size, clip_vision.image_mean))
@@ -92,36 +84,6 @@ class EncodeReferences(io.ComfyNode):
         pooled, patches = encode(clip_vision, framed)
         references = References(pooled, patches, encode_zero(clip_vision), torch.tensor(weight_of_each), tuple(names))
         return io.NodeOutput(references, torch.stack(framed))
-
-
-def _connected(images: dict, masks: dict) -> Iterator[Picture]:
-    """The pictures of the growing inputs in their order, each batch taken apart."""
-    unused = [slot for slot in masks if images.get(f"image{_number(slot)}") is None and masks[slot] is not None]
-    if unused:
-        raise PersonalizeError(f"{unused[0]} has no picture: connect image{_number(unused[0])}, or remove the mask.")
-    for slot, batch in sorted(images.items(), key=lambda item: _number(item[0])):
-        if batch is None:
-            continue
-        if batch.ndim != 4 or batch.shape[-1] not in (1, 3, 4):
-            raise PersonalizeError(
-                f"{slot} has the shape {tuple(batch.shape)}, but pictures are [batch, height, width, 3]: check the node "
-                "it comes from."
-            )
-        mask = masks.get(f"mask{_number(slot)}")
-        mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
-        if mask is not None and mask.shape[0] not in (1, batch.shape[0]):
-            raise PersonalizeError(
-                f"mask{_number(slot)} has {mask.shape[0]} masks but {slot} has {batch.shape[0]} pictures: give one mask "
-                "for all, or one for each."
-            )
-        for index, pixels in enumerate(batch.cpu()):
-            name = slot if batch.shape[0] == 1 else f"{slot}[{index}]"
-            own = None if mask is None else mask[index % mask.shape[0]].cpu()
-            yield make_picture(pixels, own, name)
-
-
-def _number(slot: str) -> int:
-    return int("".join(character for character in slot if character.isdigit()))
 
 
 class SaveReferences(io.ComfyNode):

@@ -21,6 +21,7 @@ from PIL import Image
 from ..models.errors import PersonalizeError
 from .folders import POCKET, find_model, find_pictures, state_of
 from .personalization import TRIGGER, LoadPersonalization, whole_checkpoint
+from .pictures import as_image, as_tensor, connected, folder_of_pictures, growing_pictures
 from .schema import ADVANCED, schema
 
 PREVIEW = 512
@@ -31,7 +32,6 @@ KINDS = {"lora": "loras", "textual_inversion": "embeddings", "dreambooth": "chec
 
 
 def _shared(class_name: str) -> list[Any]:
-    picture = io.Image.Input("image", tooltip="A picture, or a batch of pictures, of the subject. Any size.")
     open_ = "0: what suits the base model and the method."
     return [
         io.Combo.Input(
@@ -39,17 +39,10 @@ def _shared(class_name: str) -> list[Any]:
             options=folder_paths.get_filename_list("checkpoints"),
             tooltip="The base model: SD1.5, SD2, SDXL or pocket portraits. It stays as it is.",
         ),
-        io.Autogrow.Input(
-            "images",
-            template=io.Autogrow.TemplatePrefix(picture, prefix="image", min=0, max=50),
-            tooltip="Pictures of the subject, five to twenty; a new input appears as you connect one.",
-        ),
-        io.String.Input(
-            "folder",
-            default="",
-            placeholder="a folder of pictures",
-            tooltip="A folder of pictures, instead of connected ones: inside ComfyUI's input folder, or a full path. "
-            "photo.txt beside photo.jpg is its caption.",
+        growing_pictures("images", "image", "Pictures of the subject, five to twenty"),
+        folder_of_pictures(
+            "instead of connected ones: inside ComfyUI's input folder, or a full path. photo.txt beside photo.jpg is its "
+            "caption."
         ),
         io.String.Input(
             "class_name", default=class_name, tooltip="What the subject is, as one noun: dog, backpack, woman, logo."
@@ -235,7 +228,7 @@ def _train(method: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> io.
     }
     asked = {"max_train_steps": "steps", "learning_rate": "learning_rate", "resolution": "resolution"}
     values |= {option: given[key] for option, key in asked.items() if given[key]}
-    pictures = list(_pictures(given.get("images") or {}))
+    pictures = [as_image(picture.pixels) for picture in connected(given.get("images") or {})]
     captions = [line.strip() for line in given.get("captions", "").splitlines() if line.strip()]
     folder = given["folder"].strip()
     _check_pictures(pictures, captions, folder)
@@ -254,15 +247,7 @@ def _train(method: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> io.
     return io.NodeOutput(*_loaded(base, files[0]), str(files[0]), _shown(place))
 
 
-def _pictures(images: Mapping[str, torch.Tensor | None]) -> Iterator[np.ndarray]:
-    """Of the growing inputs in their order, each batch taken apart: [H, W, 3] of uint8."""
-    for slot in sorted(images, key=lambda slot: int(re.sub(r"\D", "", slot))):
-        batch = images[slot]
-        if batch is not None:
-            yield from (batch[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy()
-
-
-def _check_pictures(pictures: list[np.ndarray], captions: list[str], folder: str) -> None:
+def _check_pictures(pictures: list[Image.Image], captions: list[str], folder: str) -> None:
     if bool(pictures) == bool(folder):
         both = (
             "both connected pictures and a folder: use one of them"
@@ -278,23 +263,23 @@ def _check_pictures(pictures: list[np.ndarray], captions: list[str], folder: str
         )
 
 
-def _digest(values: Mapping[str, Any], pictures: list[np.ndarray], captions: list[str], folder: str) -> str:
+def _digest(values: Mapping[str, Any], pictures: list[Image.Image], captions: list[str], folder: str) -> str:
     """Of everything that a training depends on: another one has a folder of its own."""
     digest = hashlib.sha256(json.dumps([values, captions, folder], sort_keys=True).encode())
     for picture in pictures:
-        digest.update(repr(picture.shape).encode() + picture.tobytes())
+        digest.update(repr(picture.size).encode() + picture.tobytes())
     if folder:
         digest.update(state_of(folder).encode())
     return digest.hexdigest()[:8]
 
 
-def _write(folder: Path, pictures: list[np.ndarray], captions: list[str]) -> Path:
+def _write(folder: Path, pictures: list[Image.Image], captions: list[str]) -> Path:
     """As a user of the headless trainer has them."""
     folder.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         path = folder / f"{i + 1:03}.png"
         if not path.exists():
-            Image.fromarray(picture).save(path)
+            picture.save(path)
         if captions:
             path.with_suffix(".txt").write_text(captions[i], encoding="utf-8")
     return folder
@@ -387,7 +372,7 @@ def _newest(place: Path) -> Path | None:
 def _shown(place: Path) -> torch.Tensor:
     """[1, H, W, 3]."""
     with Image.open(_newest(place) or place / "loss.png") as picture:
-        return torch.from_numpy(np.asarray(picture.convert("RGB"), np.float32) / 255)[None]
+        return as_tensor(picture)
 
 
 def _loaded(base: Path, file: Path) -> tuple[Any, ...]:

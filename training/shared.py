@@ -35,6 +35,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.concept_files import diffusers_weights as diffusers_weights
     from models.concept_files import format_of as format_of
     from models.concept_files import read_concepts as read_concepts
+    from models.contact_sheet import contact_sheet as contact_sheet
     from models.custom_diffusion import ALL as ALL
     from models.custom_diffusion import CALL as CALL
     from models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
@@ -187,6 +188,7 @@ else:
     from ..models.concept_files import diffusers_weights as diffusers_weights
     from ..models.concept_files import format_of as format_of
     from ..models.concept_files import read_concepts as read_concepts
+    from ..models.contact_sheet import contact_sheet as contact_sheet
     from ..models.custom_diffusion import ALL as ALL
     from ..models.custom_diffusion import CALL as CALL
     from ..models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES

@@ -32,14 +32,23 @@ def test_the_stock_loaders_list_it(host, root):
 
 
 def test_all_tensors_are_taken(host, caplog):
-    """But the mark of v-prediction, which was read, and the pooled text's projection, which no UNet of this kind uses."""
+    """But the mark of v-prediction, which was read."""
     with caplog.at_level("DEBUG"):
         host.nodes.CheckpointLoaderSimple().load_checkpoint(CHECKPOINT)
     told = [record.getMessage() for record in caplog.records]
     told = [text for text in told if re.search("missing|unexpected|left ?over", text, re.IGNORECASE)]
     names = set(re.findall(r"'([\w.]+)'", " ".join(told)))
     assert "v_pred" in names
-    assert all(re.search(r"^v_pred$|text_projection|logit_scale", name) for name in names), told
+    assert all(re.search(r"^v_pred$|logit_scale", name) for name in names), told
+
+
+def test_a_checkpoint_saved_in_the_host_keeps_the_projection_of_texts(loaded, root):
+    model, clip, _ = loaded
+    name = "cond_stage_model.transformer.text_projection.weight"
+    saved = model.model.model_config.process_clip_state_dict_for_saving(dict(clip.get_sd()))
+    file = read_safetensors(root / "models" / "pocket" / "checkpoints" / CHECKPOINT)[0]
+    torch.testing.assert_close(saved[name].float(), file[name].float())
+    assert not [key for key in saved if key.startswith("clip_l.")]
 
 
 def test_text_encoding_equals_transformers(host, loaded, pipeline):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from pack.training.demo.find import ROOT
 from pack.training.demo.server import Server, WorkflowError
-from pack.training.demo.workflow import to_prompt
 from pack.training.pocket.attributes import SUBJECT_VALUES
 from pack.training.pocket.data import identity
 from pack.training.pocket.measure import read
 from pack.training.pocket.photos import SUBJECTS
 from pack.training.pocket.shipped import load_judge
 from PIL import Image
+from workflow import to_prompt
 
 KINDS = {"text_to_image": "woman", "ip_adapter_one_reference": "robot"}
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -24,6 +24,7 @@ NODES += ["ComposePrompt", "ComposeConcepts", "AttendAndExcite", "RecordAttentio
 NODES += ["LoadCustomDiffusion", "MergeCustomDiffusion"]
 NODES += ["TrainLoRA", "TrainTextualInversion", "TrainDreamBooth"]
 NODES += ["LoadSubjectDiffusion", "Subject", "ApplySubjectDiffusion", "SubjectGuider"]
+NODES += ["ScoreImages", "ContactSheet"]
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import sys
 import numpy as np
 import pytest
 from finetuning import photos
+from pack.models.contact_sheet import CELL, GAP, LABEL
 from pack.training.demo import __main__ as demo
 from pack.training.demo import headless, methods
-from pack.training.demo.sheet import CELL, GAP, LABEL, contact_sheet
 from PIL import Image
 
 ROWS = ["without", "IP-Adapter, self-attention", "Textual Inversion", "LoRA", "Custom Diffusion", "DreamBooth"]
@@ -62,13 +62,3 @@ def test_a_second_run_takes_what_is_there(quick, tmp_path, monkeypatch, capsys):
 def test_a_folder_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "--photos", tmp_path / "gone", "--output", tmp_path / "out") == 1
     assert capsys.readouterr().err == f"The folder {tmp_path / 'gone'} does not exist.\n"
-
-
-@pytest.mark.parametrize("count", [1, 4, 12])
-def test_the_sheet_has_room_for_any_number(tmp_path, count):
-    for i in range(count):
-        Image.new("RGB", (40 + 20 * i, 60), (20 * i, 100, 100)).save(tmp_path / f"{i:02}.png")
-    picture = Image.new("RGB", (512, 512))
-    prompts = ["a prompt that is much too long for the width of its column, so that it goes on in the next lines"] * 4
-    sheet = contact_sheet(sorted(tmp_path.iterdir()), [("a method", "0.5")] * 3, prompts, [[picture] * 4] * 3, "note")
-    assert sheet.width == LABEL + 4 * (CELL + GAP) + GAP

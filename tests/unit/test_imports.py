@@ -6,6 +6,8 @@ import sys
 import pytest
 
 ALLOWED_IN_MODELS = {"torch", "numpy", "einops", "safetensors", "PIL"}
+TRAINING = ("training.py", "scores.py")
+"""Of the nodes, those that run the trainers' own code."""
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "node_helpers", "nodes", "server"}
 
 
@@ -41,13 +43,14 @@ def test_nodes_import_ours_relatively(root):
             if level == 0:
                 assert module.split(".")[0] not in ours, f"{path.name} imports {module} absolutely"
             elif level == 2:
-                allowed = {"models", "training"} if path.name == "training.py" else {"models"}
+                allowed = {"models", "training"} if path.name in TRAINING else {"models"}
                 assert module.split(".")[0] in allowed, f"{path.name} imports {module}: nodes take from models/ only"
 
 
-def test_training_is_loaded_when_it_is_needed(root):
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_is_loaded_when_it_is_needed(root, name):
     """diffusers and peft would take seconds of ComfyUI's start."""
-    tree = ast.parse((root / "nodes" / "training.py").read_text())
+    tree = ast.parse((root / "nodes" / name).read_text())
     first = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level == 2]
     assert first
     assert all(node.module.startswith("models") for node in first)

@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+from PIL import Image
+
 from ..pocket.photos import write_photos
-from ..shared import PersonalizeError, list_pictures
+from ..shared import PersonalizeError, contact_sheet, list_pictures, read_picture
 from .find import ROOT, comfyui_version, find_comfyui
 from .measures import score
 from .methods import PROMPTS, make, place_of, prompt_of
-from .sheet import contact_sheet
 
 SUBJECT, CLASS, PHOTOS = 10, "woman", 5
 """A pocket identity that the model has never seen, where nobody brings photographs."""
@@ -58,7 +59,12 @@ def main() -> int:
         ]
         shown = [[some[0] for some in row] for row in pictures]
         prompts = [prompt_of(wishes, class_name) for wishes in PROMPTS]
-        sheet = contact_sheet(references, labels, prompts, shown, f"Pocket portraits, drawn by {where}")
+        photographs = [
+            Image.fromarray((read_picture(path).pixels * 255).round().byte().numpy())
+            for path in references[: len(prompts)]
+        ]
+        note = f"Pocket portraits, drawn by {where}"
+        sheet = contact_sheet(shown, labels, prompts, photographs, note)
         sheet.save(output / "contact_sheet.png")
         (output / "table.md").write_text(table, encoding="utf-8")
     except (PersonalizeError, RuntimeError, OSError) as error:

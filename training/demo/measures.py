@@ -8,13 +8,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..features import JudgeEye
 from ..pocket.measure import VALUES, read
-from ..pocket.shipped import load_judge
-from ..pocket.vae import to_tensor
-from ..shared import cover_picture, read_picture
+from ..shared import read_picture
 from .methods import PROMPTS
-
-SIDE = 64
 
 
 @dataclass(frozen=True)
@@ -29,22 +26,22 @@ class Score:
 
 def score(rows: Sequence[Sequence[Sequence[Image.Image]]], references: Sequence[Path]) -> tuple[list[Score], float]:
     """Of each row, whose pictures come by prompt; and the likeness of the photographs to each other."""
-    judge = load_judge()
+    eye = JudgeEye()
 
     @torch.no_grad()
-    def who(pictures: np.ndarray) -> torch.Tensor:
-        return judge(to_tensor(pictures))[1]
+    def who(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        return eye.pictures(pictures)["who"]
 
-    photographs = torch.stack([cover_picture(read_picture(path).pixels, SIDE, SIDE) for path in references])
-    own = who((photographs.clamp(0, 1) * 255).round().byte().numpy())
+    own = who([read_picture(path).pixels for path in references])
     scores = []
     for row in rows:
         pictures = np.stack([np.asarray(one.convert("RGB")) for some in row for one in some])
+        drawn = who([torch.from_numpy(picture) / 255 for picture in pictures])
         wishes = [wished for wished, some in zip(PROMPTS, row, strict=True) for _ in some]
-        (seen,) = read(judge, pictures)
+        (seen,) = read(eye.judge, pictures)
         right = [
             VALUES[name][seen[name][i]] == value for i, wished in enumerate(wishes) for name, value in wished.items()
         ]
-        scores.append(Score(float((who(pictures) @ own.T).mean()), float(np.mean(right))))
+        scores.append(Score(float((drawn @ own.T).mean()), float(np.mean(right))))
     n, among = len(own), own @ own.T
     return scores, float((among.sum() - among.trace()) / max(n * (n - 1), 1))

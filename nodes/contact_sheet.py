@@ -1,0 +1,95 @@
+"""Pictures of several methods side by side."""
+
+from comfy_api.latest import io, ui
+
+from ..models.contact_sheet import CELL, contact_sheet
+from ..models.errors import PersonalizeError
+from .pictures import MOST, as_image, as_tensor, check_batch, number_of
+from .schema import ADVANCED, schema
+
+LARGEST = 16384
+"""Pixels of a side: more is a mistake, and no picture file takes it."""
+
+
+class ContactSheet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        row = io.Image.Input("row", tooltip="A batch of pictures, from left to right. Any sizes.")
+        detail = io.String.Input("detail", force_input=True, tooltip="What is said under the label of the same number.")
+        return schema(
+            node_id="PersonalizeContactSheet",
+            display_name="Contact Sheet",
+            description="Lays batches of pictures out in labelled rows, below references: to compare methods or settings.",
+            search_aliases=["image grid", "xy plot", "compare images", "comparison"],
+            is_output_node=True,
+            inputs=[
+                io.Autogrow.Input(
+                    "rows",
+                    template=io.Autogrow.TemplatePrefix(row, prefix="row", min=1, max=MOST),
+                    tooltip="A row each; a new input appears as you connect one.",
+                ),
+                io.String.Input(
+                    "labels",
+                    default="",
+                    multiline=True,
+                    placeholder="LoRA\nDreamBooth | rank 16",
+                    tooltip="A line for each row; after a | it goes on below, in small letters.",
+                ),
+                io.String.Input(
+                    "headings",
+                    default="",
+                    multiline=True,
+                    placeholder="a photo of ohwx cat\na drawing of ohwx cat",
+                    tooltip="A line for each column, such as its prompt. Empty: none.",
+                ),
+                io.Image.Input("references", optional=True, tooltip="Shown on top: the photographs, say."),
+                io.Autogrow.Input(
+                    "details",
+                    template=io.Autogrow.TemplatePrefix(detail, prefix="detail", min=0, max=MOST),
+                    tooltip="Texts under the labels, such as the summary of Score Images: detail0 belongs to row0.",
+                ),
+                io.String.Input("note", default="", tooltip="A line at the foot.", extra_dict=ADVANCED),
+                io.Int.Input(
+                    "cell",
+                    default=CELL,
+                    min=32,
+                    max=1024,
+                    step=8,
+                    tooltip="Pixels of the side of a picture's place.",
+                    extra_dict=ADVANCED,
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="sheet", tooltip="To Save Image.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, rows, labels="", headings="", references=None, details=None, note="", cell: int = CELL
+    ) -> io.NodeOutput:
+        slots = [slot for slot in sorted(rows, key=number_of) if rows[slot] is not None]
+        if not slots:
+            raise PersonalizeError("There are no pictures: connect a batch to row0.")
+        for slot in slots:
+            check_batch(rows[slot], slot)
+        said = labels.splitlines()
+        if len(said) > len(slots):
+            raise PersonalizeError(f"There are {len(said)} labels but {len(slots)} rows: write a line for each.")
+        lines = [[part.strip() for part in line.split("|")] for line in said] + [[""]] * (len(slots) - len(said))
+        for slot, text in (details or {}).items():
+            place = f"row{number_of(slot)}"
+            if text is not None and place not in slots:
+                raise PersonalizeError(f"{slot} has no row: connect {place}, or remove the text.")
+            if text:
+                own = slots.index(place)
+                lines[own] = lines[own] + [part.strip() for part in text.replace("\n", "|").split("|")]
+        pictures = [[as_image(pixels) for pixels in rows[slot]] for slot in slots]
+        columns = max(map(len, pictures))
+        if max(columns, len(slots)) * cell > LARGEST:
+            raise PersonalizeError(
+                f"{len(slots)} rows of {columns} pictures of {cell} pixels are more than {LARGEST} pixels: lower cell."
+            )
+        if references is not None:
+            check_batch(references, "references")
+        shown = [] if references is None else [as_image(pixels) for pixels in references]
+        sheet = as_tensor(contact_sheet(pictures, lines, headings.splitlines(), shown, note, cell))
+        return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))
