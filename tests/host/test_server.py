@@ -10,13 +10,27 @@ from pack.training.demo.find import ROOT
 from pack.training.demo.server import Server, WorkflowError
 from pack.training.pocket.attributes import SUBJECT_VALUES
 from pack.training.pocket.data import identity
-from pack.training.pocket.measure import read
+from pack.training.pocket.measure import VALUES, read
 from pack.training.pocket.photos import SUBJECTS
 from pack.training.pocket.shipped import load_judge
 from PIL import Image
 from workflow import to_prompt
 
-KINDS = {"text_to_image": "woman", "ip_adapter_one_reference": "robot"}
+WOMAN, DOG = {"kind": "woman"}, {"kind": "dog"}
+SHOWN = {
+    "attend_and_excite": (WOMAN, DOG),
+    "attention_maps": (WOMAN, DOG),
+    "composable_diffusion": ({"kind": "cat", "fur": "orange", "hat_colour": "blue"},),
+    "custom_diffusion_merged": (WOMAN, DOG),
+    "ip_adapter_compare_aggregations": ({"background": "library", "expression": "surprised"},),
+    "ip_adapter_one_reference": ({"kind": "robot", "background": "beach"},),
+    "ip_adapter_self_attention": ({"kind": "cat"},),
+    "ip_adapter_two_masks": ({"kind": "robot"}, DOG),
+    "subject_diffusion_one": ({}, WOMAN | {"background": "beach"}),
+    "textual_inversion": ({"background": "beach"},),
+    "subject_diffusion_two": (WOMAN, DOG),
+}
+"""What the judge must see, from left to right, in most of each template's pictures; in all others a woman."""
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
 NODES += ["ShowReferenceAttention", "LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
@@ -79,12 +93,9 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     three = (4 * (3 * 64 + 2 * 8), 256)
     sizes = {"aggregations": three, "self_attention": three, "masks": (576, 384), "one_reference": (512, 512)}
     sizes |= {"attend": (384, 256), "attention_maps": (384, 256), "composable": (192, 192), "merged": (384, 256)}
-    sizes |= {"subject_diffusion": (384, 256)}
+    sizes |= {"subject_diffusion": (384, 256), "measure": (918, 872)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
     assert np.asarray(picture).std() > 20
-    if name in KINDS:
-        seen = read(load_judge(), np.asarray(picture.convert("RGB").resize((64, 64)))[None])[0]
-        assert SUBJECT_VALUES["kind"][seen["kind"][0]] == KINDS[name]
     assert len({other.tobytes() for other in pictures}) == len(pictures), "the methods give different pictures"
     if picture.size == three:
         thirds = [picture.crop((i * 288, 0, i * 288 + 256, 256)).tobytes() for i in range(3)]
@@ -92,6 +103,34 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     log = server.log()[before:]
     assert "Traceback" not in log
     assert "ERROR" not in log
+    if name != "measure_methods":  # whose picture is a sheet
+        judged = saved[name == "composable_diffusion"]  # the first there is without it
+        files = [Image.open(BytesIO(server.picture(image))) for image in outputs[judged]["images"]]
+        check_what_is_shown(files, SHOWN.get(name, (WOMAN,)), three)
+
+
+def check_what_is_shown(pictures, wanted, three):
+    """By the judge; of three pictures side by side the first is looked at."""
+    height, pixels = 64, []
+    for picture in pictures:
+        one = picture.convert("RGB").crop((0, 0, 256, 256)) if picture.size == three else picture.convert("RGB")
+        pixels.append(np.asarray(one.resize((round(height * one.width / one.height), height))))
+    for window, own in zip(read(load_judge(), np.stack(pixels)), wanted, strict=True):
+        for attribute, value in own.items():
+            seen = [VALUES[attribute][number] for number in window[attribute]]
+            assert seen.count(value) > len(seen) / 2, (attribute, value, seen)
+
+
+def test_trained_files_are_measured_as_more_alike(server):
+    outputs = server.run(prompt := prompt_of(server, "measure_methods"))
+    (sheet,) = (inner["inputs"] for inner in prompt.values() if inner["class_type"] == "PersonalizeContactSheet")
+    of_row = {i: sheet[f"details.detail{i}"][0] for i in range(4)}
+    said = {
+        i: dict(line.rsplit(" ", 1) for line in outputs[node]["text"][0].splitlines()) for i, node in of_row.items()
+    }
+    without, word, lora, dreambooth = (float(said[i]["likeness"]) for i in range(4))
+    assert max(without, word) + 0.2 < min(lora, dreambooth), said
+    assert set(said[0]) == {"CLIP-I", "CLIP-T", "likeness"}
 
 
 def test_the_shipped_files_know_their_subject(server):
