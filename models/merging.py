@@ -24,8 +24,18 @@ RIDGE = 1e-10
 """Of the mean of K^T K's diagonal, added to it: K may have fewer rows than columns."""
 ALIKE = 1e-4
 """Of a row's length: rows nearer than this say the same. To tell them apart would turn everything else upside down."""
+DROPPED = 1e-6
+"""Of the sum of K's squares."""
 PASSES = 3
 """A solution's remaining error is solved for again."""
+
+
+def _fewer_rows(gram: Tensor) -> Tensor:
+    """[r, in], whose K^T K is that of all but for DROPPED of its trace: ‖W0 K^T‖_F is found soon, as features are alike."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp(min=0)
+    kept = values.cumsum(0) > DROPPED * values.sum()
+    return (vectors[:, kept] * values[kept].sqrt()).T
 
 
 class Merging:
@@ -47,16 +57,19 @@ class Merging:
         widths = {one.shape[1] for one in (everyday, *words)}
         if len(widths) > 1:
             raise PersonalizeError(f"The features have widths {sorted(widths)}: they are of different text encoders.")
-        self.everyday, rows = everyday.double(), torch.cat([one.double() for one in words])
+        rows = torch.cat([one.double() for one in words])
         owner = torch.cat([torch.full((len(one),), n) for n, one in enumerate(words)])
         near = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist") <= ALIKE * rows.norm(dim=1)
         kept = [i for i in range(len(rows)) if not bool(near[i, :i].any())]
         self.words, self.owner = rows[kept], owner[kept]
-        gram = self.everyday.T @ self.everyday
+        gram = everyday.double().T @ everyday.double()
+        self.common = _fewer_rows(gram)
         gram += torch.eye(len(gram), dtype=gram.dtype) * (RIDGE * gram.diagonal().mean()).clamp(min=1e-300)
         d = torch.cholesky_solve(self.words.T, torch.linalg.cholesky(gram)).T
         self.reach = torch.linalg.pinv(d @ self.words.T, hermitian=True) @ d
         """(d T^T)^-1 d, [S, in]; words that say the same twice count once."""
+        self.back = torch.linalg.pinv(self.reach)
+        self.reached = self.reach @ everyday.double().T
 
     def wanted(self, trained: Sequence[Tensor]) -> Tensor:
         """V [S, out], of W_n of each concept [out, in]."""
@@ -76,9 +89,10 @@ class Merging:
         return float((far / wanted.norm(dim=1).clamp(min=torch.finfo(torch.double).tiny)).max())
 
     def disturbed(self, change: Tensor, base: Tensor) -> float:
-        """‖(W - W0) K^T‖_F / ‖W0 K^T‖_F: what changes of everyday captions."""
-        whole = (self.everyday @ base.double().T).norm()
-        return float((self.everyday @ change.double().T).norm() / whole.clamp(min=torch.finfo(torch.double).tiny))
+        """‖(W - W0) K^T‖_F / ‖W0 K^T‖_F: what changes of everyday captions, of a W - W0 that is a product with `reach`."""
+        whole = (self.common @ base.double().T).norm()
+        far = (change.double() @ self.back) @ self.reached
+        return float(far.norm() / whole.clamp(min=torch.finfo(torch.double).tiny))
 
 
 FRAMES = ("", "a photo of ")
