@@ -22,8 +22,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a .safetensors file.
 
     Raises:
-        PersonalizeError: the file is missing, damaged or cut short.
+        PersonalizeError: the file is missing, damaged or cut short, or is a folder.
     """
+    if path.is_dir():
+        raise PersonalizeError(f"{path} is a folder: name the file in it.")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -80,14 +80,18 @@ def concepts_of(settings: Settings) -> list[Concept]:
 
 
 def check_places(concepts: Sequence[Concept], output: str | None) -> list[str]:
-    """A sentence for each folder that would be written to and read as a subject's pictures.
+    """A sentence for each folder that would be written to and read as a subject's pictures, or read as two subjects'.
 
     Args:
         concepts: of a training.
         output: its folder.
     """
     problems = []
-    own = {Path(one.folder).expanduser().resolve(): one for one in concepts if one.folder}
+    own: dict[Path, Concept] = {}
+    for one in concepts:
+        first = own.setdefault(Path(one.folder).expanduser().resolve(), one) if one.folder else one
+        if first is not one:
+            problems.append(f"{one.folder} is given to {first.trigger} and to {one.trigger}: each needs its own pictures.")
     written = {"--output_dir": output} | {f"class_data_dir of {one.class_name}": one.class_folder for one in concepts}
     for what, place in written.items():
         if place and (one := own.get(Path(place).expanduser().resolve())):

@@ -295,6 +295,7 @@ def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
         (f"{folder}:old:old man", "The trigger 'old' is a word that captions say anyway: take one that is in none."),
         (f"{folder}:photo:dog", "The trigger 'photo' is a word that captions say anyway: take one that is in none."),
         (f"{tmp_path / 'gone'}:x:cat", f"The folder {tmp_path / 'gone'} does not exist"),
+        (f"{folder}:x:cat", f"{folder} is given to ohwx and to x: each needs its own pictures."),
     ):
         assert sentence in refused(root, tmp_path / "out", concept=[*two, concept])
     said = refused(root, folder, concept=two)
