@@ -105,5 +105,5 @@ def register_pocket() -> None:
     """Make the stock loaders know the family, and list the files that the pack ships."""
     if PocketPortraits not in comfy.supported_models.models:
         comfy.supported_models.models.append(PocketPortraits)
-    for kind in ("checkpoints", "ipadapter", "loras", "embeddings", "subject_diffusion"):
+    for kind in ("checkpoints", "ipadapter", "loras", "embeddings", "subject_diffusion", "references"):
         folder_paths.add_model_folder_path(kind, str(POCKET / kind))

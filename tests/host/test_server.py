@@ -92,6 +92,7 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     assert picture.format == "PNG"
     three = (4 * (3 * 64 + 2 * 8), 256)
     sizes = {"aggregations": three, "self_attention": three, "masks": (576, 384), "one_reference": (512, 512)}
+    sizes |= {"saved_references": (512, 512)}
     sizes |= {"attend": (384, 256), "attention_maps": (384, 256), "composable": (192, 192), "merged": (384, 256)}
     sizes |= {"subject_diffusion": (384, 256), "measure": (918, 872)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
