@@ -16,12 +16,18 @@ OPTIONS += ["--disable-sync", "--no-first-run"]
 SIZE = {"width": 1800, "height": 1050}
 EMPTY = (900, 400)
 """A place on the canvas that nothing covers."""
-SETTINGS = {"Comfy.Minimap.Visible": False, "LiteGraph.Canvas.MinFontSizeForLOD": 0}
-"""So that a picture of a whole graph has its words, and nothing before it."""
+SETTINGS = {
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+    "Comfy.Pointer.DoubleClickTime": 1000,
+}
+"""A picture of a whole graph has its words and nothing before it; a double click may be slow."""
 PATIENCE = 60_000
 """How long the page may take for a step, in milliseconds: a busy machine is slow."""
 
 READY = "() => window.app?.vueAppReady && window.app.graph && app.extensionManager"
+
+PATH = "() => app.extensionManager.workflow.activeWorkflow?.path"
 
 LISTEN = """() => {
     window.failures = [];
@@ -35,6 +41,11 @@ MISSING = """() => app.graph.nodes.flatMap(node => [
     ...(node.widgets ?? []).filter(widget => Array.isArray(widget.options?.values)
         && !widget.options.values.includes(widget.value)).map(widget => `${node.type}.${widget.name}: ${widget.value}`),
 ])"""
+
+SET = """([type, name, value]) => {
+    for (const node of app.graph.nodes.filter(node => node.type === type))
+        node.widgets.find(widget => widget.name === name).value = value;
+}"""
 
 FINISHED = """() => failures.length || app.lastNodeErrors || app.graph.nodes
     .filter(node => ["SaveImage", "PreviewImage"].includes(node.type))
@@ -151,8 +162,9 @@ class Editor:
 
     def blank(self) -> None:
         """A new workflow without nodes."""
+        before = self.page.evaluate(PATH)
         self.page.get_by_role("button", name="Create a new blank workflow").click()
-        self.page.wait_for_function("() => app.graph.nodes.length === 0")
+        self.page.wait_for_function(f"before => ({PATH})() !== before && app.graph.nodes.length === 0", arg=before)
 
     def open_template(self, pack: str, name: str) -> None:
         """Open a template from the dialog, by the pack's name and its own."""
@@ -192,15 +204,20 @@ class Editor:
         """Node types that nobody knows, and chosen files that are not there."""
         return self.page.evaluate(MISSING)
 
-    def run(self, timeout: float) -> list[Any]:
+    def set(self, kind: str, widget: str, value: Any) -> None:
+        """Set a widget of the nodes of a type."""
+        self.page.evaluate(SET, [kind, widget, value])
+
+    def run(self) -> list[Any]:
         """Press the button and wait for a picture in every output node; what failed."""
         self.page.get_by_test_id("queue-button").click()
-        self.page.wait_for_function(FINISHED, timeout=timeout * 1000)
+        self.page.wait_for_function(FINISHED, timeout=5 * PATIENCE)
         return self.page.evaluate("() => app.lastNodeErrors ? [...failures, app.lastNodeErrors] : failures")
 
     def add(self, title: str, pack: str = "") -> int:
         """Search for a node by its title, take the one of this pack, drop it on the canvas; its id."""
-        self.page.mouse.dblclick(*EMPTY)
+        # Two clicks at the very same time are none to the page.
+        self.page.mouse.dblclick(*EMPTY, delay=50)
         self.page.get_by_role("combobox", name="Add a node...").fill(title)
         self.page.get_by_role("option", name=re.compile(rf"^{re.escape(title)} {pack}\b")).click()
         self.dialogs().wait_for(state="hidden")
@@ -238,5 +255,7 @@ class Editor:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without its marks."""
+    """The words of a text, without its marks, its pictures and the addresses of its links."""
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", text)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
     return re.findall(r"[^\W_]+", text)
