@@ -39,7 +39,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
-    """Say last of all how many host tests ran, or loudly that none could."""
+    """Say last of all how many host tests ran, or loudly that none could; before it, that no browser was found."""
     result = yield
     if hasattr(session.config, "workerinput"):
         return result  # the process that started this one gets its reports
@@ -49,6 +49,11 @@ def pytest_sessionfinish(session):
         reports = [report for outcome in outcomes for report in reporter.getreports(outcome)]
         return len({report.nodeid for report in reports if "tests/host/" in report.nodeid})
 
+    blind = {report.nodeid for report in reporter.getreports("skipped") if "no Chromium found" in str(report.longrepr)}
+    if blind:
+        sentence = f"NO CHROMIUM FOUND: {len(blind)} browser tests were SKIPPED. "
+        sentence += "Install Chromium and the package playwright, or set CHROMIUM_PATH, to run them."
+        reporter.write_line(sentence, yellow=True, bold=True)
     if COMFYUI is None:
         sentence = f"NO COMFYUI FOUND: {count('skipped')} host tests were SKIPPED. Set COMFYUI_PATH to run them."
         reporter.write_line(sentence, yellow=True, bold=True)
