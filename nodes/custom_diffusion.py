@@ -7,7 +7,6 @@ from typing import Any
 import comfy.lora
 import comfy.model_management
 import comfy.utils
-import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -16,7 +15,7 @@ from ..models.custom_diffusion import calls_of, concept_changes
 from ..models.errors import PersonalizeError
 from ..models.merging import FRAMES, check_parts, merge_changes, prompts_of, read_captions, unique_rows
 from ..models.metadata import About
-from .folders import find_model
+from .folders import find_model, listed
 from .personalization import TRIGGER, check_words, strength_input
 from .prompt_words import tokens_of
 from .schema import ADVANCED, schema
@@ -24,6 +23,7 @@ from .trained_files import apply_patches, as_loaded, check_base, read_trained
 
 NONE = "none"
 MOST = 6
+EXAMPLES = ("pocket_woman_custom.safetensors", "pocket_dog_custom.safetensors")
 """Files that are merged at once."""
 
 
@@ -53,9 +53,7 @@ class LoadCustomDiffusion(io.ComfyNode):
             search_aliases=["custom diffusion", "concept", "multi concept"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the file was trained on, or one like it."),
-                io.Combo.Input(
-                    "file", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
-                ),
+                io.Combo.Input("file", options=listed("loras", EXAMPLES[0]), tooltip="A file in models/loras."),
                 strength_input("strength", "the model"),
             ],
             outputs=[
@@ -74,7 +72,6 @@ class LoadCustomDiffusion(io.ComfyNode):
 class MergeCustomDiffusion(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = folder_paths.get_filename_list("loras")
         return schema(
             node_id="PersonalizeMergeCustomDiffusion",
             display_name="Merge Custom Diffusion",
@@ -86,7 +83,7 @@ class MergeCustomDiffusion(io.ComfyNode):
                 *(
                     io.Combo.Input(
                         f"file{i + 1}",
-                        options=files if i < 2 else [NONE, *files],
+                        options=listed("loras", EXAMPLES[i]) if i < 2 else [NONE, *listed("loras")],
                         tooltip="A file of Custom Diffusion in models/loras.",
                     )
                     for i in range(MOST)

@@ -41,6 +41,15 @@ def find_model(kind: str, name: str) -> Path:
     return Path(path)
 
 
+LORA = "pocket_woman_lora.safetensors"
+"""An example that comes with the pack."""
+
+
+def listed(kind: str, first: str = "") -> list[str]:
+    """The files of a registered folder, with the one that a new node shows in front, if it is there."""
+    return sorted(folder_paths.get_filename_list(kind), key=lambda name: name != first)
+
+
 def find_pictures(name: str) -> Path:
     """A folder of pictures: a full path, a folder in ComfyUI's input folder, or one of the pack's examples."""
     places = _places(name)

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management
-import folder_paths
 import torch
 from comfy_api.latest import io
 from torch import Tensor
@@ -15,7 +14,7 @@ from ..models.errors import PersonalizeError
 from ..models.ip_adapter import BASE_MODELS, POOLING_STAGES, AdapterTensors, IPAdapter, nest, read_ip_adapter
 from ..models.references import References
 from .attention_patch import DecoupledAttentionPatch, unet_layout
-from .folders import find_model
+from .folders import find_model, listed
 from .schema import ADVANCED, EmbedsType, IPAdapterType, ReferencesType, schema
 
 
@@ -30,7 +29,7 @@ class LoadIPAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=folder_paths.get_filename_list("ipadapter"),
+                    options=listed("ipadapter", "pocket_portraits_ip_adapter.safetensors"),
                     tooltip="A file in models/ipadapter: base, light, ViT-G, Plus, Plus-Face or Full-Face.",
                 )
             ],
@@ -128,7 +127,7 @@ class ApplyIPAdapter(io.ComfyNode):
                     tooltip="Pictures to move away from: they stand on the negative prompt's side.",
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="To a sampler, or to another Apply IP-Adapter.")],
+            outputs=[io.Model.Output(display_name="MODEL", tooltip="To a sampler, or to another Apply IP-Adapter.")],
         )
 
     @classmethod

@@ -13,7 +13,7 @@ from ..models.custom_diffusion import calls_of
 from ..models.errors import PersonalizeError
 from ..models.metadata import About
 from ..models.textual_inversion import read_word
-from .folders import find_model
+from .folders import LORA, find_model, listed
 from .schema import schema
 from .trained_files import (
     apply_patches,
@@ -72,9 +72,7 @@ class LoadLora(io.ComfyNode):
             inputs=[
                 _model(),
                 _clip(optional=True),
-                io.Combo.Input(
-                    "file", options=folder_paths.get_filename_list("loras"), tooltip="A file in models/loras."
-                ),
+                io.Combo.Input("file", options=listed("loras", LORA), tooltip="A file in models/loras."),
                 strength_input("strength_model", "the model"),
                 strength_input("strength_clip", "the text encoders"),
             ],
@@ -111,7 +109,7 @@ class LoadTextualInversion(io.ComfyNode):
                 _clip(optional=True, tooltip="Its text encoders; they are given on as they are."),
                 io.Combo.Input(
                     "file",
-                    options=folder_paths.get_filename_list("embeddings"),
+                    options=listed("embeddings", "pocket_woman_embedding.safetensors"),
                     tooltip="A file in models/embeddings: of this pack's trainer, or of another.",
                 ),
                 io.Float.Input(
@@ -250,7 +248,7 @@ def whole_checkpoint(path: Path) -> tuple[Any, Any, Any]:
 class LoadPersonalization(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [f"{kind}/{name}" for kind in KINDS for name in folder_paths.get_filename_list(kind)]
+        files = [f"{kind}/{name}" for kind in KINDS for name in listed(kind, LORA)]
         return schema(
             node_id="PersonalizeLoadPersonalization",
             display_name="Load Personalization",

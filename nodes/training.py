@@ -53,9 +53,17 @@ def _shared(class_name: str) -> list[Any]:
             default="my_subject",
             tooltip="Of the file. An existing file is kept, and the new one gets a number.",
         ),
-        io.Int.Input("steps", default=0, min=0, max=1_000_000, tooltip=f"Steps of the optimiser. {open_}"),
+        io.Int.Input(
+            "steps",
+            display_name="steps (0: automatic)",
+            default=0,
+            min=0,
+            max=1_000_000,
+            tooltip=f"Steps of the optimiser. {open_}",
+        ),
         io.Float.Input(
             "learning_rate",
+            display_name="learning_rate (0: automatic)",
             default=0.0,
             min=0.0,
             max=1.0,
@@ -63,7 +71,15 @@ def _shared(class_name: str) -> list[Any]:
             round=1e-9,
             tooltip=f"How much changes in a step. {open_}",
         ),
-        io.Int.Input("resolution", default=0, min=0, max=4096, step=8, tooltip=f"Pixels of the side. {open_}"),
+        io.Int.Input(
+            "resolution",
+            display_name="resolution (0: automatic)",
+            default=0,
+            min=0,
+            max=4096,
+            step=8,
+            tooltip=f"Pixels of the side. {open_}",
+        ),
         io.Int.Input(
             "seed",
             default=0,
@@ -115,7 +131,7 @@ class TrainLora(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="PersonalizeTrainLoRA",
-            display_name="Train LoRA",
+            display_name="Train LoRA (Personalize)",
             description="Trains a LoRA on pictures of a subject: details at small size. The file lands in models/loras.",
             search_aliases=["train lora", "lora trainer", "fine-tune"],
             inputs=[

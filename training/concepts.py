@@ -91,7 +91,9 @@ def check_places(concepts: Sequence[Concept], output: str | None) -> list[str]:
     for one in concepts:
         first = own.setdefault(Path(one.folder).expanduser().resolve(), one) if one.folder else one
         if first is not one:
-            problems.append(f"{one.folder} is given to {first.trigger} and to {one.trigger}: each needs its own pictures.")
+            problems.append(
+                f"{one.folder} is given to {first.trigger} and to {one.trigger}: each needs its own pictures."
+            )
     written = {"--output_dir": output} | {f"class_data_dir of {one.class_name}": one.class_folder for one in concepts}
     for what, place in written.items():
         if place and (one := own.get(Path(place).expanduser().resolve())):

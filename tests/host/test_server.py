@@ -86,7 +86,12 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     prompt = prompt_of(server, name)
     outputs = server.run(prompt)
     saved = [node for node, inner in prompt.items() if inner["class_type"] == "SaveImage"]
-    assert len(saved) == {"compare_methods": 4, "attention_maps": 2, "composable_diffusion": 2}.get(name, 1)
+    assert len(saved) == {
+        "compare_methods": 4,
+        "attention_maps": 2,
+        "composable_diffusion": 2,
+        "attend_and_excite": 2,
+    }.get(name, 1)
     pictures = [Image.open(BytesIO(server.picture(outputs[node]["images"][0]))) for node in saved]
     picture = pictures[0]
     assert picture.format == "PNG"
@@ -105,7 +110,7 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     assert "Traceback" not in log
     assert "ERROR" not in log
     if name != "measure_methods":  # whose picture is a sheet
-        judged = saved[name == "composable_diffusion"]  # the first there is without it
+        judged = saved[name in ("composable_diffusion", "attend_and_excite")]  # the first there is without it
         files = [Image.open(BytesIO(server.picture(image))) for image in outputs[judged]["images"]]
         check_what_is_shown(files, SHOWN.get(name, (WOMAN,)), three)
 
