@@ -196,7 +196,7 @@ class ApplySubjectDiffusion(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that the file was trained with."),
                 SubjectDiffusionType.Input("subject_diffusion", tooltip="From Load Subject-Diffusion."),
-                SubjectsType.Input("subjects", tooltip="From Subject."),
+                SubjectsType.Input("subjects", tooltip="From Subject, or from a row of them."),
                 io.String.Input(
                     "prompt",
                     multiline=True,

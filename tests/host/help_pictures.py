@@ -19,13 +19,13 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 DOCS = ROOT / "nodes" / "web" / "docs"
-SHOWN, WIDTH = (1000, 640), 700
+SHOWN, WIDTH = (760, 620), 640
 """Pixels of the page around a node, and of the picture's width."""
 NOT_RUN = {"train_lora"}
 
-FOCUS = """([type, width, height]) => {
+FOCUS = """([type, width, height, shown]) => {
     const node = app.graph.nodes.find(node => node.type === type), ds = app.canvas.ds;
-    ds.scale = Math.min(1, (height - 60) / (node.size[1] + 60));
+    ds.scale = Math.min(1, (shown - 30) / (node.size[1] + 60));
     ds.offset[0] = width / 2 / ds.scale - node.pos[0] - node.size[0] / 2;
     ds.offset[1] = height / 2 / ds.scale - node.pos[1] - node.size[1] / 2 + 15;
     app.canvas.deselectAll?.();
@@ -63,7 +63,8 @@ def main():
                 if not template:
                     editor.blank()
                     editor.add(titles[node], "Personalize")
-                page.evaluate(FOCUS, [node, SIZE["width"], SIZE["height"]])
+                page.mouse.move(5, 500)
+                page.evaluate(FOCUS, [node, SIZE["width"], SIZE["height"], SHOWN[1]])
                 page.wait_for_timeout(500)
                 left, top = ((SIZE[side] - shown) // 2 for side, shown in zip(("width", "height"), SHOWN, strict=True))
                 clip = {"x": left, "y": top, "width": SHOWN[0], "height": SHOWN[1]}
