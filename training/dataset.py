@@ -4,6 +4,7 @@ Which examples a step sees is a function of the seed and the step's number alone
 as if it had not been, and two processes see together what one with twice the batch sees.
 """
 
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from .options import Data
 from .shared import MASK_ENDING, PersonalizeError, Picture, cover_picture, list_pictures, read_picture
 
 CAPTION = ".txt"
+ORDERS = 4
+"""Of a caption's parts."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ def captions_of(path: Path, templates: Sequence[str], trigger: str, class_name: 
     return tuple(fill_in(template, trigger, class_name) for template in templates)
 
 
+def orders_of(caption: str) -> list[str]:
+    """A caption as it is, and with what is between its commas in other orders; the same at each call."""
+    parts, rng = caption.split(", "), random.Random(caption)
+    return [caption, *(", ".join(rng.sample(parts, len(parts))) for _ in range(ORDERS - 1))]
+
+
 def fill_in(text: str, trigger: str, class_name: str) -> str:
     """`{trigger}` and `{class}` replaced; without a trigger, its place is closed."""
     if not trigger:
@@ -117,6 +126,8 @@ def find_examples(folder: Path, data: Data, sizes: Sizes, templates: Sequence[st
     examples = []
     for path in list_pictures(folder):
         texts = captions_of(path, templates, data.trigger, data.class_name)
+        if data.shuffle_captions:
+            texts = tuple(order for text in texts for order in orders_of(text))
         size = sizes.nearest(*upright_size(path))
         for mirrored in (False, True) if data.random_flip else (False,):
             examples += [Example(path, texts, size, False, mirrored)] * data.repeats

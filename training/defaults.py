@@ -20,6 +20,7 @@ class Suits:
     train_text_encoder: bool
     timestep_bias_strategy: str = "none"
     lr_scheduler: str = "constant"
+    shuffle_captions: bool = False
 
 
 UNCALLED = ("ip_adapter", "subject_diffusion")
@@ -37,7 +38,7 @@ POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
     "textual_inversion": Suits(1e-2, 0.0, 600, False),
     "dreambooth": Suits(2e-4, 3e-4, 400, True),
-    "custom_diffusion": Suits(1e-3, 1e-2, 1200, False, "later", "cosine"),
+    "custom_diffusion": Suits(1e-3, 1e-2, 1200, False, "later", "cosine", True),
     "ip_adapter": Suits(1e-3, 0.0, 3000, False),
     "subject_diffusion": Suits(5e-4, 5e-4, 4000, True),
 }
@@ -74,6 +75,7 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
         data=replace(
             data,
             resolution=given(data.resolution, RESOLUTIONS.get(family, 512)),
+            shuffle_captions=given(data.shuffle_captions, suits.shuffle_captions),
             trigger="" if settings.method.name in UNCALLED else data.trigger,
         ),
         training=replace(

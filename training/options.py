@@ -79,6 +79,11 @@ class Data:
     repeats: int = option(1, "how often each picture counts in an epoch", least=1)
     random_flip: bool = option(False, "show mirrored pictures too; not for faces, text and logos")
     masked_loss: bool = option(False, "learn only where the mask is white: alpha, or NAME-masklabel.png beside NAME")
+    shuffle_captions: bool | None = option(
+        None,
+        "say what is between the commas of a caption in several orders, so that its words are known in any place",
+        also=("shuffle_caption",),
+    )
     caption_dropout: float = option(
         0.0, "share of captions left out, so that the model stays good without", least=0, below=1
     )
