@@ -6,8 +6,8 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..models import measures
 from ..models.errors import PersonalizeError
-from ..models.measures import likeness, paired_cosines
 from ..models.pictures import Picture, frame_picture, list_pictures, make_picture, read_picture
 from .encoder import encode, input_size
 from .folders import find_pictures, state_of
@@ -105,7 +105,9 @@ class ScoreImages(io.ComfyNode):
             columns["CLIP-I"] = _to_all(seen, _embeddings(clip_vision, real))
         if prompts:
             texts = _texts(clip, prompts, seen.shape[1])
-            columns["CLIP-T"] = paired_cosines(seen, texts.expand(len(drawn), -1) if len(texts) == 1 else texts)
+            columns["CLIP-T"] = measures.paired_cosines(
+                seen, texts.expand(len(drawn), -1) if len(texts) == 1 else texts
+            )
         if likeness != NONE:
             known = [_who(likeness, likeness_encoder, some) for some in (drawn, real)]
             columns["likeness"] = _to_all(*known)
@@ -148,7 +150,7 @@ def _embeddings(clip_vision, pictures: Sequence[Picture]) -> Tensor:
 
 def _to_all(drawn: Tensor, real: Tensor) -> Tensor:
     """[n] mean cosine of each picture's features to all references'."""
-    return likeness(drawn, real, torch.zeros(len(drawn)), torch.zeros(len(real)))
+    return measures.likeness(drawn, real, torch.zeros(len(drawn)), torch.zeros(len(real)))
 
 
 @torch.no_grad()
