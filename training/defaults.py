@@ -38,7 +38,7 @@ POCKET = {
     "lora": Suits(1e-3, 2e-4, 600, False),
     "textual_inversion": Suits(1e-2, 0.0, 600, False),
     "dreambooth": Suits(2e-4, 3e-4, 400, True),
-    "custom_diffusion": Suits(1e-3, 1e-2, 1200, False, "later", "cosine", True),
+    "custom_diffusion": Suits(1e-3, 1e-2, 1200, False, "later", "cosine"),
     "ip_adapter": Suits(1e-3, 0.0, 3000, False),
     "subject_diffusion": Suits(5e-4, 5e-4, 4000, True),
 }
