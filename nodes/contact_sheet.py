@@ -25,7 +25,7 @@ class ContactSheet(io.ComfyNode):
             inputs=[
                 io.Autogrow.Input(
                     "rows",
-                    template=io.Autogrow.TemplatePrefix(row, prefix="row", min=1, max=MOST),
+                    template=io.Autogrow.TemplatePrefix(row, prefix="row", min=0, max=MOST),
                     tooltip="A row each; a new input appears as you connect one.",
                 ),
                 io.String.Input(
@@ -64,8 +64,9 @@ class ContactSheet(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, rows, labels="", headings="", references=None, details=None, note="", cell: int = CELL
+        cls, rows=None, labels="", headings="", references=None, details=None, note="", cell: int = CELL
     ) -> io.NodeOutput:
+        rows = rows or {}
         slots = [slot for slot in sorted(rows, key=number_of) if rows[slot] is not None]
         if not slots:
             raise PersonalizeError("There are no pictures: connect a batch to row0.")

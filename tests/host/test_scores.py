@@ -130,6 +130,7 @@ def test_a_sheet_of_rows(host, pictures):
     ("given", "sentence"),
     [
         ({"rows": {"row0": None}}, "There are no pictures"),
+        ({"rows": None}, "There are no pictures"),
         ({"rows": {"row0": torch.zeros(64, 64, 3)}}, "row0 has the shape"),
         ({"labels": "a\nb"}, "2 labels but 1 rows"),
         ({"details": {"detail3": "x"}}, "detail3 has no row"),
