@@ -20,7 +20,7 @@ class Concept:
     trigger: str
     class_name: str
     class_folder: str | None
-    """With pictures of others of the class."""
+    """With pictures of otread of the class."""
 
     def of(self, data: Data) -> Data:
         """The data's options as they are for this concept alone."""
@@ -65,9 +65,9 @@ def concepts_of(settings: Settings) -> list[Concept]:
             problems.append(
                 f"The class {class_name!r} has a comma, a colon or a bracket, which a prompt reads as its own."
             )
-        for k, (_, other, others) in enumerate(parts):
+        for k, (_, other, otread) in enumerate(parts):
             same = k < i and other.casefold() == trigger.casefold()
-            if trigger and (same or (k != i and call_of(trigger).search(f"{other} {others}"))):
+            if trigger and (same or (k != i and call_of(trigger).search(f"{other} {otread}"))):
                 problems.append(f"The triggers {other!r} and {trigger!r} cannot be told apart: use two words.")
     if problems:
         raise PersonalizeError("\n".join(dict.fromkeys(problems)))
@@ -96,9 +96,9 @@ def check_places(concepts: Sequence[Concept], output: str | None) -> list[str]:
             )
     written = {"--output_dir": output} | {f"class_data_dir of {one.class_name}": one.class_folder for one in concepts}
     for what, place in written.items():
-        if place and (one := own.get(Path(place).expanduser().resolve())):
+        if place and (read := own.get(Path(place).expanduser().resolve())):
             problems.append(
-                f"{one.folder} has {one.trigger}'s pictures and is {what}, too: what is written would be trained on."
+                f"{read.folder} has {read.trigger}'s pictures and is {what}, too: what is written would be trained on."
             )
     return problems
 
