@@ -27,7 +27,7 @@ class AttendAndExcite(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="SD1.5 or SDXL, with LoRA, IP-Adapter and other patches before or after."
                 ),
-                io.Clip.Input("clip", tooltip="Reads the prompt."),
+                io.Clip.Input("clip", tooltip="The text encoders, which read the prompt."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -62,7 +62,7 @@ class AttendAndExcite(io.ComfyNode):
                     min=0.0,
                     max=1000.0,
                     step=0.5,
-                    tooltip="How far a move goes.",
+                    tooltip="How far each move of the latent goes.",
                     extra_dict=ADVANCED,
                 ),
                 io.Int.Input(

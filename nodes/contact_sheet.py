@@ -48,7 +48,7 @@ class ContactSheet(io.ComfyNode):
                     template=io.Autogrow.TemplatePrefix(detail, prefix="detail", min=0, max=MOST),
                     tooltip="Texts under the labels, such as the summary of Score Images: detail0 belongs to row0.",
                 ),
-                io.String.Input("note", default="", tooltip="A line at the foot.", extra_dict=ADVANCED),
+                io.String.Input("note", default="", tooltip="A line at the foot of the sheet.", extra_dict=ADVANCED),
                 io.Int.Input(
                     "cell",
                     default=CELL,

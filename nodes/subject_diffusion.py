@@ -193,7 +193,7 @@ class ApplySubjectDiffusion(io.ComfyNode):
             search_aliases=["subject diffusion", "gligen", "multi subject"],
             inputs=[
                 io.Model.Input("model", tooltip="The base that the file was trained on, or one like it."),
-                io.Clip.Input("clip", tooltip="Its text encoder."),
+                io.Clip.Input("clip", tooltip="The text encoders, which read the prompt."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that the file was trained with."),
                 SubjectDiffusionType.Input("subject_diffusion", tooltip="From Load Subject-Diffusion."),
                 SubjectsType.Input("subjects", tooltip="From Subject, or from a row of them."),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import COMFYUI, ROOT  # isort: skip
-from browser import SIZE, Editor, launch
+from browser import SIZE, STILL, Editor, launch
 from pack.training.demo.server import Server
 from PIL import Image
 from playwright.sync_api import sync_playwright
@@ -65,7 +65,7 @@ def main():
                     editor.add(titles[node], "Personalize")
                 page.mouse.move(5, 500)
                 page.evaluate(FOCUS, [node, SIZE["width"], SIZE["height"], SHOWN[1]])
-                page.wait_for_timeout(500)
+                page.wait_for_function(STILL, polling=300)
                 left, top = ((SIZE[side] - shown) // 2 for side, shown in zip(("width", "height"), SHOWN, strict=True))
                 clip = {"x": left, "y": top, "width": SHOWN[0], "height": SHOWN[1]}
                 picture = Image.open(BytesIO(page.screenshot(clip=clip))).convert("RGB")

@@ -68,9 +68,9 @@ def test_every_input_has_a_tooltip_and_every_node_a_description_and_a_help_page(
         groups = [info["input"].get(group, {}) for group in ("required", "optional")]
         for group in groups:
             for key, spec in group.items():
-                assert len(spec[1].get("tooltip", "")) > 15, (name, key)
+                assert len(spec[1].get("tooltip", "")) > 20, (name, key)
                 for inner in spec[1].get("template", {}).get("input", {}).values():
-                    assert all(len(one[1]["tooltip"]) > 15 for one in inner.values()), (name, key)
+                    assert all(len(one[1]["tooltip"]) > 20 for one in inner.values()), (name, key)
         assert all(info["output_tooltips"] or [])
         page = (root / "nodes" / "web" / "docs" / f"{name}.md").read_text()
         assert f"]({name}.jpg)" in page

@@ -305,9 +305,8 @@ def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
     own = folder.parent / "woman"
     own.symlink_to(folder)
     values = {"class_data_dir": str(folder.parent), "with_prior_preservation": True, "concept": two}
-    assert f"{folder} has ohwx's pictures and is class_data_dir of woman, too" in refused(
-        root, tmp_path / "out", **values
-    )
+    said = refused(root, tmp_path / "out", **values)
+    assert f"{folder} has ohwx's pictures and is class_data_dir of woman, too" in said
     own.unlink()
     with pytest.raises(PersonalizeError, match="--instance_data_dir and --concept say the same thing"):
         preflight(settings_of("custom_diffusion", root, folder, tmp_path / "out", concept=two), quiet=True)

@@ -16,9 +16,7 @@ from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training import class_images, dataset, encoding, loop
 from pack.training import run as running
 from pack.training.base_model import load_base
-from pack.training.dataset import Sizes, find_examples
 from pack.training.export import whole_checkpoint
-from pack.training.options import Data
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -388,19 +386,3 @@ def test_an_option_is_taken(root, folder, tmp_path, options):
         assert not same_file(plain, other)
     if "repeats" in options:
         assert len(losses_of(tmp_path / "other")) == 10
-
-
-def test_captions_are_said_in_several_orders(tmp_path):
-    folder = photos(tmp_path / "photos", 1)
-    text = "a {trigger} {class} in a hat, smiling, in a forest"
-    (folder / "01.txt").write_text(text)
-    sizes = Sizes(64, 8, False)
-    (plain,) = find_examples(folder, Data(trigger="ohwx", class_name="cat"), sizes, ())
-    (example,) = find_examples(folder, Data(trigger="ohwx", class_name="cat", shuffle_captions=True), sizes, ())
-    said = "a ohwx cat in a hat, smiling, in a forest"
-    assert plain.captions == (said,)
-    assert example.captions[0] == said
-    assert len(example.captions) == 4
-    assert len(set(example.captions)) > 1
-    assert all(sorted(caption.split(", ")) == sorted(said.split(", ")) for caption in example.captions)
-    assert find_examples(folder, Data(trigger="ohwx", class_name="cat", shuffle_captions=True), sizes, ()) == [example]
