@@ -26,7 +26,8 @@ def trained(root, tmp_path_factory):
     """A file of two concepts with their words, and one of a single concept."""
     folder = tmp_path_factory.mktemp("trained")
     pictures, common = photos(folder / "photos", 2), {"max_train_steps": 2, "size_variants": 0, "learning_rate": 1e-3}
-    both = {"concept": [f"{pictures}:ohwx:woman", f"{pictures}:zxcv:mug"], "instance_data_dir": None}
+    mugs = photos(folder / "mugs", 2)
+    both = {"concept": [f"{pictures}:ohwx:woman", f"{mugs}:zxcv:mug"], "instance_data_dir": None}
     train("custom_diffusion", root, pictures, folder / "both", output_name="both", **common, **both)
     train("custom_diffusion", root, pictures, folder / "one", output_name="one", **common)
     train("lora", root, pictures, folder / "lora", max_train_steps=1)
