@@ -20,7 +20,7 @@ class Concept:
     trigger: str
     class_name: str
     class_folder: str | None
-    """With pictures of otread of the class."""
+    """With pictures of others of the class."""
 
     def of(self, data: Data) -> Data:
         """The data's options as they are for this concept alone."""
@@ -65,9 +65,9 @@ def concepts_of(settings: Settings) -> list[Concept]:
             problems.append(
                 f"The class {class_name!r} has a comma, a colon or a bracket, which a prompt reads as its own."
             )
-        for k, (_, other, otread) in enumerate(parts):
+        for k, (_, other, its_class) in enumerate(parts):
             same = k < i and other.casefold() == trigger.casefold()
-            if trigger and (same or (k != i and call_of(trigger).search(f"{other} {otread}"))):
+            if trigger and (same or (k != i and call_of(trigger).search(f"{other} {its_class}"))):
                 problems.append(f"The triggers {other!r} and {trigger!r} cannot be told apart: use two words.")
     if problems:
         raise PersonalizeError("\n".join(dict.fromkeys(problems)))

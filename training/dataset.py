@@ -49,6 +49,8 @@ class Example:
     """A picture of the class, for prior preservation."""
     mirrored: bool = False
     framing: Framing | None = None
+    beside: "Example | None" = None
+    """At the right of this one, in the same frame; its size is its part of that."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,12 @@ def find_priors(folder: Path, data: Data, sizes: Sequence[tuple[int, int]]) -> l
 
 def load_pixels(example: Example) -> tuple[Tensor, Tensor | None]:
     """What the VAE encodes, [3, H, W] in -1..1, and the mask [1, H, W] in 0..1, if any; before it is framed."""
+    if example.beside is not None:
+        (height, width), beside = example.size, example.beside
+        left = replace(example, size=(height, width - beside.size[1]), beside=None)
+        pixels, masks = zip(load_pixels(left), load_pixels(beside), strict=True)
+        masks = [torch.ones_like(p[:1]) if mask is None else mask for p, mask in zip(pixels, masks, strict=True)]
+        return torch.cat(pixels, -1), torch.cat(masks, -1)
     picture = visible_picture(example.path)
     planes = picture.pixels if picture.mask is None else torch.cat([picture.pixels, picture.mask[..., None]], -1)
     framed = cover_picture(planes, *example.size).permute(2, 0, 1)

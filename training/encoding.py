@@ -69,13 +69,18 @@ class Latent:
 def latent_key(example: Example, vae: str) -> dict:
     """Everything that a picture's latent depends on: its bytes and its mask's, size, mirroring, the VAE."""
     mask = mask_file(example.path)
-    return {
+    key: dict = {
         "picture": digest_of_path(example.path),
         "mask": digest_of_path(mask) if mask.is_file() else "",
         "size": example.size,
         "mirrored": example.mirrored,
         "vae": vae,
-    } | ({} if example.framing is None else {"framing": asdict(example.framing)})
+    }
+    if example.framing is not None:
+        key["framing"] = asdict(example.framing)
+    if example.beside is not None:
+        key["beside"] = latent_key(example.beside, vae)
+    return key
 
 
 def digest_of_path(path: Path) -> str:
@@ -108,6 +113,10 @@ def _encode(vae: AutoencoderKL | AutoencoderTiny, example: Example, device: torc
         mask = None if mask is None else reframe(mask, example.framing)[0]
         pixels, inside = reframe(pixels, example.framing)
         inside = inside if example.framing.side < 1 else None
+    if example.beside is not None:
+        inside = torch.ones(1, *example.size)
+        seam = example.size[1] - example.beside.size[1]
+        inside[:, :, seam - 1 : seam + 1] = 0
     x = pixels[None].to(device, torch.float32)
     if isinstance(vae, AutoencoderTiny):
         stored = {"mean": vae.encoder(x)[0] * vae.config.scaling_factor}

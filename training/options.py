@@ -253,6 +253,12 @@ class CustomDiffusion:
         "all as they are",
         least=0,
     )
+    cut_mix: int | None = option(
+        None,
+        "of several concepts, how often each picture is shown beside one of another, with the captions of both; 0 shows "
+        "each alone",
+        least=0,
+    )
     initializer_token: str | None = option(
         None,
         "what the concepts' words start as, with commas between, a token each; rare ones by default: ktn, pll, ucd",

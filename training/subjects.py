@@ -12,6 +12,7 @@ from .dataset import Example, Sizes, fill_in, find_examples, find_priors
 from .methods import templates_of
 from .options import CustomDiffusion
 from .settings import Settings
+from .side_by_side import side_by_side
 from .sizes import sized
 
 
@@ -20,12 +21,12 @@ def find_pictures(
 ) -> tuple[list[Example], list[Example]]:
     """Pictures of the subject and of its class, which are drawn if need be, and those that are kept out."""
     data, templates, seed = settings.data, templates_of(settings), settings.training.seed
-    concepts, examples = concepts_of(settings), list[Example]()
+    concepts, pictures = concepts_of(settings), list[list[Example]]()
     sizes_of: dict[str | None, list[tuple[int, int]]] = {}
     for concept in concepts:
         own = concept.of(data)
         mine = find_examples(Path(own.instance_data_dir or "").expanduser(), own, sizes, templates)
-        examples += mine
+        pictures.append(mine)
         sizes_of.setdefault(concept.class_folder, []).extend(example.size for example in mine)
     priors = list[Example]()
     for place, wanted in sizes_of.items() if data.with_prior_preservation else ():
@@ -36,8 +37,10 @@ def find_pictures(
         if drawn:
             accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
         priors += find_priors(folder, own, wanted)
+    examples = [example for mine in pictures for example in mine]
     if isinstance(settings.method, CustomDiffusion):
         examples = sized(examples, settings.method.size_variants or 0, seed)
+        examples += side_by_side(pictures, settings.method.cut_mix or 0, sizes, seed)
     examples += priors
     if not data.validation_data_dir:
         return examples, []
