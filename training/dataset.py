@@ -155,8 +155,10 @@ def load_pixels(example: Example) -> tuple[Tensor, Tensor | None]:
         (height, width), beside = example.size, example.beside
         left = replace(example, size=(height, width - beside.size[1]), beside=None)
         pixels, masks = zip(load_pixels(left), load_pixels(beside), strict=True)
-        masks = [torch.ones_like(p[:1]) if mask is None else mask for p, mask in zip(pixels, masks, strict=True)]
-        return torch.cat(pixels, -1), torch.cat(masks, -1)
+        if all(mask is None for mask in masks):
+            return torch.cat(pixels, -1), None
+        ones = torch.ones_like(pixels[1][:1])
+        return torch.cat(pixels, -1), torch.cat([ones if mask is None else mask for mask in masks], -1)
     picture = visible_picture(example.path)
     planes = picture.pixels if picture.mask is None else torch.cat([picture.pixels, picture.mask[..., None]], -1)
     framed = cover_picture(planes, *example.size).permute(2, 0, 1)

@@ -44,6 +44,8 @@ POCKET = {
 }
 SIZE_VARIANTS, MANY = {"pocket": 0}, 12
 """The pocket model has never heard of "far away" or "zoomed in"."""
+CUT_MIX = {"pocket": 1}
+"""The method as published shows each concept alone, which is how it was measured on large bases."""
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 
 
@@ -63,6 +65,8 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
             data = replace(data, trigger=first.trigger, class_name=first.class_name)
         if method.size_variants is None:
             method = replace(method, size_variants=SIZE_VARIANTS.get(family, MANY))
+        if method.cut_mix is None:
+            method = replace(method, cut_mix=CUT_MIX.get(family, 0))
     steps = training.max_train_steps
     if steps is None and training.num_train_epochs is None:
         steps = suits.max_train_steps
@@ -116,6 +120,7 @@ def hints(method: str) -> dict[str, str]:
     sizes = ", ".join(f"{size} for {title_of(family)}" for family, size in RESOLUTIONS.items())
     return texts | {
         "size_variants": f"{MANY}; pocket {SIZE_VARIANTS['pocket']}",
+        "cut_mix": f"0; pocket {CUT_MIX['pocket']}",
         "resolution": sizes,
         "mixed_precision": "no on CPUs, else bf16, or fp16 on old GPUs",
     }

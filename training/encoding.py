@@ -113,10 +113,6 @@ def _encode(vae: AutoencoderKL | AutoencoderTiny, example: Example, device: torc
         mask = None if mask is None else reframe(mask, example.framing)[0]
         pixels, inside = reframe(pixels, example.framing)
         inside = inside if example.framing.side < 1 else None
-    if example.beside is not None:
-        inside = torch.ones(1, *example.size)
-        seam = example.size[1] - example.beside.size[1]
-        inside[:, :, seam - 1 : seam + 1] = 0
     x = pixels[None].to(device, torch.float32)
     if isinstance(vae, AutoencoderTiny):
         stored = {"mean": vae.encoder(x)[0] * vae.config.scaling_factor}
@@ -131,6 +127,11 @@ def _encode(vae: AutoencoderKL | AutoencoderTiny, example: Example, device: torc
         stored["mask"] = nn.functional.interpolate(mask[None], size, mode="area")[0]
     if inside is not None:
         stored["inside"] = _within(inside, stored["mean"].shape[-2:])
+    if example.beside is not None:
+        cells = torch.ones_like(stored["mean"][:1])
+        seam = round(cells.shape[2] * (1 - example.beside.size[1] / example.size[1]))
+        cells[:, :, seam - 1 : seam + 1] = 0
+        stored["inside"] = cells
     return {name: value.float().cpu().contiguous() for name, value in stored.items()}
 
 

@@ -121,7 +121,8 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
         found, wrong, odd = look_at_concepts(concepts or [], settings, quiet)
         problems += wrong
         warnings += odd
-        counts["instance_data_dir"] = found * max(1, filled.method.size_variants or 0)
+        paired = (filled.method.cut_mix or 0) * (len(concepts or []) > 1)
+        counts["instance_data_dir"] = found * (max(1, filled.method.size_variants or 0) + paired)
     pictures = counts.get("instance_data_dir", 0)
     told(_output, filled, family is not None and concepts is not None, pictures, concepts or [])
     if problems:

@@ -8,6 +8,9 @@ import numpy as np
 
 from .dataset import Example, Sizes
 
+OPENING = re.compile(
+    r"^([\w-]+ ){0,3}(photo|photograph|picture|image|painting|drawing|rendering|rendition|depiction) of ", re.IGNORECASE
+)
 NARROW = 0.75
 """Of each picture's width, what is seen of it beside another."""
 
@@ -35,7 +38,8 @@ def side_by_side(concepts: Sequence[Sequence[Example]], count: int, sizes: Sizes
                 height = example.size[0]
                 width = max(1, round(example.size[1] * NARROW / sizes.step)) * sizes.step
                 texts = tuple(
-                    f"{one}, and {_inner(other)}" for one, other in zip(left.captions, _cycled(right, left), strict=True)
+                    f"{one}, and {_inner(other)}"
+                    for one, other in zip(left.captions, _cycled(right, left), strict=True)
                 )
                 beside = replace(right, size=(height, width))
                 found.append(replace(left, size=(height, 2 * width), captions=texts, beside=beside))
@@ -49,4 +53,4 @@ def _cycled(example: Example, other: Example) -> list[str]:
 
 def _inner(caption: str) -> str:
     """Without "a photo of" and the like, which the caption that comes before says."""
-    return re.sub(r"^(a |an |the )?(\w+ )?(photo|picture|image|painting|drawing|rendering|rendition) of ", "", caption)
+    return OPENING.sub("", caption)
