@@ -154,11 +154,11 @@ def load_pixels(example: Example) -> tuple[Tensor, Tensor | None]:
     if example.beside is not None:
         (height, width), beside = example.size, example.beside
         left = replace(example, size=(height, width - beside.size[1]), beside=None)
-        pixels, masks = zip(load_pixels(left), load_pixels(beside), strict=True)
-        if all(mask is None for mask in masks):
-            return torch.cat(pixels, -1), None
-        ones = torch.ones_like(pixels[1][:1])
-        return torch.cat(pixels, -1), torch.cat([ones if mask is None else mask for mask in masks], -1)
+        (pixels, mask), (others, other) = load_pixels(left), load_pixels(beside)
+        if mask is not None or other is not None:
+            both = ((pixels, mask), (others, other))
+            mask = torch.cat([torch.ones_like(x[:1]) if m is None else m for x, m in both], -1)
+        return torch.cat([pixels, others], -1), mask
     picture = visible_picture(example.path)
     planes = picture.pixels if picture.mask is None else torch.cat([picture.pixels, picture.mask[..., None]], -1)
     framed = cover_picture(planes, *example.size).permute(2, 0, 1)

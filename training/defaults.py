@@ -45,7 +45,7 @@ POCKET = {
 SIZE_VARIANTS, MANY = {"pocket": 0}, 12
 """The pocket model has never heard of "far away" or "zoomed in"."""
 CUT_MIX = {"pocket": 1}
-"""The method as published shows each concept alone, which is how it was measured on large bases."""
+"""Custom Diffusion as published shows each concept alone."""
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 
 

@@ -334,6 +334,7 @@ def test_each_class_has_a_folder_and_pictures_of_its_own(root, two, tmp_path, mo
     monkeypatch.setattr(running, "prepare", lambda *a: seen.append(prepare(*a)) or seen[-1])
     classes = tmp_path / "classes"
     options = {"concept": two, "instance_data_dir": None, "class_data_dir": str(classes), "num_class_images": 2}
+    options["cut_mix"] = 0
     train("custom_diffusion", root, None, tmp_path / "out", with_prior_preservation=True, max_train_steps=1, **options)
     assert {path.name: len(list(path.iterdir())) for path in classes.iterdir()} == {"woman": 2, "old man": 2}
     examples = seen[0].examples
@@ -356,6 +357,7 @@ def test_each_size_has_pictures_of_the_class(root, tmp_path, monkeypatch):
         "class_data_dir": str(photos(tmp_path / "cats", 2)),
         "with_prior_preservation": True,
         "size_variants": 0,
+        "cut_mix": 0,
     }
     train("custom_diffusion", root, None, tmp_path / "out", max_train_steps=1, **options)
     own, priors = ({e.size for e in seen[0].examples if e.is_prior == prior} for prior in (False, True))
