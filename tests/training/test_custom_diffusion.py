@@ -12,10 +12,7 @@ from pack.models.weight_files import read_safetensors
 from pack.training import run as running
 from pack.training.base_model import load_base
 from pack.training.custom_diffusion import CustomDiffusionMethod
-from pack.training.dataset import Example, Framing, load_pixels, reframe
-from pack.training.encoding import Cache, encode_pictures
 from pack.training.preflight import preflight
-from pack.training.sizes import sized
 from PIL import Image
 from safetensors.torch import load_file
 from test_finetuning_parity import STEPS, batches, read, reference, tokenizers
@@ -209,58 +206,6 @@ def test_a_compressed_file_is_the_leading_part_of_the_whole_one(root, folder, tm
         assert values[:rank].sum() <= 0.6 * values.sum() < values[: rank + 1].sum()
         torch.testing.assert_close((change - part[name]).norm(), values[rank:].norm(), rtol=1e-3, atol=1e-6)
     assert cut.stat().st_size < whole.stat().st_size
-
-
-def test_sizes_and_the_words_that_say_them(folder):
-    paths = sorted(folder.glob("*.png"))
-    examples = [Example(path, ("A photo of ohwx cat", "ohwx"), (64, 64)) for path in paths]
-    examples.append(Example(paths[0], ("a cat",), (64, 64), is_prior=True))
-    assert sized(examples, 0, 3) == examples
-    found = sized(examples, 400, 3)
-    assert found == sized(examples, 400, 3)
-    assert found.count(examples[-1]) == 1, "pictures of the class stay as they are"
-    own = [one for one in found if not one.is_prior]
-    small = [one for one in own if one.framing and one.framing.side < 1]
-    large = [one for one in own if one.framing and one.framing.side > 1]
-    for some, share, low, high, words in (
-        (small, 2 / 3 * 0.4, 1 / 3, 0.6, {"a far away", "a very small"}),
-        (large, 1 / 3, 1.2, 1.4, {"a zoomed in", "a close up"}),
-    ):
-        assert len(some) / len(own) == pytest.approx(share, abs=0.04)
-        assert all(low <= one.framing.side <= high for one in some)
-        assert {" ".join(text.split()[:3]) for one in some for text in one.captions} == words
-        assert all(one.captions[0].endswith(("away photo of ohwx cat", "small photo of ohwx cat",
-                                             "in photo of ohwx cat", "up photo of ohwx cat")) for one in some)  # fmt: skip
-    assert len(own) - len(small) - len(large) == own.count(examples[0]) + sum(own.count(e) for e in examples[1:-1])
-
-
-def test_a_picture_in_its_frame_and_where_its_error_counts(root, folder, tmp_path):
-    path = sorted(folder.glob("*.png"))[0]
-    plain, _ = load_pixels(Example(path, (), (64, 64)))
-    small, inside = reframe(plain, Framing(0.5, 1.0, 0.0))
-    assert torch.equal(inside[0].nonzero().amin(0), torch.tensor([0, 32]))
-    assert inside.sum() == 32 * 32
-    assert (small[:, 32:] == 0).all()
-    assert (small[:, :32, :32] == 0).all()
-    shrunk = torch.nn.functional.avg_pool2d(plain, 2)
-    assert (small[:, :32, 32:] - shrunk).abs().mean() < 0.05
-    large, everywhere = reframe(plain, Framing(1.25, 0.5, 0.5))
-    assert large.shape == plain.shape
-    assert everywhere.all()
-    middle = torch.nn.functional.interpolate(plain[None, :, 6:58, 6:58], (64, 64), mode="bilinear")[0]
-    assert (large - middle).abs().mean() < 0.05
-    vae = load_base(str(root / CHECKPOINT)).pipeline.vae
-    frames = [None, Framing(0.59, 0.5, 0.5), Framing(1 / 3, 0, 0), Framing(1.3, 0, 0)]
-    examples = [Example(path, (), (64, 64), framing=framing) for framing in frames]
-    latents = encode_pictures(vae, examples, Cache(tmp_path), "vae")
-    whole, some, few, zoomed = (latents[example] for example in examples)
-    assert whole.inside is None
-    assert zoomed.inside is None
-    assert few.inside.sum() == 4, "cells without any that is not at the border keep those"
-    assert some.inside[0].nonzero().tolist() == [[y, x] for y in (3, 4) for x in (3, 4)]
-    again = encode_pictures(vae, examples, Cache(tmp_path), "vae")
-    assert all(torch.equal(again[e].mean, latents[e].mean) for e in examples)
-    assert len({latents[e].mean.sum().item() for e in examples}) == 4
 
 
 def refused(root, output, **values):

@@ -1,21 +1,28 @@
-"""Pictures of two concepts in one (Cut-Mix): what is beside what, what is said of them, and where it counts."""
+"""How Custom Diffusion shows pictures: smaller, larger, two in one (Cut-Mix); what is said of them, where they count."""
 
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from finetuning import photos, train
 from identity_sets import CHECKPOINT
 from pack.models.pictures import MASK_ENDING
 from pack.training.base_model import load_base
-from pack.training.dataset import Example, Sizes, load_pixels
+from pack.training.dataset import Example, Framing, Sizes, load_pixels, reframe
 from pack.training.encoding import Cache, encode_pictures, latent_key
 from pack.training.loop import stack_masks
 from pack.training.shared import read_safetensors
 from pack.training.side_by_side import side_by_side
+from pack.training.sizes import sized
 from PIL import Image
 
 SIZES = Sizes(64, 8, True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return photos(tmp_path_factory.mktemp("photos"))
 
 
 def examples(folder, word, count, captions=None, size=(64, 64)):
@@ -100,3 +107,55 @@ def test_a_training_shows_both_together(root, tmp_path):
         made[count] = read_safetensors(path)[0]
     assert all(torch.equal(value, made[1][name]) for name, value in made[None].items()), "the pocket model's default"
     assert any(not torch.equal(value, made[1][name]) for name, value in made[0].items())
+
+
+def test_sizes_and_the_words_that_say_them(folder):
+    paths = sorted(folder.glob("*.png"))
+    examples = [Example(path, ("A photo of ohwx cat", "ohwx"), (64, 64)) for path in paths]
+    examples.append(Example(paths[0], ("a cat",), (64, 64), is_prior=True))
+    assert sized(examples, 0, 3) == examples
+    found = sized(examples, 400, 3)
+    assert found == sized(examples, 400, 3)
+    assert found.count(examples[-1]) == 1, "pictures of the class stay as they are"
+    own = [one for one in found if not one.is_prior]
+    small = [one for one in own if one.framing and one.framing.side < 1]
+    large = [one for one in own if one.framing and one.framing.side > 1]
+    for some, share, low, high, words in (
+        (small, 2 / 3 * 0.4, 1 / 3, 0.6, {"a far away", "a very small"}),
+        (large, 1 / 3, 1.2, 1.4, {"a zoomed in", "a close up"}),
+    ):
+        assert len(some) / len(own) == pytest.approx(share, abs=0.04)
+        assert all(low <= one.framing.side <= high for one in some)
+        assert {" ".join(text.split()[:3]) for one in some for text in one.captions} == words
+        assert all(one.captions[0].endswith(("away photo of ohwx cat", "small photo of ohwx cat",
+                                             "in photo of ohwx cat", "up photo of ohwx cat")) for one in some)  # fmt: skip
+    assert len(own) - len(small) - len(large) == own.count(examples[0]) + sum(own.count(e) for e in examples[1:-1])
+
+
+def test_a_picture_in_its_frame_and_where_its_error_counts(root, folder, tmp_path):
+    path = sorted(folder.glob("*.png"))[0]
+    plain, _ = load_pixels(Example(path, (), (64, 64)))
+    small, inside = reframe(plain, Framing(0.5, 1.0, 0.0))
+    assert torch.equal(inside[0].nonzero().amin(0), torch.tensor([0, 32]))
+    assert inside.sum() == 32 * 32
+    assert (small[:, 32:] == 0).all()
+    assert (small[:, :32, :32] == 0).all()
+    shrunk = torch.nn.functional.avg_pool2d(plain, 2)
+    assert (small[:, :32, 32:] - shrunk).abs().mean() < 0.05
+    large, everywhere = reframe(plain, Framing(1.25, 0.5, 0.5))
+    assert large.shape == plain.shape
+    assert everywhere.all()
+    middle = torch.nn.functional.interpolate(plain[None, :, 6:58, 6:58], (64, 64), mode="bilinear")[0]
+    assert (large - middle).abs().mean() < 0.05
+    vae = load_base(str(root / CHECKPOINT)).pipeline.vae
+    frames = [None, Framing(0.59, 0.5, 0.5), Framing(1 / 3, 0, 0), Framing(1.3, 0, 0)]
+    examples = [Example(path, (), (64, 64), framing=framing) for framing in frames]
+    latents = encode_pictures(vae, examples, Cache(tmp_path), "vae")
+    whole, some, few, zoomed = (latents[example] for example in examples)
+    assert whole.inside is None
+    assert zoomed.inside is None
+    assert few.inside.sum() == 4, "cells without any that is not at the border keep those"
+    assert some.inside[0].nonzero().tolist() == [[y, x] for y in (3, 4) for x in (3, 4)]
+    again = encode_pictures(vae, examples, Cache(tmp_path), "vae")
+    assert all(torch.equal(again[e].mean, latents[e].mean) for e in examples)
+    assert len({latents[e].mean.sum().item() for e in examples}) == 4
