@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from .attend_and_excite import AttendAndExcite
-from .base_model import BaseModel
+from .base_model import BaseModel, Pipeline
 from .denoising import picture_sizes
 from .diffusers_attention import apply_image_prompts
 from .encoding import TextStates, guiding, read_text, stack_texts
@@ -129,11 +129,7 @@ def _draw(
 ) -> list[Image.Image]:
     pipeline, n = base.pipeline, len(jobs)
     device, dtype = pipeline.unet.device, pipeline.unet.dtype
-    height, width = sampling.resolution, sampling.width or sampling.resolution
-    step = pipeline.vae_scale_factor
-    shape = (pipeline.unet.config.in_channels, height // step, width // step)
-    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs])
-    latents, arguments = noise.to(device, dtype), dict[str, Any]()
+    latents, arguments = noise_of(pipeline, [job.seed for job in jobs], sampling), dict[str, Any]()
     negative = stack_texts([texts[""]] * n).to(device, dtype)
     sides: tuple[bool, ...] = (False, True) if sampling.guidance > 1 else (True,)  # as the pipeline has it
     with ExitStack() as stack:
@@ -160,17 +156,33 @@ def _draw(
             first = scheduler.init_noise_sigma
             latents = exciting.before_first(latents * first) / first
             arguments["callback_on_step_end"] = exciting.callback
-        drawn = pipeline(
-            **guiding(positive, negative),
-            latents=latents,
-            height=height,
-            width=width,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            output_type="latent",
-            **arguments,
-        ).images
+        drawn = denoised(pipeline, latents, positive, negative, sampling, **arguments)
     return [picture for row in drawn.split(1) for picture in decode(pipeline.vae, row)]
+
+
+def noise_of(pipeline: Pipeline, seeds: Sequence[int], sampling: Sampling) -> Tensor:
+    """What the picture of each seed starts from, whatever is drawn beside it: [n, C, h, w]."""
+    step = pipeline.vae_scale_factor
+    height, width = sampling.resolution, sampling.width or sampling.resolution
+    shape = (pipeline.unet.config.in_channels, height // step, width // step)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return noise.to(pipeline.unet.device, pipeline.unet.dtype)
+
+
+def denoised(
+    pipeline: Pipeline, noise: Tensor, positive: TextStates, negative: TextStates, sampling: Sampling, **arguments: Any
+) -> Tensor:
+    """The latents [n, C, h, w] that the pipeline makes of noise by its scheduler; more arguments of its own may be given."""
+    return pipeline(
+        **guiding(positive, negative),
+        latents=noise,
+        height=sampling.resolution,
+        width=sampling.width or sampling.resolution,
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance,
+        output_type="latent",
+        **arguments,
+    ).images
 
 
 def _composition(jobs: Sequence[Job], texts: Mapping[str, TextStates]) -> tuple[list[TextStates], list[list[float]]]:

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from .base_model import BaseModel
-from .encoding import guiding, read_text
+from .encoding import read_text
 from .following import forwarding
-from .generate import SOLVERS, Job, Sampling, save_drawn
+from .generate import SOLVERS, Job, Sampling, denoised, noise_of, save_drawn
 from .shared import BOXES, CLS, PersonalizeError, fused_prompt, three_way
 from .subject_diffusion import placeholder_of
 from .subject_features import encode_subjects, look_of
@@ -114,8 +114,7 @@ class SubjectArtist:
         pipeline, n = self.base.pipeline, len(jobs)
         device, dtype = pipeline.unet.device, pipeline.unet.dtype
         height, width, step = sampling.resolution, sampling.width or sampling.resolution, pipeline.vae_scale_factor
-        shape = (pipeline.unet.config.in_channels, height // step, width // step)
-        noise = [torch.randn(shape, generator=torch.Generator().manual_seed(job.seed)) for job in jobs]
+        noise = noise_of(pipeline, [job.seed for job in jobs], sampling)
         features = [[self._features(one) for one in job.subjects] for job in jobs]
         boxes, without = [torch.tensor([one.box for one in job.subjects]) for job in jobs], self.file.without
         objects, masks = self.network.shown(
@@ -128,15 +127,7 @@ class SubjectArtist:
         told = self._three_ways(objects, masks, nothing.states, positive.states, image_scale, sampling.guidance)
         try:
             with solving(pipeline, SOLVERS[sampling.solver]), told:
-                latents = pipeline(
-                    **guiding(positive, nothing),
-                    latents=torch.stack(noise).to(device, dtype),
-                    height=height,
-                    width=width,
-                    num_inference_steps=sampling.steps,
-                    guidance_scale=sampling.guidance,
-                    output_type="latent",
-                ).images
+                latents = denoised(pipeline, noise, positive, nothing, sampling)
         finally:
             self.network.seen = self.network.conv_in.mask = self.placeholders.vectors = None
         return [picture for row in latents.split(1) for picture in decode(pipeline.vae, row)]
