@@ -3,3 +3,6 @@
 
 class PersonalizeError(ValueError):
     """Bad input. The message is one sentence, says both values and what to do, and is shown as it is."""
+
+    __module__ = "Personalize"
+    """ComfyUI shows this before the message: the module's real name there is its whole path."""

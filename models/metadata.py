@@ -8,7 +8,15 @@ from typing import Any
 from .errors import PersonalizeError
 
 FORMAT = "1"
-METHODS = ("lora", "textual_inversion", "dreambooth", "custom_diffusion", "ip_adapter", "subject_diffusion")
+FOLDERS = {
+    "lora": "loras",
+    "textual_inversion": "embeddings",
+    "dreambooth": "checkpoints",
+    "custom_diffusion": "loras",
+    "ip_adapter": "ipadapter",
+    "subject_diffusion": "subject_diffusion",
+}
+"""Of ComfyUI's models, where each method's files are found."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class About:
     """The metadata of one personalisation file."""
 
     method: str
-    """One of METHODS."""
+    """One of FOLDERS."""
     base_family: str = ""
     """Of models.base_models."""
     base_name: str = ""
@@ -32,6 +40,12 @@ class About:
     extra: Mapping[str, str] = field(default_factory=dict)
     """Keys that other tools read, `modelspec.*` and `ss_*`."""
 
+    @property
+    def call(self) -> str:
+        """What prompts in ComfyUI call the subject by: the trigger and its class, unless the trigger says that, too."""
+        alone = " " in self.trigger or self.settings.get("learnable_property") == "style"
+        return self.trigger if alone else f"{self.trigger} {self.class_name}".strip()
+
     def as_metadata(self) -> dict[str, str]:
         """Strings, as safetensors keeps them; what is empty is left out."""
         own = {
@@ -46,6 +60,16 @@ class About:
             "settings": json.dumps(dict(self.settings), sort_keys=True) if self.settings else "",
         }
         return {f"personalize.{key}": value for key, value in own.items() if value} | dict(self.extra)
+
+
+def folder_of(method: str, difference: bool = False) -> str:
+    """Of ComfyUI's models, where a file is found.
+
+    Args:
+        method: one of FOLDERS.
+        difference: of DreamBooth's: from a checkpoint, not a whole one.
+    """
+    return "loras" if difference else FOLDERS[method]
 
 
 def read_about(metadata: Mapping[str, str], name: str) -> About | None:

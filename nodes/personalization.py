@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..models.base_models import TEXT_WIDTHS, title_of
 from ..models.custom_diffusion import calls_of
 from ..models.errors import PersonalizeError
-from ..models.metadata import About
+from ..models.metadata import About, folder_of
 from ..models.textual_inversion import read_word
 from .folders import LORA, find_model, listed
 from .schema import schema
@@ -141,7 +141,10 @@ def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
         )
     tensors, about = read_trained(path)
     if (about is not None and about.method != "textual_inversion") or any(".lora_" in key for key in tensors):
-        raise PersonalizeError(f"{path.name} is no learned word, but a {about.method if about else 'LoRA'}: move it.")
+        method = about.method if about else "lora"
+        raise PersonalizeError(
+            f"{path.name} is no learned word, but of the method {method}: move it to models/{folder_of(method)}."
+        )
     check_base(model, about, path.name, exactly=False)
     family = family_of_model(model)
     if family in TEXT_WIDTHS:

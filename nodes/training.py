@@ -19,6 +19,7 @@ from comfy_api.latest import io
 from PIL import Image
 
 from ..models.errors import PersonalizeError
+from ..models.metadata import FOLDERS, folder_of
 from .folders import POCKET, find_model, find_pictures, state_of
 from .personalization import TRIGGER, LoadPersonalization, whole_checkpoint
 from .pictures import as_image, as_tensor, connected, folder_of_pictures, growing_pictures
@@ -28,7 +29,6 @@ PREVIEW = 512
 """Pixels of the longer side of what is shown while it trains."""
 FINISHED = "result.json"
 """In the folder of a training that came to its end: its files."""
-KINDS = {"lora": "loras", "textual_inversion": "embeddings", "dreambooth": "checkpoints"}
 
 
 def _shared(class_name: str) -> list[Any]:
@@ -325,7 +325,7 @@ def _run(method: str, values: dict[str, Any], place: Path, name: str) -> list[Pa
             f"Training needs the package {error.name}: run pip install -r requirements.txt in {POCKET.parent.parent}, with "
             "ComfyUI's Python."
         ) from None
-    kind = "loras" if values.get("save_as") == "delta" else KINDS[method]
+    kind = folder_of(method, values.get("save_as") == "delta")
     target = next(Path(path) for path in folder_paths.get_folder_paths(kind) if Path(path) != POCKET / kind)
     values["output_name"] = free = _free(target, name)
     made = settings.make_settings(run.METHODS[method][0], values)
@@ -393,7 +393,7 @@ def _shown(place: Path) -> torch.Tensor:
 
 def _loaded(base: Path, file: Path) -> tuple[Any, ...]:
     """MODEL, CLIP, VAE and the words that call the subject."""
-    kind = next(kind for kind in KINDS.values() if str(file.parent) in folder_paths.get_folder_paths(kind))
+    kind = next(kind for kind in FOLDERS.values() if str(file.parent) in folder_paths.get_folder_paths(kind))
     if kind == "checkpoints":
         return LoadPersonalization.execute(f"{kind}/{file.name}", 1.0).result
     return LoadPersonalization.execute(f"{kind}/{file.name}", 1.0, *whole_checkpoint(base)).result

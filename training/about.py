@@ -11,7 +11,7 @@ from .concepts import concepts_of
 from .dataset import Example
 from .defaults import UNCALLED
 from .settings import Settings
-from .shared import About
+from .shared import About, folder_of, read_about, read_header
 
 PLACES = ("instance_data_dir", "class_data_dir", "validation_data_dir", "cache_dir", "output_dir", "vae_path")
 """Options that say where things lie on the user's disk, which is nobody else's business."""
@@ -111,6 +111,16 @@ def _for_others(
             "ss_network_args": json.dumps({"dora_wd": True} if options.use_dora else {}),
         }
     return keys
+
+
+def told(path: Path) -> str:
+    """A line for a result: its size, where ComfyUI finds it, and what prompts call it by."""
+    about = read_about(read_header(path)[1], path.name) if path.suffix == ".safetensors" else None
+    line = f"{path} ({path.stat().st_size / 1e6:.2f} MB)"
+    if about is None:
+        return line
+    place = f"{line}, for models/{folder_of(about.method, '.delta.' in path.name)} of ComfyUI"
+    return f"{place}; prompts call it by: {about.call}" if about.call else place
 
 
 def digest_of_file(base: BaseModel) -> str:

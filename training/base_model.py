@@ -238,6 +238,8 @@ def family_of(state: Mapping[str, Tensor], name: str) -> str:
     Raises:
         PersonalizeError: not a single-file checkpoint of one of these; the message names the file.
     """
+    if _CONV_IN not in state and any("lora_" in key for key in state):
+        raise PersonalizeError(f"{name} is a LoRA, not a checkpoint: move it to models/loras, and name the base model.")
     if _CONV_IN not in state:
         raise PersonalizeError(f"{name} is not a checkpoint: it has no {_CONV_IN}.")
     width, context = widths_of(state)

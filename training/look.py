@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .concepts import Concept
-from .dataset import captions_of
+from .dataset import captions_of, upright_size
 from .identities import find_identities, first_of, hold_out, same_bytes
 from .methods import templates_of
 from .options import Data, IPAdapter, SubjectDiffusion, TextualInversion, Watching
@@ -22,6 +22,8 @@ from .settings import Settings
 from .shared import PersonalizeError, call_of, list_pictures, picture_paths, read_picture, write_whole
 from .subject_data import read_subjects
 
+CARTOON = 256
+"""Of the sides of a picture for the pocket model, four times what it draws."""
 MASK = "has an alpha channel or a -masklabel.png that is neither black nor white all over"
 
 
@@ -220,6 +222,19 @@ def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[i
             f"pictures {MASK}."
         )
     return good, wrong, odd
+
+
+def look_at_origin(concepts: Sequence[Concept], family: str | None) -> list[str]:
+    """A sentence for each folder of photographs, by their size, that the pocket model is to learn from."""
+    if family != "pocket":
+        return []
+    folders = [Path(concept.folder).expanduser() for concept in concepts if concept.folder]
+    return [
+        f"{folder} has pictures of more than {CARTOON} pixels. If they are photographs: the pocket model knows its own cartoons "
+        "only (python -m training.pocket photos), and makes blobs of them. Train SD1.5 or SDXL on photographs."
+        for folder in folders
+        if folder.is_dir() and any(max(upright_size(path)) > CARTOON for path in picture_paths(folder))
+    ]
 
 
 def look_at_validation(concepts: Sequence[Concept], settings: Settings) -> list[str]:

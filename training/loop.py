@@ -25,7 +25,7 @@ from .denoising import Weighting, draw, total_loss, training_losses
 from .encoding import Latent, TextStates, read_text, stack_texts
 from .methods import Method
 from .optimizers import make_optimizer
-from .record import Record, memory
+from .record import Record, memory, untimed
 from .settings import Settings
 from .shared import PersonalizeError
 
@@ -263,7 +263,8 @@ class Trainer:
             if asked:
                 break
             if look:
-                self.look(done)
+                with untimed(bar):
+                    self.look(done)
             self.report(done, self.steps)
         bar.close()
         return done

@@ -24,6 +24,7 @@ from .look import (
     has_class_pictures,
     look_at_concepts,
     look_at_identities,
+    look_at_origin,
     look_at_pictures,
     look_at_validation,
     name_problems,
@@ -127,6 +128,7 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
     told(_output, filled, family is not None and concepts is not None, pictures, concepts or [])
     if problems:
         raise PersonalizeError("\n".join(problems))
+    warnings += look_at_origin(concepts or [], family if settings.method.name not in UNCALLED else None)
     warnings += look_at_validation(concepts or [], settings) + _without_effect(settings)
     return Findings(family, pictures, warnings)
 

@@ -1,18 +1,32 @@
 """What a training measured: a log in JSON lines, a curve as a picture, and a tracker if wanted."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from .shared import write_whole
 
 SMOOTH = 0.95  # of the curve's running mean
 COLOURS = {"loss": (200, 200, 205), "smooth": (36, 88, 180), "validation_loss": (214, 92, 40)}
+
+
+@contextmanager
+def untimed(bar: tqdm) -> Iterator[None]:
+    """What is done here does not count for the time that a bar expects for what is left."""
+    began = time.time()
+    yield
+    if not bar.disable:
+        spent = time.time() - began
+        bar.start_t += spent
+        bar.last_print_t += spent
 
 
 class Record:

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from .about import about, digest_of_file
+from .about import about, digest_of_file, told
 from .base_checks import check_family, check_size
 from .base_model import BaseModel, load_base
 from .checkpoint import checkpoints_in, find_checkpoint, read_settings_of, set_aside
@@ -73,6 +73,8 @@ def main(method: str, doc: str | None, arguments: list[str] | None = None) -> in
         return 1
     if not paths:
         return 128 + (stop.signal or 0)
+    for path in filter(Path.is_file, paths):  # other processes have the folder
+        print(told(path))
     return 0
 
 
@@ -184,10 +186,7 @@ def personalize(
         trainer.average.copy_to(trainer.parameters)
     subject = [example for example in trainer.examples if not example.is_prior]
     facts = about(base, settings, method, subject, digest, mark)
-    paths = trainer.method.write(settings.folder, settings.output.output_name or "result", facts)
-    for path in paths:
-        print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
-    return paths
+    return trainer.method.write(settings.folder, settings.output.output_name or "result", facts)
 
 
 def start(settings: Settings) -> Accelerator:

@@ -95,6 +95,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.merging import read_captions as read_captions
     from models.merging import unique_rows as unique_rows
     from models.metadata import About as About
+    from models.metadata import folder_of as folder_of
     from models.metadata import read_about as read_about
     from models.pictures import CLIP_MEAN as CLIP_MEAN
     from models.pictures import CLIP_STD as CLIP_STD
@@ -248,6 +249,7 @@ else:
     from ..models.merging import read_captions as read_captions
     from ..models.merging import unique_rows as unique_rows
     from ..models.metadata import About as About
+    from ..models.metadata import folder_of as folder_of
     from ..models.metadata import read_about as read_about
     from ..models.pictures import CLIP_MEAN as CLIP_MEAN
     from ..models.pictures import CLIP_STD as CLIP_STD

@@ -363,7 +363,9 @@ def test_files_of_others_and_wrong_ones(host, files, loaded):
     ):
         node(host, "LoadPersonalization")("loras/a_word.safetensors", 1.0, *loaded[:2])
     shutil.copy(loras / "my_lora.safetensors", host.base / "models" / "embeddings" / "a_lora.safetensors")
-    with pytest.raises(ValueError, match=r"^a_lora\.safetensors is no learned word, but a lora: move it\.$"):
+    with pytest.raises(
+        ValueError, match=r"^a_lora\.safetensors is no learned word, but of the method lora: move it to models/loras\.$"
+    ):
         node(host, "LoadTextualInversion")(loaded[0], "a_lora.safetensors", 1.0)
     with pytest.raises(ValueError, match=r"is no personalisation but a .*, which has nodes of its own\.$"):
         node(host, "LoadPersonalization")(f"checkpoints/{BASE}", 1.0)

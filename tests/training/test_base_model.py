@@ -85,6 +85,11 @@ def test_what_is_no_base_model(file, tmp_path, root):
     encoder = root / "models" / "pocket" / "clip_vision" / "pocket_portraits_vision.safetensors"
     with pytest.raises(PersonalizeError, match=r"^pocket_portraits_vision\.safetensors is not a checkpoint"):
         load_pipeline(encoder)
+    lora = root / "models" / "pocket" / "loras" / "pocket_woman_lora.safetensors"
+    with pytest.raises(
+        PersonalizeError, match=r"^pocket_woman_lora\.safetensors is a LoRA, not a checkpoint: move it to"
+    ):
+        load_pipeline(lora)
     with pytest.raises(PersonalizeError, match=r"is no image encoder that is supported"):
         load_image_encoder(file)
 

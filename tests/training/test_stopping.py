@@ -198,7 +198,11 @@ def test_a_result_that_was_not_written_is_written_by_the_same_command(root, tmp_
     monkeypatch.setattr(LoraMethod, "write", write)
     monkeypatch.setattr(Trainer, "step", None)
     assert running.main("lora", "", options) == 0
-    assert (output / "ohwx.safetensors").exists()
+    size = (output / "ohwx.safetensors").stat().st_size / 1e6
+    told = (
+        f"{output / 'ohwx.safetensors'} ({size:.2f} MB), for models/loras of ComfyUI; prompts call it by: ohwx woman\n"
+    )
+    assert capsys.readouterr().out.endswith(told)
 
 
 def test_too_little_memory_to_begin(root, tmp_path, monkeypatch, capsys):

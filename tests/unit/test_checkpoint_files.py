@@ -6,7 +6,7 @@ from pack.models.base_models import FINGERPRINTED, fingerprint, same_model
 from pack.models.checkpoints import check_tensors, overwrite_tensors, read_header
 from pack.models.delta import check_delta, delta_tensors, truncated_delta_tensors
 from pack.models.errors import PersonalizeError
-from pack.models.metadata import About, read_about
+from pack.models.metadata import About, folder_of, read_about
 from pack.models.textual_inversion import LearnedWord, read_word, word_tensors
 from pack.models.weight_files import read_safetensors, write_safetensors
 from safetensors.torch import load_file, save_file
@@ -208,6 +208,32 @@ def test_metadata_comes_back():
     assert read_about({"format": "pt"}, "a") is None
     with pytest.raises(PersonalizeError, match=r"^a has format 9, this version of Personalize reads format 1"):
         read_about({"personalize.method": "lora", "personalize.format": "9"}, "a")
+
+
+@pytest.mark.parametrize(
+    ("method", "trigger", "class_name", "settings", "called"),
+    [
+        ("lora", "ohwx", "dog", {}, "ohwx dog"),
+        ("dreambooth", "", "dog", {}, "dog"),
+        ("textual_inversion", "embedding:rex", "dog", {"learnable_property": "object"}, "embedding:rex dog"),
+        ("textual_inversion", "embedding:ink", "person", {"learnable_property": "style"}, "embedding:ink"),
+        (
+            "custom_diffusion",
+            "embedding:a_x dog, embedding:a_y mug",
+            "dog, mug",
+            {},
+            "embedding:a_x dog, embedding:a_y mug",
+        ),
+        ("ip_adapter", "", "", {}, ""),
+    ],
+)
+def test_what_prompts_call_a_subject_by(method, trigger, class_name, settings, called):
+    assert About(method, trigger=trigger, class_name=class_name, settings=settings).call == called
+
+
+def test_where_comfyui_finds_files():
+    assert folder_of("dreambooth") == "checkpoints"
+    assert folder_of("dreambooth", difference=True) == folder_of("custom_diffusion") == "loras"
 
 
 def test_a_fingerprint_is_of_one_model_in_any_precision():

@@ -10,7 +10,7 @@ from ..pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS, article
 from ..pocket.files import CHECKPOINT
 from ..run import METHODS, train
 from ..settings import make_settings
-from ..shared import POCKET, calls_of, read_about, read_header
+from ..shared import POCKET, folder_of, read_about, read_header
 
 TITLES = {
     "textual_inversion": "Textual Inversion",
@@ -23,8 +23,6 @@ ADAPTER = POCKET / "ipadapter" / "pocket_self_attention.safetensors"
 TRIGGER = "ohwx"
 STEPS: int | None = None
 """Of each training; None: each method's own."""
-KINDS = {"textual_inversion": "embeddings", "dreambooth": "checkpoints"}
-"""Where ComfyUI looks for the files; for the others in loras."""
 PROMPTS = (
     {"expression": "smiling", "pose": "left", "background": "beach"},
     {"expression": "sad", "pose": "front", "background": "forest"},
@@ -54,7 +52,7 @@ class Made:
     @property
     def kind(self) -> str:
         """The folder of its first file in ComfyUI's models."""
-        return KINDS.get(self.method, "loras")
+        return folder_of(self.method, any(".delta." in path.name for path in self.files))
 
 
 def prompt_of(wishes: dict[str, str], subject: str) -> str:
@@ -104,5 +102,4 @@ def make(photos: Path, class_name: str, place: Path) -> list[Made]:
 def called(file: Path, class_name: str) -> str:
     """What prompts call a file's subject by in ComfyUI."""
     about = read_about(read_header(file)[1], file.name)
-    trigger = about.trigger if about else TRIGGER
-    return trigger if calls_of(trigger)[0].text.endswith(f" {class_name}") else f"{trigger} {class_name}"
+    return about.call if about else f"{TRIGGER} {class_name}"
