@@ -115,7 +115,7 @@ def _noted(path: Path, option: str) -> dict[str, Any]:
 
 @contextmanager
 def alone(folder: Path | None) -> Iterator[None]:
-    """Only one run writes to a folder at a time; its other processes go with the first.
+    """Only one run writes to a folder at a time; its other processes go with the first. A new folder that stays empty goes.
 
     Raises:
         PersonalizeError: another one does.
@@ -123,7 +123,7 @@ def alone(folder: Path | None) -> Iterator[None]:
     if int(os.environ.get("RANK", "0")) > 0 or folder is None:
         yield
         return
-    lock = FileLock(folder / ".lock")
+    lock, new = FileLock(folder / ".lock"), not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -135,6 +135,9 @@ def alone(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if new and {path.name for path in folder.glob("*")} <= {".lock"}:
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def look_at_pictures(folder: Path, settings: Settings, is_prior: bool, quiet: bool) -> tuple[int, list[str], list[str]]:

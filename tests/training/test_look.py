@@ -3,8 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from finetuning import photos, settings_of
-from pack.training import record
+from finetuning import command, photos, settings_of
+from pack.training import record, run
 from pack.training.preflight import preflight
 from pack.training.record import untimed
 from PIL import Image
@@ -21,6 +21,16 @@ def test_photographs_are_nothing_for_the_pocket_model(root, tmp_path, method):
     assert warning.startswith(
         f"{folder} has pictures of more than 256 pixels. If they are photographs: the pocket model"
     )
+
+
+def test_what_is_refused_leaves_nothing(root, tmp_path, capsys):
+    options = command("lora", root, tmp_path / "gone", tmp_path / "out")[3:]
+    assert run.main("lora", "", options) == 1
+    assert f"The folder {tmp_path / 'gone'} does not exist." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out").mkdir()
+    assert run.main("lora", "", options) == 1
+    assert (tmp_path / "out").is_dir(), "a folder of the user's own stays"
 
 
 def test_what_is_not_timed_does_not_count_for_the_rest(monkeypatch):
