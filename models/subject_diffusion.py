@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .errors import PersonalizeError
 from .metadata import About, read_about
 from .weight_files import read_safetensors
+from .words import call_of, words_in
 
 PLACEHOLDER = "sks"
 LOCATION, BOXES, ADAPTER, CONTROL, CLS = "location control", "boxes", "adapter", "attention control", "CLS feature"
@@ -30,6 +31,8 @@ PARTS = (LOCATION, BOXES, ADAPTER, CONTROL, CLS)
 FREQUENCIES, TEMPERATURE = 8, 100.0
 BALANCED, L1 = "balanced", "l1"
 """The attention control of the authors' code, and of their paper."""
+ROUNDED = 1e-6
+"""That a sum of shares may be off."""
 LITTLE = 1e-5
 """Keeps an empty mask from a division by zero, as in the authors' code."""
 
@@ -37,6 +40,49 @@ LITTLE = 1e-5
 def fused_prompt(prompt: str, entities: Sequence[str], placeholder: str = PLACEHOLDER) -> str:
     """`a dog on grass`, [`dog`] -> `a dog on grass, the dog is sks`: a placeholder for each subject, in their order."""
     return prompt.strip() + "".join(f", the {entity} is {placeholder}" for entity in entities)
+
+
+def check_subjects(prompt: str, placed: Sequence[tuple[str, Sequence[float]]], most: int, name: str) -> None:
+    """What is asked of a prompt with subjects.
+
+    Args:
+        prompt: as the user wrote it.
+        placed: of each subject its word, and its box: left, top, right, bottom, as shares of the picture's sides.
+        most: subjects that the file was trained for.
+        name: the file's.
+
+    Raises:
+        PersonalizeError: there is no subject, or more than the file knows; a word is not in the prompt, or the placeholder is;
+            a box is empty or reaches out of the picture.
+    """
+    if not placed:
+        raise PersonalizeError("There are no subjects: give at least one.")
+    if len(placed) > most:
+        raise PersonalizeError(f"{name} knows {most} subjects in a picture, but there are {len(placed)}.")
+    words = words_in(prompt)
+    plain = " ".join(words).lower()
+    for word, box in placed:
+        check_box(word, box)
+        if not call_of(word.lower()).search(plain):
+            raise PersonalizeError(
+                f'The word "{word}" of a subject is not in the prompt; its words are: {", ".join(words)}.'
+            )
+    if call_of(PLACEHOLDER).search(prompt.lower()):
+        raise PersonalizeError(
+            f'The prompt has "{PLACEHOLDER}" in it, which stands for the subjects: use another word.'
+        )
+
+
+def check_box(word: str, box: Sequence[float]) -> None:
+    """Raises PersonalizeError where a subject's box is empty or reaches out of the picture."""
+    left, top, right, bottom = box
+    if not (left < right and top < bottom):
+        raise PersonalizeError(f'The box of "{word}" is empty: give it a width and a height above 0.')
+    if min(left, top) < -ROUNDED or max(right, bottom) > 1 + ROUNDED:
+        raise PersonalizeError(
+            f'The box of "{word}" reaches out of the picture (left {left:g}, top {top:g}, right {right:g}, bottom '
+            f"{bottom:g}): all must be from 0 to 1."
+        )
 
 
 def replace_embeddings(embeddings: Tensor, there: Tensor, vectors: Tensor) -> Tensor:

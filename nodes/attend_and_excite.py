@@ -6,11 +6,13 @@ import node_helpers
 from comfy_api.latest import io
 
 from ..models.attend_and_excite import Excitement, parse_thresholds, pick_level
+from ..models.errors import PersonalizeError
 from ..models.words import find_words, parse_words
 from .attention_capture import LEVELS, layer_levels
 from .excitation import KEY, Excitation
 from .prompt_words import phrases_of, tokens_of, words_of
 from .schema import ADVANCED, schema
+from .subject_network import has_subjects
 
 PAPER = Excitement()
 
@@ -115,6 +117,11 @@ class AttendAndExcite(io.ComfyNode):
         conditioning=None,
     ) -> io.NodeOutput:
         tokens = clip.tokenize(prompt)
+        if conditioning is None and has_subjects(model):
+            raise PersonalizeError(
+                "The model comes from Apply Subject-Diffusion: connect that node's positive to conditioning, too, which "
+                "brings the subjects."
+            )
         if conditioning is None:
             conditioning = clip.encode_from_tokens_scheduled(tokens)
         wanted, settings = parse_words(words), Excitement(steps, parse_thresholds(thresholds), scale, refinements)

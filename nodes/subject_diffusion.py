@@ -23,22 +23,22 @@ from ..models.subject_diffusion import (
     PLACEHOLDER,
     SubjectParts,
     SubjectTensors,
+    check_box,
+    check_subjects,
     fused_prompt,
     read_subject_diffusion,
     slots,
     three_way,
 )
-from ..models.words import call_of, words_in
 from .attention_patch import unet_layout
 from .encoder import input_size
 from .folders import find_model, find_picture, state_of
 from .prompt_words import tokens_of
 from .schema import SubjectDiffusionType, SubjectsType, schema
-from .subject_network import Told, located, patcher_of, with_weights
+from .subject_network import Told, has_subjects, located, patcher_of, with_weights
 from .trained_files import check_base
 
-EDGE = 1.0
-_SHARE = {"min": 0.0, "max": EDGE, "step": 0.01}
+_SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
 @dataclass(frozen=True)
@@ -152,15 +152,11 @@ class Subject(io.ComfyNode):
             raise PersonalizeError(f'The subject "{word}" has {what} its file.')
         if image is None:
             picture = read_picture(find_picture(file))
-            image, mask = picture.pixels[None], mask if picture.mask is None else picture.mask[None]
+            image = picture.pixels[None]
+            if mask is None and picture.mask is not None:
+                mask = picture.mask[None]
         box = (left, top, left + width, top + height) if place is None else painted(place)
-        if not (box[0] < box[2] and box[1] < box[3]):
-            raise PersonalizeError(f'The box of "{word}" is empty: give it a width and a height above 0.')
-        if box[2] > EDGE + 1e-6 or box[3] > EDGE + 1e-6:
-            raise PersonalizeError(
-                f'The box of "{word}" reaches out of the picture (right {box[2]:g}, bottom {box[3]:g}): left + width and '
-                "top + height must be at most 1."
-            )
+        check_box(word, box)
         own = None if mask is None else mask[0]
         if own is not None and own.shape != image.shape[1:3]:
             raise PersonalizeError(
@@ -230,8 +226,12 @@ class ApplySubjectDiffusion(io.ComfyNode):
     ) -> io.NodeOutput:
         file = subject_diffusion
         check_base(model, file.tensors.about, file.name, exactly=False)
-        check_words_of(prompt, subjects)
-        check_count(subjects, file)
+        check_subjects(prompt, [(one.word, one.box) for one in subjects], file.tensors.most, file.name)
+        if has_subjects(model):
+            raise PersonalizeError(
+                "The model comes from another Apply Subject-Diffusion: connect the plain one here, and all subjects, one Subject "
+                "to the next."
+            )
         parts = SubjectParts(file.tensors.parts)
         layers = layers_of(model, parts, file.name)
         pooled, patches = look_at(clip_vision, subjects, parts, file.name)
@@ -270,28 +270,6 @@ def with_subjects(cond: Any, patcher: ModelPatcher, told: Told) -> Any:
     return node_helpers.conditioning_set_values(cond, {"gligen": ("position", patcher, told)})
 
 
-def check_words_of(prompt: str, subjects: Sequence[OneSubject]) -> None:
-    """Raises PersonalizeError where a subject's word is not in the prompt, or the placeholder is."""
-    words = words_in(prompt)
-    plain = " ".join(words).lower()
-    for one in subjects:
-        if not call_of(one.word.lower()).search(plain):
-            raise PersonalizeError(
-                f'The word "{one.word}" of a subject is not in the prompt; its words are: {", ".join(words)}.'
-            )
-    if PLACEHOLDER in (word.lower() for word in words):
-        raise PersonalizeError(
-            f'The prompt has "{PLACEHOLDER}" in it, which stands for the subjects: use another word.'
-        )
-
-
-def check_count(subjects: Sequence[OneSubject], file: SubjectFile) -> None:
-    """Raises PersonalizeError where there are more subjects than the file was trained for."""
-    most = file.tensors.most
-    if len(subjects) > most:
-        raise PersonalizeError(f"{file.name} knows {most} subjects in a picture, but there are {len(subjects)}.")
-
-
 def look_of(one: OneSubject, size: int) -> Tensor:
     """A subject as the trainer shows it to the encoder: alone on white, [size, size, 3]."""
     inside = torch.ones(one.image.shape[:2], dtype=torch.bool) if one.mask is None else one.mask > 0.5
@@ -322,11 +300,14 @@ def encode(clip: Any, prompt: str, words: Tensor | None) -> Any:
     (name,) = tokens.keys()
     places = iter(words)
     number = placeholder_of(clip)
+    found = sum(entry[0] == number for window in tokens[name] for entry in window)
+    if found != len(words):
+        raise PersonalizeError(
+            f"The prompt has {found} of {len(words)} placeholders: its end, which names the subjects, is cut off."
+        )
     windows = [
         [(next(places) if entry[0] == number else entry[0], *entry[1:]) for entry in window] for window in tokens[name]
     ]
-    if next(places, None) is not None:
-        raise PersonalizeError("The prompt is too long: its end, which names the subjects, is cut off.")
     return clip.encode_from_tokens_scheduled({name: windows})
 
 
@@ -392,6 +373,10 @@ class GuideSubjects(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, negative, subjects_only, text_cfg, subject_cfg) -> io.NodeOutput:
+        if not has_subjects(model):
+            raise PersonalizeError(
+                "The model does not come from Apply Subject-Diffusion: connect that node's, as its conditionings."
+            )
         guider = SubjectGuider(model)
         guider.set_three(positive, subjects_only, negative, subject_cfg, text_cfg)
         return io.NodeOutput(guider)

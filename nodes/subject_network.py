@@ -78,6 +78,12 @@ def located(h: Tensor, options: Mapping[str, Any]) -> Tensor:
     return h
 
 
+def has_subjects(model: Any) -> bool:
+    """Whether a MODEL comes from *Apply Subject-Diffusion*."""
+    patches = model.model_options.get("transformer_options", {}).get("patches", {})
+    return located in patches.get("input_block_patch", ())
+
+
 def patcher_of(parts: SubjectParts, layers: Sequence[Layer]) -> ModelPatcher:
     """The parts as the host loads them beside the UNet."""
     module = SubjectModule(parts, layers)

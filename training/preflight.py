@@ -279,7 +279,8 @@ def _without_effect(settings: Settings) -> list[str]:
         text += ["train_text_encoder"] * (training.train_text_encoder is False)
         text += ["with_prior_preservation"] * settings.data.with_prior_preservation
         text += ["caption_dropout"] * (settings.data.caption_dropout > 0)
-        why = "Subject-Diffusion trains the text encoder at --learning_rate, has dropouts of its own, and no word calls it"
+        text += [name for name in ("random_flip", "masked_loss") if getattr(settings.data, name)]
+        why = "Subject-Diffusion mirrors nothing, trains the text encoder at --learning_rate, has dropouts of its own, and no word calls it"
     else:
         off = training.train_text_encoder is False or (isinstance(method, Lora) and not training.train_text_encoder)
         text, why = text * off, "the text encoder does not train without --train_text_encoder"

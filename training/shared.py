@@ -129,6 +129,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.subject_diffusion import ImageMLP as ImageMLP
     from models.subject_diffusion import ObjectTokens as ObjectTokens
     from models.subject_diffusion import SubjectTensors as SubjectTensors
+    from models.subject_diffusion import check_subjects as check_subjects
     from models.subject_diffusion import fused_prompt as fused_prompt
     from models.subject_diffusion import inside_boxes as inside_boxes
     from models.subject_diffusion import localisation_loss as localisation_loss
@@ -283,6 +284,7 @@ else:
     from ..models.subject_diffusion import ImageMLP as ImageMLP
     from ..models.subject_diffusion import ObjectTokens as ObjectTokens
     from ..models.subject_diffusion import SubjectTensors as SubjectTensors
+    from ..models.subject_diffusion import check_subjects as check_subjects
     from ..models.subject_diffusion import fused_prompt as fused_prompt
     from ..models.subject_diffusion import inside_boxes as inside_boxes
     from ..models.subject_diffusion import localisation_loss as localisation_loss

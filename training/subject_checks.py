@@ -2,14 +2,22 @@
 
 from pathlib import Path
 
+import torch
 from PIL import Image, UnidentifiedImageError
+from torchvision.ops import box_iou
 from tqdm import tqdm
 
+from .dataset import upright_size
 from .image_encoder import widths_of_encoder
 from .options import SubjectDiffusion as Options
 from .settings import Settings
 from .shared import PLACEHOLDER, PersonalizeError, call_of, read_subject_diffusion
-from .subject_data import read_subjects
+from .subject_data import Entity, SubjectPicture, read_subjects
+from .subject_diffusion import told_whole
+
+TOO_LONG = "CLIP reads 77 tokens, of a caption and of what names its subjects behind it"
+SAME = 0.5
+"""Intersection over union of a subject's box and its mask's, at least."""
 
 
 def check_subject_options(options: Options, family: str | None) -> None:
@@ -55,13 +63,35 @@ def look_at_subjects(folder: Path, settings: Settings, quiet: bool) -> tuple[int
         if placeholder.search(one.text.lower()):
             wrong.append(f'The caption of {one.path.name} has the placeholder "{PLACEHOLDER}": "{one.text}".')
         elif not bad:
-            good += 1
+            problems = [problem for subject in one.subjects if (problem := _mask_problem(one, subject))]
+            wrong += problems
+            good += not problems
+    long = len(pictures) - len(told_whole(pictures, most))
+    if long == len(pictures):
+        wrong.append(f"All captions in {folder} are too long with their subjects: {TOO_LONG}.")
+    elif long:
+        odd.append(f"{long} captions in {folder} are too long with their subjects, and are left out: {TOO_LONG}.")
     many = sum(len(one.subjects) > most for one in pictures)
     if many:
         odd.append(
             f"{many} pictures in {folder} have more than --max_subjects {most} subjects: the first {most} are used."
         )
     return good, wrong, odd
+
+
+def _mask_problem(picture: SubjectPicture, subject: Entity) -> str:
+    """A sentence where a mask is of another size than its picture, empty, or elsewhere than its box."""
+    height, width = upright_size(picture.path)
+    with Image.open(subject.mask) as mask:
+        size, found = mask.size, mask.convert("L").point(lambda value: 255 * (value > 127)).getbbox()
+    name = f"The mask {subject.mask.name} of {picture.path.name}"
+    if size != (width, height):
+        return f"{name} is {size[0]} x {size[1]}, the picture {width} x {height}: they must be of one size."
+    if found is None:
+        return f'{name} is empty: white is where "{subject.entity}" is.'
+    sides = torch.tensor([width, height, width, height])
+    overlap = float(box_iou(torch.tensor([subject.box]) * sides, torch.tensor([found]).float()))
+    return "" if overlap > SAME else f'{name} shows "{subject.entity}" elsewhere than its box {list(subject.box)}.'
 
 
 def _opens(path: Path) -> bool:

@@ -9,7 +9,7 @@ the cross-attention, the text encoder, and what makes tokens of the image encode
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from diffusers.training_utils import cast_training_params
 from transformers import CLIPVisionModelWithProjection
 
 from .base_model import BaseModel
+from .clip_tokenizer import LENGTH, clip_tokenizer
 from .conditioning import Conditioning
 from .dataset import Example, Sizes, upright_size
 from .encoding import Cache
@@ -171,6 +172,14 @@ def spoken_of(picture: SubjectPicture, most: int) -> str:
     return fused_prompt(picture.text, [one.entity for one in picture.subjects[:most]])
 
 
+def told_whole(pictures: Sequence[SubjectPicture], most: int) -> list[SubjectPicture]:
+    """Those whose captions, with the subjects behind, are no longer than CLIP reads."""
+    tokenizer = clip_tokenizer()
+    texts = [spoken_of(one, most) for one in pictures]
+    lengths = [len(ids) for ids in tokenizer(texts).input_ids] if texts else []
+    return [one for one, length in zip(pictures, lengths, strict=True) if length <= LENGTH]
+
+
 def find_subjects(
     settings: Settings, sizes: Sizes
 ) -> tuple[list[Example], list[Example], dict[Path, SubjectPicture], Held]:
@@ -187,7 +196,7 @@ def find_subjects(
     examples: list[list[Example]] = []
     pictures: dict[Path, SubjectPicture] = {}
     for folder in folders:
-        own = [] if not folder else read_subjects(Path(folder).expanduser())
+        own = [] if not folder else told_whole(read_subjects(Path(folder).expanduser()), options.max_subjects)
         pictures |= {one.path: one for one in own}
         examples.append([example_of(one, options.max_subjects, sizes) for one in own])
     learned = examples[0] * settings.data.repeats

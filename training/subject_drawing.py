@@ -18,7 +18,7 @@ from .base_model import BaseModel
 from .encoding import read_text
 from .following import forwarding
 from .generate import SOLVERS, Job, Sampling, denoised, noise_of, save_drawn
-from .shared import BOXES, CLS, PersonalizeError, fused_prompt, three_way
+from .shared import BOXES, CLS, check_subjects, fused_prompt, three_way
 from .subject_diffusion import placeholder_of
 from .subject_features import encode_subjects, look_of
 from .subject_network import Placeholders, SubjectNetwork, load_subject_file
@@ -84,11 +84,10 @@ class SubjectArtist:
         """Draw what is missing of the jobs; returns how many this process drew.
 
         Raises:
-            PersonalizeError: a picture has more subjects than the file knows.
+            PersonalizeError: of `check_subjects`.
         """
-        many = max((len(job.subjects) for job in jobs), default=0)
-        if many > self.file.most:
-            raise PersonalizeError(f"The file knows {self.file.most} subjects in a picture, but there are {many}.")
+        for job in jobs:
+            check_subjects(job.prompt, [(one.word, one.box) for one in job.subjects], self.file.most, "The file")
         missing = [job for job in jobs if not job.path.exists()]
         accelerator.wait_for_everyone()
         mine = missing[accelerator.process_index :: accelerator.num_processes]

@@ -7,6 +7,7 @@ import sys
 
 from identity_sets import ADAPTER, CHECKPOINT, ENCODER, identities
 from pack.training.pocket.photos import write_photos
+from pack.training.pocket.subject_set import write_subjects
 from pack.training.run import METHODS, personalize
 from pack.training.settings import make_settings
 
@@ -20,7 +21,10 @@ def photos(folder, count=5, captions=False):
 
 
 def material(method, folder):
-    """What a method trains on: photographs, or folders of identities."""
+    """What a method trains on: photographs, folders of identities, or a data set of subjects."""
+    if method == "subject_diffusion":
+        write_subjects(folder, 0, 5)
+        return folder
     return identities(folder) if method == "ip_adapter" else photos(folder)
 
 
@@ -56,11 +60,8 @@ def command(method, root, folder, output, *options):
         str(output),
         "--class_name",
         "woman",
-        *(
-            ["--ip_adapter", str(root / ADAPTER), "--image_encoder", str(root / ENCODER)]
-            if method == "ip_adapter"
-            else []
-        ),
+        *(["--ip_adapter", str(root / ADAPTER)] if method == "ip_adapter" else []),
+        *(["--image_encoder", str(root / ENCODER)] if method in ("ip_adapter", "subject_diffusion") else []),
         *options,
     ]
 

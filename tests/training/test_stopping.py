@@ -28,8 +28,10 @@ OPTIONS = {
     "textual_inversion": ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "5"],
     "custom_diffusion": ["--size_variants", "3", "--train_batch_size", "2", "--lr_scheduler", "linear"],
     "ip_adapter": ["--train_adapter", "--warmup_steps", "6", "--train_batch_size", "2", "--use_ema", "--random_flip"],
+    "subject_diffusion": ["--train_batch_size", "2", "--augmentations", "1", "--text_dropout", "0.3", "--buckets"],
 }  # fmt: skip
 KILLS = [("lora", 10), ("dreambooth", 3), ("textual_inversion", 3), ("custom_diffusion", 2), ("ip_adapter", 3)]
+KILLS += [("subject_diffusion", 2)]
 
 
 @pytest.mark.parametrize(("method", "kills"), KILLS)
