@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler
 from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from inprocess import node, patched
+from pack.models.errors import PersonalizeError
 from pack.models.metadata import read_about
 from pack.models.pictures import CLIP_MEAN, CLIP_STD
 from pack.models.subject_diffusion import BOXES as BOXES_PART
@@ -201,13 +202,21 @@ def test_what_is_wrong_is_told(host, loaded, clip_vision, file, crops):
     three = subjects(host, [*crops, crops[0]], ("cat", "woman", "cat"), (*BOXES, BOXES[0]))
     with pytest.raises(ValueError, match=r"knows 2 subjects in a picture, but there are 3"):
         applied(host, loaded, clip_vision, three)
-    with pytest.raises(ValueError, match=r'^The prompt has "sks" in it'):
-        applied(host, loaded, clip_vision, subjects(host, crops), "a sks cat and a woman")
+    for word in ("a sks cat", "a (SKS:1.2) cat", "a cat sks's", "a sks-like cat"):
+        with pytest.raises(ValueError, match=r'^The prompt has "sks" in it'):
+            applied(host, loaded, clip_vision, subjects(host, crops), f"{word} and a woman")
+    with pytest.raises(ValueError, match=r"^There are no subjects: give at least one\.$"):
+        applied(host, loaded, clip_vision, ())
     make, picture = node(host, "Subject"), torch.rand(1, 20, 30, 3)
     cases = {
         r"^The subject has no word": (" ", 0, 0, 1, 1, picture),
         r'^The box of "cat" is empty': ("cat", 0.2, 0.2, 0, 0.5, picture),
-        r'^The box of "cat" reaches out of the picture \(right 1\.2, bottom 0\.5\)': ("cat", 0.7, 0, 0.5, 0.5, picture),
+        r'^The box of "cat" reaches out of the picture \(left 0\.7, top 0, right 1\.2, bottom 0\.5\)': (
+            *("cat", 0.7, 0, 0.5, 0.5),
+            picture,
+        ),
+        r'^The box of "cat" reaches out of the picture \(left -0\.5, ': ("cat", -0.5, 0, 0.3, 0.5, picture),
+        r'^The box of "cat" reaches out of the picture \(left 0, top -1, ': ("cat", 0, -1, 0.5, 1.5, picture),
         r'^The mask of "cat" is empty': ("cat", 0, 0, 1, 1, picture, "", torch.zeros(1, 20, 30)),
         r'^The mask of "cat" is 5 x 4, its picture 30 x 20': ("cat", 0, 0, 1, 1, picture, "", torch.ones(1, 4, 5)),
         r"^The place is an empty mask": ("cat", 0, 0, 1, 1, picture, "", None, torch.zeros(1, 8, 8)),
@@ -221,6 +230,44 @@ def test_what_is_wrong_is_told(host, loaded, clip_vision, file, crops):
     place = torch.zeros(1, 8, 10)
     place[:, 2:6, 5:10] = 1
     assert make("cat", 0, 0, 1, 1, picture, "", None, place)[0][0].box == (0.5, 0.25, 1.0, 0.75)
+
+
+def test_what_is_wired_wrongly_is_told(host, loaded, clip_vision, file, crops):
+    listed = subjects(host, crops)
+    model, positive, negative, only = applied(host, loaded, clip_vision, listed)
+    with pytest.raises(
+        ValueError, match=r"^The model comes from another Apply Subject-Diffusion: connect the plain one"
+    ):
+        applied(host, (model, *loaded[1:]), clip_vision, listed)
+    with pytest.raises(ValueError, match=r"^The model does not come from Apply Subject-Diffusion: connect that node's"):
+        node(host, "SubjectGuider")(loaded[0], positive, negative, only, 4.0, 1.5)
+    with pytest.raises(
+        ValueError, match=r"connect that node's positive to conditioning, too, which brings the subjects"
+    ):
+        node(host, "AttendAndExcite")(model, loaded[1], PROMPT, "cat", 4, "")
+
+
+def test_what_is_wrong_is_told_headless(root, file, crops, tmp_path):
+    artist = SubjectArtist(load_base(str(root / CHECKPOINT)), file, load_image_encoder(root / ENCODER))
+    one = Placed(crops[0], "cat", BOXES[0])
+    for sentence, prompt, placed in (
+        ("There are no subjects", "a cat", ()),
+        ("knows 2 subjects in a picture, but there are 3", "a cat", (one, one, one)),
+        ('The word "cat" of a subject is not in the prompt', "a dog", (one,)),
+        ('The box of "cat" reaches out of the picture', "a cat", (replace(one, box=(-0.5, 0.2, 0.5, 1.0)),)),
+        ('The box of "cat" is empty', "a cat", (replace(one, box=(0.5, 0.2, 0.5, 1.0)),)),
+    ):
+        with pytest.raises(PersonalizeError, match=sentence):
+            artist.draw(Accelerator(), [SubjectJob(tmp_path / "a.png", prompt, 3, placed)], Sampling(64, 2, 4.0), "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_connected_mask_goes_before_the_file_s(host, crops):
+    size = Image.open(crops[0]).size[::-1]
+    mask = torch.zeros(1, *size)
+    mask[:, : size[0] // 2] = 1
+    (one,) = node(host, "Subject")("cat", 0.1, 0.2, 0.4, 0.8, None, str(crops[0]), mask)[0]
+    assert torch.equal(one.mask, mask[0])
 
 
 def test_a_picture_by_its_file(host, crops):

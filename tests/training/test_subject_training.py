@@ -12,7 +12,9 @@ from finetuning import CHECKPOINT
 from identity_sets import ENCODER
 from pack.models.custom_diffusion import KEYS_AND_VALUES, is_trained
 from pack.models.errors import PersonalizeError
+from pack.models.metadata import read_about
 from pack.models.subject_diffusion import PARTS, WORDS, read_subject_diffusion
+from pack.models.weight_files import read_safetensors
 from pack.training.base_model import load_base
 from pack.training.image_encoder import load_image_encoder
 from pack.training.pocket.subject_set import subject_scene, write_subjects
@@ -196,6 +198,51 @@ def test_what_is_wrong_is_told(root, subject_set, tmp_path):
     lines[0]["text"] += ", a sks"
     (tmp_path / "other" / METADATA).write_text("\n".join(map(json.dumps, lines)))
     assert 'The caption of 0000000.png has the placeholder "sks"' in told(instance_data_dir=str(tmp_path / "other"))
+
+
+def test_masks_and_boxes_that_do_not_fit_are_told(root, subject_set, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(subject_set, data)
+    pictures = read_subjects(data)[:4]
+    first, second, third = (one.subjects[0] for one in pictures[:3])
+    Image.new("L", Image.open(first.mask).size, 0).save(first.mask)
+    Image.new("L", (31, 77), 255).save(second.mask)
+    lines = [json.loads(line) for line in (data / METADATA).read_text().splitlines()]
+    lines[2]["subjects"][0]["box"] = [0.0, 0.0, 0.1, 0.1]
+    (data / METADATA).write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(PersonalizeError) as error:
+        preflight(settings_of_subjects(root, data, tmp_path / "out"), quiet=True)
+    said, names = str(error.value).splitlines(), [one.path.name for one in pictures]
+    width, height = Image.open(pictures[1].path).size
+    assert said == [
+        f'The mask {first.mask.name} of {names[0]} is empty: white is where "{first.entity}" is.',
+        f"The mask {second.mask.name} of {names[1]} is 31 x 77, the picture {width} x {height}: they must be of one size.",
+        f'The mask {third.mask.name} of {names[2]} shows "{third.entity}" elsewhere than its box [0.0, 0.0, 0.1, 0.1].',
+    ]
+
+
+def test_captions_longer_than_clip_reads_are_left_out(root, subject_set, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(subject_set, data)
+    lines = [json.loads(line) for line in (data / METADATA).read_text().splitlines()]
+    lines[1]["text"] += ", very" * 40
+    (data / METADATA).write_text("\n".join(map(json.dumps, lines)))
+    settings = settings_of_subjects(root, data, tmp_path / "out", max_train_steps=3, train_batch_size=len(lines) - 1)
+    (warning,) = preflight(settings, quiet=True).warnings
+    assert warning.startswith(f"1 captions in {data} are too long with their subjects, and are left out: CLIP reads 77")
+    (path,) = train_subjects(root, data, tmp_path / "out", max_train_steps=3, train_batch_size=len(lines) - 1)
+    assert read_about(read_safetensors(path)[1], path.name).extra["ss_num_train_images"] == str(len(lines) - 1)
+    for line in lines:
+        line["text"] += ", very" * 40
+    (data / METADATA).write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(PersonalizeError, match=f"^All captions in {data} are too long with their subjects: CLIP reads"):
+        preflight(settings, quiet=True)
+
+
+def test_what_does_nothing_is_told(root, subject_set, tmp_path):
+    settings = settings_of_subjects(root, subject_set, tmp_path / "out", random_flip=True, masked_loss=True)
+    warnings = preflight(settings, quiet=True).warnings
+    assert [warning.split(" has")[0] for warning in warnings] == ["--random_flip", "--masked_loss"]
 
 
 def test_wrong_parts_are_told(root, subject_set, tmp_path):
