@@ -110,7 +110,7 @@ class Subject(io.ComfyNode):
                     default="",
                     placeholder="a picture's file",
                     tooltip="The subject's picture, instead of a connected one: in ComfyUI's input folder, or a full path. "
-                    "Its alpha channel is its mask.",
+                    "Its alpha channel is its mask, unless one is connected.",
                 ),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Where the subject is in its picture, white is the subject."
