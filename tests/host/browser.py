@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,8 @@ SET = """([type, name, value]) => {
 FINISHED = """() => failures.length || app.lastNodeErrors || app.graph.nodes
     .filter(node => ["SaveImage", "PreviewImage"].includes(node.type))
     .every(node => node.imgs?.length && node.imgs.every(picture => picture.complete && picture.naturalWidth))"""
+
+DROPPED = "() => app.graph.nodes.length > 0 && !app.graph.nodes.some(node => node.flags.ghost)"
 
 # The view moves with an animation.
 STILL = """() => {
@@ -218,15 +220,31 @@ class Editor:
 
     def add(self, title: str, pack: str = "") -> int:
         """Search for a node by its title, take the one of this pack, drop it on the canvas; its id."""
-        # Two clicks at the very same time are none to the page.
-        self.page.mouse.dblclick(*EMPTY, delay=50)
-        self.page.get_by_role("combobox", name="Add a node...").fill(title)
+        search = self.page.get_by_role("combobox", name="Add a node...")
+        # Two clicks at the very same time are none to the page, nor are two that a busy machine parts.
+        self._until(lambda: self.page.mouse.dblclick(*EMPTY, delay=50), search.is_visible)
+        search.fill(title)
         self.page.get_by_role("option", name=re.compile(rf"^{re.escape(title)} {pack}\b")).click()
         self.dialogs().wait_for(state="hidden")
         self.page.mouse.move(*EMPTY)
-        self.page.mouse.click(*EMPTY)
-        self.page.wait_for_function("() => app.graph.nodes.length && !app.graph.nodes.some(node => node.flags.ghost)")
+        self._until(lambda: self.page.mouse.click(*EMPTY), lambda: self.page.evaluate(DROPPED))
         return self.page.evaluate("() => app.graph.nodes.at(-1).id")
+
+    def _until(self, do: Callable[[], None], done: Callable[[], bool]) -> None:
+        """Do something, and again if nothing comes of it in a quarter of the patience."""
+        for _ in range(4):
+            do()
+            if self.eventually(done, PATIENCE // 4):
+                return
+        raise AssertionError("the page does not react")
+
+    def eventually(self, done: Callable[[], bool], patience: int = PATIENCE) -> bool:
+        """Whether something is so within so many milliseconds."""
+        for _ in range(patience // 100):
+            if done():
+                return True
+            self.page.wait_for_timeout(100)
+        return done()
 
     def sockets(self, node: int) -> dict[str, list[str]]:
         """The names of a node's inputs and outputs."""
