@@ -4,7 +4,7 @@
 
 Of each subject there are five pictures, of it alone. Each pair is learned
 
-- together by Custom Diffusion, in one training of twice the steps;
+- together by Custom Diffusion, in one training of twice the steps, which sees pictures of both side by side, too (Cut-Mix);
 - apart by Custom Diffusion, in smaller steps, which leave more to merge with, and merged in closed form by our node, with
   captions as the pocket model knows them;
 - apart by LoRA, and both LoRAs loaded, one after the other.
