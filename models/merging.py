@@ -30,12 +30,12 @@ PASSES = 3
 """A solution's remaining error is solved for again."""
 
 
-def _fewer_rows(gram: Tensor) -> Tensor:
-    """[r, in], whose K^T K is that of all but for DROPPED of its trace: ‖W0 K^T‖_F is found soon, as features are alike."""
+def _main_directions(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Of K^T K the eigenvectors [in, r] and values [r] that make up all but DROPPED of its trace: few, as features are alike."""
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp(min=0)
     kept = values.cumsum(0) > DROPPED * values.sum()
-    return (vectors[:, kept] * values[kept].sqrt()).T
+    return vectors[:, kept], values[kept]
 
 
 class Merging:
@@ -63,13 +63,17 @@ class Merging:
         kept = [i for i in range(len(rows)) if not bool(near[i, :i].any())]
         self.words, self.owner = rows[kept], owner[kept]
         gram = everyday.double().T @ everyday.double()
-        self.common = _fewer_rows(gram)
+        axes, values = _main_directions(gram)
+        self.common = (axes * values.sqrt()).T
+        """[r, in], with the K^T K of the main directions: ‖W0 K^T‖_F is found soon."""
         gram += torch.eye(len(gram), dtype=gram.dtype) * (RIDGE * gram.diagonal().mean()).clamp(min=1e-300)
         d = torch.cholesky_solve(self.words.T, torch.linalg.cholesky(gram)).T
         self.reach = torch.linalg.pinv(d @ self.words.T, hermitian=True) @ d
         """(d T^T)^-1 d, [S, in]; words that say the same twice count once."""
         self.back = torch.linalg.pinv(self.reach)
-        self.reached = self.reach @ everyday.double().T
+        rare = everyday.double() - everyday.double() @ axes @ axes.T
+        self.rarely = self.reach @ rare.T
+        """Where `reach` acts in the other directions of K."""
 
     def wanted(self, trained: Sequence[Tensor]) -> Tensor:
         """V [S, out], of W_n of each concept [out, in]."""
@@ -91,8 +95,9 @@ class Merging:
     def disturbed(self, change: Tensor, base: Tensor) -> float:
         """‖(W - W0) K^T‖_F / ‖W0 K^T‖_F: what changes of everyday captions, of a W - W0 that is a product with `reach`."""
         whole = (self.common @ base.double().T).norm()
-        far = (change.double() @ self.back) @ self.reached
-        return float(far.norm() / whole.clamp(min=torch.finfo(torch.double).tiny))
+        often = (self.common @ change.double().T).norm()
+        rarely = ((change.double() @ self.back) @ self.rarely).norm()
+        return float(often.hypot(rarely) / whole.clamp(min=torch.finfo(torch.double).tiny))
 
 
 FRAMES = ("", "a photo of ")
