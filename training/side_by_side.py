@@ -1,5 +1,6 @@
 """Pictures of two concepts side by side, so that both are learned in one picture, too (Cut-Mix; Han et al. 2023, SVDiff)."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,16 +40,11 @@ def side_by_side(concepts: Sequence[Sequence[Example]], count: int, sizes: Sizes
                 width = max(1, round(example.size[1] * NARROW / sizes.step)) * sizes.step
                 texts = tuple(
                     f"{one}, and {_inner(other)}"
-                    for one, other in zip(left.captions, _cycled(right, left), strict=True)
+                    for one, other in zip(left.captions, itertools.cycle(right.captions), strict=False)
                 )
                 beside = replace(right, size=(height, width))
                 found.append(replace(left, size=(height, 2 * width), captions=texts, beside=beside))
     return found
-
-
-def _cycled(example: Example, other: Example) -> list[str]:
-    """As many captions as another has."""
-    return [example.captions[i % len(example.captions)] for i in range(len(other.captions))]
 
 
 def _inner(caption: str) -> str:
