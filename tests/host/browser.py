@@ -25,7 +25,10 @@ SETTINGS = {
 PATIENCE = 60_000
 """How long the page may take for a step, in milliseconds: a busy machine is slow."""
 
-READY = "() => window.app?.vueAppReady && window.app.graph && app.extensionManager"
+# The page says that it is ready, and loads its first workflow after that.
+READY = "() => window.app?.vueAppReady && app.graph && app.extensionManager?.workflow.activeWorkflow"
+
+SHOWN = "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length > 0"
 
 PATH = "() => app.extensionManager.workflow.activeWorkflow?.path"
 
@@ -176,21 +179,14 @@ class Editor:
         self.dialogs().get_by_role("button", name=pack, exact=True).click()
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.dialogs().wait_for(state="hidden")
-        self.loaded(name)
+        self.page.wait_for_function(SHOWN, arg=name)
 
     def open_saved(self, name: str) -> None:
         """Open a saved workflow from the side bar."""
         self.page.locator(".workflows-tab-button").click()
-        self.page.get_by_test_id(f"tree-node-root/{name}.json").click()
+        entry = self.page.get_by_test_id(f"tree-node-root/{name}.json")
+        self._until(entry.click, lambda: self.page.evaluate(SHOWN, name))
         self.page.locator(".workflows-tab-button").click()
-        self.loaded(name)
-
-    def loaded(self, name: str) -> None:
-        """Wait until the workflow of this name is the one on the canvas."""
-        self.page.wait_for_function(
-            "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length",
-            arg=name,
-        )
 
     def save(self, name: str) -> None:
         """Save under a name."""
