@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +28,6 @@ PATIENCE = 60_000
 # The page says that it is ready, and loads its first workflow after that.
 READY = "() => window.app?.vueAppReady && app.graph && app.extensionManager?.workflow.activeWorkflow"
 
-SHOWN = "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length > 0"
-
 PATH = "() => app.extensionManager.workflow.activeWorkflow?.path"
 
 LISTEN = """() => {
@@ -53,8 +51,6 @@ SET = """([type, name, value]) => {
 FINISHED = """() => failures.length || app.lastNodeErrors || app.graph.nodes
     .filter(node => ["SaveImage", "PreviewImage"].includes(node.type))
     .every(node => node.imgs?.length && node.imgs.every(picture => picture.complete && picture.naturalWidth))"""
-
-DROPPED = "() => app.graph.nodes.length > 0 && !app.graph.nodes.some(node => node.flags.ghost)"
 
 # The view moves with an animation.
 STILL = """() => {
@@ -148,9 +144,7 @@ class Editor:
 
     def start(self) -> None:
         """Load the page as one who comes for the first time: what was open is forgotten, what was saved is there."""
-        said = set(self.errors)
         self.page.goto(f"{self.url}/system_stats")
-        self.errors &= said  # what the page was still asking for when it was left is no complaint
         self.page.evaluate("() => { localStorage.clear(); sessionStorage.clear(); }")
         self.page.goto(self.url)
         self.page.wait_for_function(READY)
@@ -179,14 +173,21 @@ class Editor:
         self.dialogs().get_by_role("button", name=pack, exact=True).click()
         self.page.get_by_test_id(f"template-workflow-{name}").click()
         self.dialogs().wait_for(state="hidden")
-        self.page.wait_for_function(SHOWN, arg=name)
+        self.loaded(name)
 
     def open_saved(self, name: str) -> None:
         """Open a saved workflow from the side bar."""
         self.page.locator(".workflows-tab-button").click()
-        entry = self.page.get_by_test_id(f"tree-node-root/{name}.json")
-        self._until(entry.click, lambda: self.page.evaluate(SHOWN, name))
+        self.page.get_by_test_id(f"tree-node-root/{name}.json").click()
         self.page.locator(".workflows-tab-button").click()
+        self.loaded(name)
+
+    def loaded(self, name: str) -> None:
+        """Wait until the workflow of this name is the one on the canvas."""
+        self.page.wait_for_function(
+            "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length",
+            arg=name,
+        )
 
     def save(self, name: str) -> None:
         """Save under a name."""
@@ -216,31 +217,15 @@ class Editor:
 
     def add(self, title: str, pack: str = "") -> int:
         """Search for a node by its title, take the one of this pack, drop it on the canvas; its id."""
-        search = self.page.get_by_role("combobox", name="Add a node...")
-        # Two clicks at the very same time are none to the page, nor are two that a busy machine parts.
-        self._until(lambda: self.page.mouse.dblclick(*EMPTY, delay=50), search.is_visible)
-        search.fill(title)
+        # Two clicks at the very same time are none to the page.
+        self.page.mouse.dblclick(*EMPTY, delay=50)
+        self.page.get_by_role("combobox", name="Add a node...").fill(title)
         self.page.get_by_role("option", name=re.compile(rf"^{re.escape(title)} {pack}\b")).click()
         self.dialogs().wait_for(state="hidden")
         self.page.mouse.move(*EMPTY)
-        self._until(lambda: self.page.mouse.click(*EMPTY), lambda: self.page.evaluate(DROPPED))
+        self.page.mouse.click(*EMPTY)
+        self.page.wait_for_function("() => app.graph.nodes.length && !app.graph.nodes.some(node => node.flags.ghost)")
         return self.page.evaluate("() => app.graph.nodes.at(-1).id")
-
-    def _until(self, do: Callable[[], None], done: Callable[[], bool]) -> None:
-        """Do something, and again if nothing comes of it in a quarter of the patience."""
-        for _ in range(4):
-            do()
-            if self.eventually(done, PATIENCE // 4):
-                return
-        raise AssertionError("the page does not react")
-
-    def eventually(self, done: Callable[[], bool], patience: int = PATIENCE) -> bool:
-        """Whether something is so within so many milliseconds."""
-        for _ in range(patience // 100):
-            if done():
-                return True
-            self.page.wait_for_timeout(100)
-        return done()
 
     def sockets(self, node: int) -> dict[str, list[str]]:
         """The names of a node's inputs and outputs."""
