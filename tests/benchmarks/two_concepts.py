@@ -10,15 +10,16 @@ Of each subject there are five pictures, of it alone. Each pair is learned
 - apart by LoRA, and both LoRAs loaded, one after the other.
 
 Else each training is the command a user would run, with the defaults of its method. Then "a photo of a {one} and a {other}" is
-drawn at eight places, 96 x 64 pixels, with the stock KSampler (20 steps, euler, cfg 4), the same noise for all. Counted
-are, with the subjects in either order:
+drawn at eight places, 96 x 64 pixels, with the stock KSampler (20 steps, euler, cfg 4), the same noise for all; and by the
+base itself, which is told in words all that belongs to each: what a method could reach that draws two subjects as well as
+the base does. Counted are, with the subjects in either order:
 
 - identity: attributes that each half can show of its subject, read as the subject's;
 - both: pictures in which that is so of two thirds of each subject's;
 - apart: how much nearer each half is to its own subject than to the other (cosine of the judge's identity features).
 
-Intervals (95 %) draw pairs again. The folder keeps everything; sheet.png has the first place and the first seeds of every
-pair, unchosen.
+Intervals (95 %) draw pairs again. The folder keeps everything, and the same command goes on with it; sheet.png has the first
+place and the first seeds of every pair, unchosen.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import sys
 import time
 from pathlib import Path
 
+import einops
 import numpy as np
 import torch
 from PIL import Image
@@ -38,7 +40,8 @@ from conftest import ROOT
 from pack.models.bootstrap import bootstrap, bootstrap_difference
 from pack.models.measures import mean_by_group
 from pack.training.defaults import DEFAULTS
-from pack.training.pocket.captions import PLACE_WORDS
+from pack.training.pocket.attributes import Scene, Subject
+from pack.training.pocket.captions import PLACE_WORDS, identity_words
 from pack.training.pocket.data import identity
 from pack.training.pocket.judge import windows
 from pack.training.pocket.measure import VALUES, fresh_captions, read
@@ -48,7 +51,8 @@ from personalization import BASE, PHOTOS, Studio
 from shown import own_values, own_vectors
 
 JOINT, MERGED, STACKED = "Custom Diffusion, together", "Custom Diffusion, merged", "LoRA, both loaded"
-METHODS = (JOINT, MERGED, STACKED)
+WORDS = "the base, told in words"
+METHODS = (JOINT, MERGED, STACKED, WORDS)
 TRIGGERS = ("ohwx", "zxcv")
 PLACES = ("beach", "forest", "city", "mountains", "blue", "yellow", "purple", "grey")
 FIRST = 200  # of the subjects, none of which anything else is measured on
@@ -98,11 +102,8 @@ def trained(folder, both, pair, options, prior):
             ["--with_prior_preservation", "--num_class_images", "100", "--class_data_dir", str(place)] if prior else []
         )
 
-    minutes = {
-        JOINT: train(
-            "custom_diffusion", folder / "joint", f"p{pair}_joint", *concepts, *twice, *preserving(classes), *options
-        )
-    }
+    together = [*concepts, *twice, *preserving(classes), *options]
+    minutes = {JOINT: train("custom_diffusion", folder / "joint", f"p{pair}_joint", *together), WORDS: 0.0}
     for method, trainer in ((MERGED, "custom_diffusion"), (STACKED, "lora")):
         minutes[method] = 0.0
         for (photo, trigger, kind), letter in zip(whole, "ab", strict=True):
@@ -118,8 +119,8 @@ def trained(folder, both, pair, options, prior):
     return minutes
 
 
-def loaded(studio, folder, pair, kinds):
-    """Model, clip, VAE and what each subject is called, by method."""
+def loaded(studio, folder, pair, both):
+    """By method the model, and what each subject is called."""
     base, host = studio.base, studio.host
 
     def node(name, *arguments):
@@ -141,8 +142,26 @@ def loaded(studio, folder, pair, kinds):
     stacked = base[0]
     for letter in "ab":
         stacked, _, _ = node("LoadLoRA", stacked, f"p{pair}_lora_{letter}.safetensors", 1.0, 0.0)
-    made[STACKED] = stacked, [f"{trigger} {kind}" for trigger, kind in zip(TRIGGERS, kinds, strict=True)]
+    made[STACKED] = stacked, [f"{trigger} {who.kind}" for trigger, who in zip(TRIGGERS, both, strict=True)]
+    made = {name: (model, [f"a {call}" for call in calls]) for name, (model, calls) in made.items()}
+    scenes = [Scene((Subject(who, "front", "smiling", False),), "blue") for who in both]
+    rng = np.random.default_rng(pair)
+    made[WORDS] = base[0], [identity_words(scene.subject_values()[0], rng) for scene in scenes]
     return made
+
+
+def drawn(studio, folder, pair, both, seeds):
+    """[places, seeds, 64, 96, 3] uint8 by method; what is in the folder is kept."""
+    if not all((folder / f"{name}.png").exists() for name in METHODS):
+        for name, (model, calls) in loaded(studio, folder, pair, both).items():
+            rows, joint = [], ("," * any("," in call for call in calls) + " and ").join(calls)
+            for i, place in enumerate(PLACES):
+                where = PLACE_WORDS.get(place, (f"on a {place} background",))[0]
+                some = studio.sample(model, *studio.base[1:], f"a photo of {joint}, {where}", 1000 + i, seeds, width=96)
+                rows.append(np.concatenate(list(some), 1))
+            Image.fromarray(np.concatenate(rows)).save(folder / f"{name}.png")
+    sheets = {name: np.asarray(Image.open(folder / f"{name}.png")) for name in METHODS}
+    return {name: einops.rearrange(s, "(p h) (n w) c -> p n h w c", h=64, w=96) for name, s in sheets.items()}
 
 
 @torch.no_grad()
@@ -185,17 +204,9 @@ def main():
         both = [identity(SUBJECTS, number) for number in numbers]
         for name, took in trained(folder, numbers, pair, arguments.options.split(), arguments.prior).items():
             minutes[name].append(took)
-        for name, (model, calls) in loaded(studio, folder, pair, [who.kind for who in both]).items():
-            pictures = []
-            for i, place in enumerate(PLACES):
-                where = PLACE_WORDS.get(place, (f"on a {place} background",))[0]
-                text = f"a photo of a {calls[0]} and a {calls[1]}, {where}"
-                pictures.append(studio.sample(model, *studio.base[1:], text, 1000 + i, arguments.seeds, width=96))
-            every = np.concatenate(pictures)
-            scores[name].append(counted(studio, every, both).mean(0))
-            rows = np.concatenate([np.concatenate(list(some), 1) for some in pictures])
-            Image.fromarray(rows).save(folder / f"{name}.png")
-            tiles.append(np.concatenate(list(pictures[0][:4]), 1))
+        for name, pictures in drawn(studio, folder, pair, both, arguments.seeds).items():
+            scores[name].append(counted(studio, pictures.reshape(-1, *pictures.shape[2:]), both).mean(0))
+            tiles.append(np.concatenate(list(pictures[0, :4]), 1))
     figures = {}
     for column, what in enumerate(("identity", "both", "apart")):
         found = {n: bootstrap(names, mean_by_group(torch.stack(r)[:, column], groups), 2000) for n, r in scores.items()}

@@ -21,9 +21,11 @@ from pack.training.pocket.attributes import (
     STYLES,
     SUBJECT_VALUES,
     Logo,
+    Scene,
+    Subject,
     sample_scene,
 )
-from pack.training.pocket.captions import NOUNS, article, caption
+from pack.training.pocket.captions import NOUNS, article, caption, identity_words
 from pack.training.pocket.data import PER_IDENTITY, faces, identity, pixels, scene
 from pack.training.pocket.draw import draw
 from pack.training.pocket.photos import write_identities, write_photos
@@ -258,6 +260,21 @@ def test_captions_name_what_they_say():
         background = words.scene.get("background")
         if background in ("blue", "green", "yellow", "pink", "grey", "purple", "beach", "forest", "city", "library"):
             assert background in words.text or {"forest": "trees", "library": "bookshelves"}[background] in words.text
+
+
+def test_an_identity_is_said_whole_and_nothing_else():
+    for number in range(50):
+        who = identity(2, number)
+        shown = Scene((Subject(who, "front", "smiling", False),), "blue").subject_values()[0]
+        phrase = identity_words(shown, np.random.default_rng(number))
+        said = {name: value for name, value in shown.items() if value not in ("none", "plain", "bald")}
+        said = {
+            name: value for name, value in said.items() if name not in ("pose", "expression", "hat_worn", "antenna")
+        }
+        assert [value for value in said.values() if value not in phrase] == []
+        assert ("antenna" in phrase, "bald" in phrase) == ("antenna" in shown, "bald" in shown.values())
+        assert "smiling" not in phrase
+        assert "facing" not in phrase
 
 
 def test_people_have_what_people_have():

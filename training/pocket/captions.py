@@ -70,6 +70,13 @@ class _Speaker:
         return words[int(self.rng.integers(len(words)))]
 
 
+class _Thorough(_Speaker):
+    """Says all that may be said."""
+
+    def chance(self, probability: float) -> bool:
+        return probability > 0
+
+
 def learning_caption(scene: Scene, rng: np.random.Generator, style: str | None) -> str:
     """A caption to personalise by, with {trigger} and {class} for what is to be learned; only what varies is said.
 
@@ -101,6 +108,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> Caption:
     if scene.framing == "portrait" or "framing" in named:
         opening = speak.one_of(OPENINGS[scene.framing])
     return Caption(opening + ", ".join([text, *rest]), tuple(said), named)
+
+
+def identity_words(shown: dict[str, str], rng: np.random.Generator) -> str:
+    """A phrase that says what of `shown` belongs to the identity, "a cat with green eyes in a red shirt", and nothing that varies."""
+    return _subject(_Thorough(rng), shown, 0.0, 1.0, [], shown["kind"])
 
 
 def _around(speak: _Speaker, scene: Scene, varying: float, mark: str | None = None) -> tuple[dict[str, str], list[str]]:
