@@ -38,6 +38,11 @@ class LearnedWord(nn.Module):
         """The table's, for code that asks for its type or device."""
         return self.table.weight
 
+    @property
+    def usual_norm(self) -> float:
+        """Of the table's rows, their length on average."""
+        return self.table.weight.detach().float().norm(dim=1).mean().item()
+
     def forward(self, ids: Tensor) -> Tensor:
         """[..., width] of ids [...]."""
         known = ids < self.first

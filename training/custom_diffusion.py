@@ -76,10 +76,10 @@ class CustomDiffusionMethod:
         )
         names = [f"{name}.vectors" for name, _ in text_modules(base)]
         vectors = [word.vectors for word in self.words]
-        self.groups = [
-            group_of([("unet", unet)], settings.rate),
-            {"params": vectors, "lr": settings.text_rate, "names": names, "weight_decay": 0.0, "words": True},
-        ]
+        learned = {"params": vectors, "lr": settings.text_rate, "names": names, "weight_decay": 0.0, "words": True}
+        if options.max_word_norm:
+            learned["max_norms"] = [options.max_word_norm * word.usual_norm for word in self.words]
+        self.groups = [group_of([("unet", unet)], settings.rate), learned]
 
     def spoken(self, text: str) -> str:
         """Each trigger becomes its concept's token."""

@@ -259,6 +259,12 @@ class CustomDiffusion:
         "each alone",
         least=0,
     )
+    max_word_norm: float | None = option(
+        None,
+        "how long the concepts' learned vectors may get, in lengths of the vocabulary's: longer ones push other words aside "
+        "(as in NeTI, Alaluf et al. 2023); 0 sets no limit",
+        least=0,
+    )
     initializer_token: str | None = option(
         None,
         "what the concepts' words start as, with commas between, a token each; rare ones by default: ktn, pll, ucd",

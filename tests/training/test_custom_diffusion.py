@@ -345,3 +345,22 @@ def test_half_precision_learns_the_same(root, folder, tmp_path):
     a, b = (torch.cat([state[key].float().flatten() for key in changes]) for state in (one, other))
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
     assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("more", [{}, {"optimizer": "muon"}, {"fused_backward": True}], ids=["adamw", "muon", "fused"])
+def test_learned_words_get_no_longer_than_they_may(root, two, tmp_path, more):
+    """And no shorter by it: without a limit they have another length each."""
+    usual = load_base(str(root / CHECKPOINT)).text_encoders[0].get_input_embeddings().weight.norm(dim=1).mean().item()
+    options = {
+        "concept": two,
+        "instance_data_dir": None,
+        "text_encoder_lr": 0.3,
+        "max_train_steps": 4,
+        "save_precision": "fp32",
+    }
+    lengths = {}
+    for norm in (0.0, 1.5):
+        _, *words = train("custom_diffusion", root, None, tmp_path / str(norm), max_word_norm=norm, **options, **more)
+        lengths[norm] = [load_file(path)["emb_params"].norm().item() / usual for path in words]
+    assert min(lengths[0.0]) > 2
+    assert lengths[1.5] == pytest.approx([1.5, 1.5], rel=1e-4)
