@@ -319,7 +319,7 @@ def _run(method: str, values: dict[str, Any], place: Path, name: str) -> list[Pa
     """
     try:
         from ..training import run, settings
-        from ..training.loop import Stop
+        from ..training.stopping import Stop
     except ImportError as error:
         raise PersonalizeError(
             f"Training needs the package {error.name}: run pip install -r requirements.txt in {POCKET.parent.parent}, with "

@@ -6,6 +6,7 @@ processes draw together what one with twice the batch draws.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -161,3 +162,14 @@ def total_loss(losses: Tensor, is_prior: Sequence[bool], weighting: Weighting) -
     if not any(is_prior):
         return losses.mean()
     return prior_preservation_loss(losses, torch.tensor(is_prior, device=losses.device), weighting.prior_loss_weight)
+
+
+def stack_masks(latents: Sequence[Latent], masked: bool) -> Tensor | None:
+    """Where each picture counts, [n, 1, h, w]: in its frame, and if `masked` where its mask says; None: everywhere."""
+    parts = [[x.inside, x.mask if masked else None] for x in latents]
+    if not masked and all(inside is None for inside, _ in parts):
+        return None
+    ones = [torch.ones_like(x.mean[:1]) for x in latents]
+    return torch.stack(
+        [math.prod((p for p in part if p is not None), start=one) for part, one in zip(parts, ones, strict=True)]
+    )

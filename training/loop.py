@@ -1,11 +1,8 @@
 """The training loop of every method: steps, averages, checkpoints, samples; stops when asked, goes on where it stopped."""
 
 import math
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,49 +18,16 @@ from tqdm import tqdm
 from .base_model import BaseModel
 from .checkpoint import load_checkpoint, read_settings_of, save_checkpoint
 from .dataset import Example, Order
-from .denoising import Weighting, draw, total_loss, training_losses
+from .denoising import Weighting, draw, stack_masks, total_loss, training_losses
 from .encoding import Latent, TextStates, read_text, stack_texts
 from .methods import Method
 from .optimizers import make_optimizer
 from .record import Record, memory, untimed
 from .settings import Settings
 from .shared import PersonalizeError
+from .stopping import Stop, StoppedError
 
 READ_EVERY = 10  # steps between looks at the loss on an accelerator, which must wait for each look
-
-
-@dataclass
-class Stop:
-    """Whether somebody wants the training to stop."""
-
-    signal: int | None = None
-    asked: Callable[[], bool] = lambda: False
-    training: bool = False
-    """Whether there is a state to save."""
-
-    def __bool__(self) -> bool:
-        return self.signal is not None or self.asked()
-
-
-@contextmanager
-def stopping_on_signals(stop: Stop) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the loop to stop after the step; before the first step, or a second time, they stop at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, _frame: Any) -> None:
-        stop.signal = number
-        if not stop.training:
-            raise SystemExit(128 + number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -257,14 +221,16 @@ class Trainer:
                 asked = self.read(waiting, done, kept)
                 bar.set_postfix(self.record.shown() | {"GB": f"{memory():.1f}"})
             if save or asked:
-                self.check_weights(done, kept)
                 self.save(done, shared, kept)
                 kept = done
-            if asked:
-                break
-            if look:
+            if look and not asked:
                 with untimed(bar):
                     self.look(done)
+                asked = bool(self.stop) and alone and not last
+                if asked and not save:
+                    self.save(done, shared, kept)
+            if asked:
+                break
             self.report(done, self.steps)
         bar.close()
         return done
@@ -275,6 +241,8 @@ class Trainer:
             return
         try:
             self.watch(done)
+        except StoppedError:
+            tqdm.write(f"No samples after step {done}: they were stopped.", file=sys.stderr)
         except Exception as error:
             tqdm.write(f"No samples after step {done}: {self.explained(error)}", file=sys.stderr)
 
@@ -317,8 +285,9 @@ class Trainer:
         """Write the checkpoint of step `done`; that of step `kept`, if not 0, is the last.
 
         Raises:
-            PersonalizeError: it cannot be written.
+            PersonalizeError: it cannot be written, or a weight is no number.
         """
+        self.check_weights(done, kept)
         if self.accelerator.is_main_process:
             folder = self.settings.folder / "checkpoints"
             try:
@@ -387,14 +356,3 @@ class Trainer:
         ]
         options = ", ".join(text for text, useful in help_ if useful)
         return PersonalizeError(f"There is not enough memory for a step. These need less: {options}.")
-
-
-def stack_masks(latents: Sequence[Latent], masked: bool) -> Tensor | None:
-    """Where each picture counts, [n, 1, h, w]: in its frame, and if `masked` where its mask says; None: everywhere."""
-    parts = [[x.inside, x.mask if masked else None] for x in latents]
-    if not masked and all(inside is None for inside, _ in parts):
-        return None
-    ones = [torch.ones_like(x.mean[:1]) for x in latents]
-    return torch.stack(
-        [math.prod((p for p in part if p is not None), start=one) for part, one in zip(parts, ones, strict=True)]
-    )

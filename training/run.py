@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +30,7 @@ from .going_on import changed_settings, processes, shared_settings
 from .identities import Held, find_sets
 from .ip_adapter import IPAdapterMethod
 from .look import alone
-from .loop import Stop, Trainer, stopping_on_signals
+from .loop import Trainer
 from .lora import LoraMethod
 from .methods import PRECISIONS, Method
 from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion
@@ -37,11 +38,12 @@ from .preflight import check_steps, preflight
 from .record import Record
 from .settings import Settings, read_settings, save_settings
 from .shared import PersonalizeError
+from .stopping import Stop, StoppedError, step_of, stopping_on_signals
 from .subject_data import SubjectPicture
 from .subject_diffusion import SubjectDiffusionMethod, find_subjects
 from .subjects import find_pictures
 from .textual_inversion import TextualInversionMethod
-from .watch import draw_samples, read_rows, resting, validation_loss, views, write_samples
+from .watch import STEPS, draw_samples, read_rows, resting, validation_loss, views, write_samples
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -83,7 +85,11 @@ def train(
 ) -> list[Path]:
     """`personalize` in a folder that no other training uses; what goes wrong with memory and disk is a sentence, too."""
     with explained(settings.folder), alone(settings.folder if settings.output.output_dir else None):
-        return personalize(method, settings, stop, report)
+        try:
+            return personalize(method, settings, stop, report)
+        except StoppedError:
+            print("Stopped before the first step. The same command uses again what was encoded and drawn so far.")
+            return []
 
 
 @contextmanager
@@ -225,19 +231,19 @@ def prepare(
     elif isinstance(settings.method, SubjectDiffusion):
         examples, kept_out, subjects, held = find_subjects(settings, sizes)
     else:
-        examples, kept_out = find_pictures(settings, sizes, accelerator, base)
+        examples, kept_out = find_pictures(settings, sizes, accelerator, base, stop)
     cache = Cache(Path(data.cache_dir).expanduser() if data.cache_dir else settings.folder / "cache")
-    latents = _latents(accelerator, base, [*examples, *kept_out], cache, vae)
+    latents = _latents(accelerator, base, [*examples, *kept_out], cache, vae, stop)
     prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in watching.validation_prompt]
     captions = list(dict.fromkeys(["", *prompts, *(c for e in (*examples, *kept_out) for c in e.captions)]))
     digests = "-".join(digest_of(encoder) for encoder in base.text_encoders)
     made = METHODS[method][1](base, settings)
     if isinstance(made, IPAdapterMethod):
         paths = [path for pictures in sets.values() for path in pictures]
-        shared_work(accelerator, paths, "Seeing", lambda some: made.see(some, cache))
+        shared_work(accelerator, paths, "Seeing", stop, lambda some: made.see(some, cache))
         made.begin(sets)
     if isinstance(made, SubjectDiffusionMethod):
-        shared_work(accelerator, list(subjects.values()), "Seeing", lambda some: made.see(some, cache))
+        shared_work(accelerator, list(subjects.values()), "Seeing", stop, lambda some: made.see(some, cache))
         made.begin(subjects, {example.path: example.size for example in (*examples, *kept_out)})
     if (long := too_long(base, made, examples)) and accelerator.is_main_process:
         print(
@@ -249,7 +255,7 @@ def prepare(
     if not made.trains_text:
         bar = tqdm(captions, desc="Captions", unit="", disable=not accelerator.is_local_main_process, leave=False)
         with resting(base):
-            texts = encode_captions(base, bar, cache, digests, settings.base.clip_skip)
+            texts = encode_captions(base, stop.between(bar), cache, digests, settings.base.clip_skip)
     _put_away(base, made, samples=bool(prompts))
     if settings.training.gradient_checkpointing:
         base.pipeline.unet.enable_gradient_checkpointing()
@@ -311,19 +317,21 @@ def material_of(examples: Sequence[Example], mark: str, vae: str) -> dict[str, s
 
 
 def _latents(
-    accelerator: Accelerator, base: BaseModel, examples: list[Example], cache: Cache, digest: str
+    accelerator: Accelerator, base: BaseModel, examples: list[Example], cache: Cache, digest: str, stop: Stop
 ) -> dict[Example, Latent]:
     def encode(some: Iterable[Example]) -> dict[Example, Latent]:
         return encode_pictures(base.pipeline.vae, some, cache, digest)
 
-    return shared_work(accelerator, list(dict.fromkeys(examples)), "Encoding", encode)
+    return shared_work(accelerator, list(dict.fromkeys(examples)), "Encoding", stop, encode)
 
 
-def shared_work(accelerator: Accelerator, things: list[T], title: str, work: Callable[[Iterable[T]], R]) -> R:
-    """Each process does its part, which a cache keeps, then all go through all; with a progress bar."""
+def shared_work(
+    accelerator: Accelerator, things: list[T], title: str, stop: Stop, work: Callable[[Iterable[T]], R]
+) -> R:
+    """Each process does its part, which a cache keeps, then all go through all; with a progress bar, until asked to stop."""
     mine = things[accelerator.process_index :: accelerator.num_processes]
     bar = tqdm(mine, desc=title, unit=" pictures", disable=not accelerator.is_local_main_process, leave=False)
-    done = work(bar)
+    done = work(stop.between(bar))
     if accelerator.num_processes == 1:
         return done
     accelerator.wait_for_everyone()
@@ -355,16 +363,19 @@ def _watch(trainer: Trainer, prompts: list[str], kept_out: list[Example], held: 
             if not prompts:
                 return
             pictures, labels = [], []
+            count = settings.watching.num_validation_images
             for shown in views(conditioning, held, settings.resolution):
-                with shown.around:
+                steps = tqdm(total=len(prompts) * count * STEPS, desc="Samples", unit=" steps", leave=False)
+                with shown.around, steps:
                     drawn = draw_samples(
                         accelerator,
                         base,
                         rows([shown.said(prompt) for prompt in prompts]),
                         rows([""])[0],
-                        settings.watching.num_validation_images,
+                        count,
                         shown.size,
                         settings.training.seed,
+                        partial(step_of, trainer.stop, steps),
                     )
                 pictures += [[*shown.pictures, *row] for row in drawn]
                 labels += [f"{shown.label}{shown.said(prompt)}" for prompt in prompts]

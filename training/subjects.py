@@ -14,10 +14,11 @@ from .options import CustomDiffusion
 from .settings import Settings
 from .side_by_side import side_by_side
 from .sizes import sized
+from .stopping import Stop
 
 
 def find_pictures(
-    settings: Settings, sizes: Sizes, accelerator: Accelerator, base: BaseModel
+    settings: Settings, sizes: Sizes, accelerator: Accelerator, base: BaseModel, stop: Stop
 ) -> tuple[list[Example], list[Example]]:
     """Pictures of the subject and of its class, which are drawn if need be, and those that are kept out."""
     data, templates, seed = settings.data, templates_of(settings), settings.training.seed
@@ -33,7 +34,9 @@ def find_pictures(
         own = next(concept for concept in concepts if concept.class_folder == place).of(data)
         folder = Path(place or "").expanduser()
         prompt = fill_in(data.class_prompt, own.trigger, own.class_name)
-        drawn = draw_class_images(accelerator, base, folder, prompt, data.num_class_images, sizes.resolution, seed)
+        drawn = draw_class_images(
+            accelerator, base, folder, prompt, data.num_class_images, sizes.resolution, seed, stop
+        )
         if drawn:
             accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
         priors += find_priors(folder, own, wanted)

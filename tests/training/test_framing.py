@@ -10,8 +10,8 @@ from identity_sets import CHECKPOINT
 from pack.models.pictures import MASK_ENDING
 from pack.training.base_model import load_base
 from pack.training.dataset import Example, Framing, Sizes, load_pixels, reframe
+from pack.training.denoising import stack_masks
 from pack.training.encoding import Cache, encode_pictures, latent_key
-from pack.training.loop import stack_masks
 from pack.training.shared import read_safetensors
 from pack.training.side_by_side import side_by_side
 from pack.training.sizes import sized

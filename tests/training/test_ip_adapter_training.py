@@ -16,8 +16,8 @@ from pack.training.denoising import Weighting, draw, generator_of
 from pack.training.encoding import digest_of_path
 from pack.training.image_encoder import View, encode_references, load_image_encoder, square_of
 from pack.training.leave_one_out import REFERENCES, Dropout, draw_references
-from pack.training.loop import Stop
 from pack.training.shared import CLIP_STD
+from pack.training.stopping import Stop
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file

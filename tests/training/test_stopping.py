@@ -17,8 +17,9 @@ from finetuning import command, material, photos, run, settings_of, train
 from pack.models.errors import PersonalizeError
 from pack.training import checkpoint as checkpoints
 from pack.training import run as running
-from pack.training.loop import Stop, Trainer
+from pack.training.loop import Trainer
 from pack.training.lora import LoraMethod
+from pack.training.stopping import Stop
 
 # everything that draws at random, and everything that a checkpoint must hold
 OPTIONS = {
@@ -287,6 +288,61 @@ def test_samples_that_fail_do_not_end_the_training(root, tmp_path, monkeypatch, 
     assert f"No samples after step 2: {said}" in capsys.readouterr().err
     logged = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
     assert [line["step"] for line in logged if "validation_loss" in line] == [2, 3]
+
+
+def stopping_within(count):
+    """Asked after so many questions."""
+    asked = iter(range(10**6))
+    return Stop(asked=lambda: next(asked) >= count)
+
+
+def test_within_samples_it_stops_at_once_and_goes_on(root, tmp_path, capsys):
+    """The step that was just done is kept, also where no checkpoint was due."""
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    options = {
+        "max_train_steps": 4,
+        "validation_prompt": ["{trigger}"],
+        "validation_steps": 2,
+        "checkpointing_steps": 3,
+    }
+    whole = train("lora", root, folder, tmp_path / "whole", **options)
+    drawing = []
+    stop = Stop(asked=lambda: (output / "loss.png").exists() and len(drawing.append(0) or drawing) > 5)
+    assert running.train("lora", settings_of("lora", root, folder, output, **options), stop) == []
+    assert not (output / "samples" / "step-0000002.png").exists()
+    assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-0000002"]
+    said = capsys.readouterr()
+    assert "No samples after step 2: they were stopped." in said.err
+    assert "Stopped after step 2 of 4." in said.out
+    (path,) = train("lora", root, folder, output, **options)
+    assert path.read_bytes() == whole[0].read_bytes()
+
+
+def test_within_the_last_samples_the_result_is_there_all_the_same(root, tmp_path):
+    folder, output = photos(tmp_path / "photos"), tmp_path / "out"
+    options = {"max_train_steps": 2, "validation_prompt": ["{trigger}"]}
+    stop = Stop(asked=(output / "loss.png").exists)
+    (path,) = running.train("lora", settings_of("lora", root, folder, output, **options), stop)
+    assert path.is_file()
+    assert not (output / "samples" / "step-0000002.png").exists()
+
+
+@pytest.mark.parametrize("asked", [0, 3], ids=["at once", "after three pictures"])
+def test_before_the_first_step_it_stops_between_pictures(root, tmp_path, capsys, asked):
+    """The host asks so; a signal ends it right away."""
+    folder, output = photos(tmp_path / "photos", 5), tmp_path / "out"
+    assert running.train("lora", settings_of("lora", root, folder, output), stopping_within(asked)) == []
+    assert len(list((output / "cache").glob("*"))) == asked
+    assert "Stopped before the first step." in capsys.readouterr().out
+    assert train("lora", root, folder, output)
+
+
+def test_pictures_of_the_class_can_be_stopped(root, tmp_path):
+    folder, output, classes = photos(tmp_path / "photos"), tmp_path / "out", tmp_path / "classes"
+    options = {"with_prior_preservation": True, "num_class_images": 3, "class_data_dir": str(classes)}
+    made = settings_of("dreambooth", root, folder, output, **options)
+    assert running.train("dreambooth", made, stopping_within(25)) == [], "in the second picture of twenty steps"
+    assert len(list(classes.glob("*.png"))) == 1
 
 
 def test_too_little_memory_says_what_to_turn_on(root, tmp_path, monkeypatch):
