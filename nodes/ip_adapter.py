@@ -224,5 +224,5 @@ def _check_base_model(adapter: IPAdapter, widths: list[tuple[int, int]]) -> None
     raise PersonalizeError(
         f"This adapter is made for {adapter.variant.base_model} ({len(wanted)} cross-attention layers, the first "
         f"{wanted[0][0]} wide, text width {wanted[0][1]}), but the model is {base} ({len(widths)} layers, the first {wide} "
-        f"wide, text width {context}): use an adapter made for this model, or a {adapter.variant.base_model} checkpoint."
+        f"wide, text width {context}): use an adapter made for this model, or a checkpoint of {adapter.variant.base_model}."
     )

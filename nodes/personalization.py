@@ -27,7 +27,7 @@ from .trained_files import (
 
 TEXT = ("lora_te", "text_encoder")
 """How names of what changes text encoders begin, in the files of any trainer."""
-TRIGGER = "The words that call the subject, to wire into a prompt; empty where the file does not say."
+TRIGGER = "The words that call the subject, with its class, to wire into a prompt; empty where the file does not say."
 
 
 def strength_input(name: str, what: str) -> Any:
@@ -93,7 +93,7 @@ class LoadLora(io.ComfyNode):
                 f"{path.name} changes the text encoders, too: connect the checkpoint's CLIP, or set strength_clip to 0."
             )
         model, clip = apply_patches(model, clip, tensors, (strength_model, strength_clip), path.name)
-        return io.NodeOutput(model, clip, about.trigger if about else "")
+        return io.NodeOutput(model, clip, about.call if about else "")
 
 
 class LoadTextualInversion(io.ComfyNode):
@@ -216,7 +216,7 @@ def dreambooth_files() -> dict[str, tuple[str, str]]:
 def load_dreambooth(path: Path, strength: float, model: Any, clip: Any, vae: Any) -> tuple[Any, Any, Any, str]:
     """MODEL, CLIP, VAE and trigger of a whole checkpoint, or of a base with a difference."""
     about = read_about_file(path)
-    trigger = about.trigger if about else ""
+    trigger = about.call if about else ""
     if is_difference(path):
         return *with_difference(path, strength, model, clip), vae, trigger
     return *whole_checkpoint(path), trigger

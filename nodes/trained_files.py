@@ -101,7 +101,7 @@ def check_base(model: Any, about: About | None, name: str, exactly: bool) -> Non
     if about.base_family and about.base_family != family:
         raise PersonalizeError(
             f"{name} was trained on {title_of(about.base_family)} ({about.base_name}), but the model is "
-            f"{title_of(family) if family else 'no Stable Diffusion'}: load a {title_of(about.base_family)} checkpoint."
+            f"{title_of(family) if family else 'no Stable Diffusion'}: load a checkpoint of {title_of(about.base_family)}."
         )
     if about.base_fingerprint and not same_model(about.base_fingerprint, fingerprint_of_model(model)):
         if exactly:

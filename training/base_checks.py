@@ -80,7 +80,7 @@ def check_family(settings: Settings, family: str) -> None:
         name = Path(settings.base.pretrained_model_name_or_path or "").name
         raise PersonalizeError(
             f"These settings are for {title_of(wanted)} (base_family), but {name} is {title_of(family)}: use a "
-            f"configuration for {title_of(family)}, or a {title_of(wanted)} model."
+            f"configuration for {title_of(family)}, or a checkpoint of {title_of(wanted)}."
         )
 
 

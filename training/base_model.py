@@ -51,7 +51,7 @@ _CROSS = ".attn2.to_k.weight"
 _TINY_VAE = "first_stage_model.taesd_"
 _SD2_NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_V = 0.09
-"""Standard deviation of that bias above which a SD2.x predicts v: no key of the file says it (ComfyUI's rule)."""
+"""Standard deviation of that bias above which an SD2.x predicts v: no key of the file says it (ComfyUI's rule)."""
 
 
 @dataclass

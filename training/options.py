@@ -160,7 +160,7 @@ class Watching:
     validation_prompt: list[str] = option(  # noqa: RUF009 - a list of its own for each
         [], "draw pictures of this while training; may be given several times, with {trigger} and {class}"
     )
-    num_validation_images: int = option(4, "pictures of each prompt", least=1)
+    num_validation_images: int = option(4, "pictures of each prompt; 0 draws none", least=0)
     validation_steps: int = option(
         100, "steps between such pictures, and between measures of the validation loss", least=1
     )

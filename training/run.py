@@ -234,7 +234,8 @@ def prepare(
         examples, kept_out = find_pictures(settings, sizes, accelerator, base, stop)
     cache = Cache(Path(data.cache_dir).expanduser() if data.cache_dir else settings.folder / "cache")
     latents = _latents(accelerator, base, [*examples, *kept_out], cache, vae, stop)
-    prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in watching.validation_prompt]
+    drawn = watching.validation_prompt if watching.num_validation_images else []
+    prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in drawn]
     captions = list(dict.fromkeys(["", *prompts, *(c for e in (*examples, *kept_out) for c in e.captions)]))
     digests = "-".join(digest_of(encoder) for encoder in base.text_encoders)
     made = METHODS[method][1](base, settings)
@@ -260,7 +261,7 @@ def prepare(
     if settings.training.gradient_checkpointing:
         base.pipeline.unet.enable_gradient_checkpointing()
         for encoder in base.text_encoders if made.trains_text else []:
-            encoder.gradient_checkpointing_enable()
+            getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()  # its name in v6
     base.pipeline.unet.train()
     for encoder in base.text_encoders if made.trains_text else []:
         encoder.train()

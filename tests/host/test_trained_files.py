@@ -115,7 +115,7 @@ def test_a_lora_by_the_stock_loader_and_ours(host, root, files, loaded, name, ca
         stock = host.nodes.LoraLoader().load_lora(loaded[0], loaded[1], file, 1.0, 1.0)
         model, clip, trigger = node(host, "LoadLoRA")(loaded[0], file, 1.0, 1.0, loaded[1])
     assert loaded_without_complaint(caplog)
-    assert trigger == "ohwx"
+    assert trigger == "ohwx woman"
     layers = {key.split(".")[0] for key in load_file(host.base / "models" / "loras" / file)}
     for made, one in ((stock[0], stock[1]), (model, clip)):
         assert len(made.patches) + len(one.patcher.patches) == len(layers)
@@ -185,7 +185,7 @@ def test_a_checkpoint_by_the_stock_loader_and_ours(host, root, files, caplog):
         stock = host.nodes.CheckpointLoaderSimple().load_checkpoint("my_full.safetensors")
         model, clip, vae, trigger = node(host, "LoadDreamBooth")("my_full.safetensors", 1.0)
     assert loaded_without_complaint(caplog)
-    assert trigger == "ohwx"
+    assert trigger == "ohwx woman"
     for made in (stock, (model, clip, vae)):
         changed = close_to_trained(files, "full", root, made[0], made[1], of_weight=1e-3)
         assert changed > 250
@@ -199,7 +199,7 @@ def test_a_difference_by_the_stock_loader_and_ours(host, root, files, loaded, ca
         model, clip, vae, trigger = node(host, "LoadDreamBooth")(file, 1.0, *loaded[:3])
         half = node(host, "LoadDreamBooth")(file, 0.5, *loaded[:3])
     assert loaded_without_complaint(caplog)
-    assert trigger == "ohwx"
+    assert trigger == "ohwx woman"
     assert vae is loaded[2]
     for made, one, strength in ((stock[0], stock[1], 1.0), (model, clip, 1.0), (half[0], half[1], 0.5)):
         assert close_to_trained(files, "full", root, made, one, strength) > 250
@@ -219,7 +219,7 @@ def test_a_difference_by_any_name(host, root, files, loaded):
     assert example in options
     for load, file in [("DreamBooth", file) for file in wanted[1:]] + [("Personalization", wanted[1])]:
         model, clip, vae, trigger = node(host, f"Load{load}")(file, 1.0, *loaded[:3])
-        assert (vae, trigger) == (loaded[2], "ohwx")
+        assert (vae, trigger) == (loaded[2], "ohwx woman")
         assert close_to_trained(files, "full", root, model, clip) > 250
     for load, file in (
         ("DreamBooth", "my_full.safetensors"),
@@ -227,7 +227,7 @@ def test_a_difference_by_any_name(host, root, files, loaded):
         ("Personalization", "checkpoints/my_full.safetensors"),
     ):
         model, _, vae, trigger = node(host, f"Load{load}")(file, 1.0, *loaded[:3])
-        assert trigger == "ohwx"
+        assert trigger == "ohwx woman"
         assert vae is not loaded[2]
         assert not model.patches
 

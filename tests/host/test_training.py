@@ -78,7 +78,7 @@ def test_the_model_comes_with_it_and_the_loaded_one_is_as_before(host, loaded, p
     model, clip, vae, trigger, file, _ = ask(
         host, "TrainLoRA", **asked("comes_with_it", images=on_wires(pictures), rank=4, learning_rate=1e-2)
     )
-    assert trigger == "ohwx"
+    assert trigger == "ohwx woman"
     assert model.patches
     assert not loaded[0].patches
     assert all(torch.equal(value, before[key]) for key, value in loaded[0].model.state_dict().items())

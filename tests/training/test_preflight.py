@@ -235,7 +235,7 @@ def test_the_base_of_another_configuration(root, tmp_path):
     said = problems(root, photos(tmp_path / "photos", 1), tmp_path / "out", base_family="sdxl")
     assert said == [
         "These settings are for SDXL (base_family), but pocket_portraits.safetensors is the pocket model: use a "
-        "configuration for the pocket model, or a SDXL model."
+        "configuration for the pocket model, or a checkpoint of SDXL."
     ]
 
 

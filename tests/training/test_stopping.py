@@ -318,6 +318,12 @@ def test_within_samples_it_stops_at_once_and_goes_on(root, tmp_path, capsys):
     assert path.read_bytes() == whole[0].read_bytes()
 
 
+def test_no_pictures_of_a_prompt_are_no_samples(root, tmp_path):
+    options = {"validation_prompt": ["{trigger}"], "num_validation_images": 0}
+    assert train("lora", root, photos(tmp_path / "photos"), tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "samples").exists()
+
+
 def test_within_the_last_samples_the_result_is_there_all_the_same(root, tmp_path):
     folder, output = photos(tmp_path / "photos"), tmp_path / "out"
     options = {"max_train_steps": 2, "validation_prompt": ["{trigger}"]}
