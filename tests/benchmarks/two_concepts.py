@@ -4,7 +4,8 @@
 
 Of each subject there are five pictures, of it alone. Each pair is learned
 
-- together by Custom Diffusion, in one training of twice the steps, which sees pictures of both side by side, too (Cut-Mix);
+- together by Custom Diffusion, all of the cross-attention in one training of twice the steps, which sees pictures of both
+  side by side, too (Cut-Mix);
 - apart by Custom Diffusion, in smaller steps, which leave more to merge with, and merged in closed form by our node, with
   captions as the pocket model knows them;
 - apart by LoRA, and both LoRAs loaded, one after the other.
@@ -60,6 +61,8 @@ CHOOSING = range(8, 12)
 """Pairs by which Custom Diffusion's settings were chosen; they are left out."""
 CAPTIONS = "\n".join(words.text for count in (1, 2) for words in fresh_captions(100, count))
 KNOWN = 2 / 3
+WHOLE = ("--train_layers", "all", "--learning_rate", "3e-4")
+"""Queries and outputs know better than keys and values alone which subject is where; four times the weights, in smaller steps."""
 SMALL = ("--learning_rate", "3e-4", "--timestep_bias_strategy", "none")
 """The defaults learn more, and merged change everyday captions about three times as much: pictures fall apart."""
 
@@ -104,7 +107,7 @@ def trained(folder, both, pair, options, prior):
             ["--with_prior_preservation", "--num_class_images", "100", "--class_data_dir", str(place)] if prior else []
         )
 
-    together = [*concepts, *twice, *preserving(classes), *options]
+    together = [*concepts, *twice, *WHOLE, *preserving(classes), *options]
     minutes = {JOINT: train("custom_diffusion", folder / "joint", f"p{pair}_joint", *together), WORDS: 0.0}
     for method, trainer in ((MERGED, "custom_diffusion"), (STACKED, "lora")):
         minutes[method] = 0.0
