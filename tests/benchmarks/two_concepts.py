@@ -62,7 +62,7 @@ CHOOSING = range(8, 12)
 CAPTIONS = "\n".join(words.text for count in (1, 2) for words in fresh_captions(100, count))
 KNOWN = 2 / 3
 WHOLE = ("--train_layers", "all", "--learning_rate", "3e-4")
-"""Queries and outputs know better than keys and values alone which subject is where; four times the weights, in smaller steps."""
+"""Queries and outputs know better than keys and values alone which subject is where; more weights, in smaller steps."""
 SMALL = ("--learning_rate", "3e-4", "--timestep_bias_strategy", "none")
 """The defaults learn more, and merged change everyday captions about three times as much: pictures fall apart."""
 
