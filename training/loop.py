@@ -219,7 +219,7 @@ class Trainer:
             asked = False
             if len(waiting) >= every or save or look or (self.stop and alone):
                 asked = self.read(waiting, done, kept)
-                bar.set_postfix(self.record.shown() | {"GB": f"{memory():.1f}"})
+                bar.set_postfix(self.record.shown() | {"GB": f"{memory():.1f}"}, refresh=False)
             if save or asked:
                 self.save(done, shared, kept)
                 kept = done
