@@ -1,6 +1,6 @@
 """Two pocket subjects that the model has never seen, together in one picture, counted by the judge.
 
-    python tests/benchmarks/two_concepts.py --output FOLDER [--pairs 12] [--seeds 8] [--options "..."]
+    python tests/benchmarks/two_concepts.py --output FOLDER [--pairs 8] [--seeds 8] [--options "..."]
 
 Of each subject there are five pictures, of it alone. Each pair is learned
 
@@ -193,7 +193,7 @@ def counted(studio, pictures, both):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--options", default="", help="more options of Custom Diffusion's trainings, in quotes")
     parser.add_argument(
