@@ -47,7 +47,8 @@ SIZE_VARIANTS, MANY = {"pocket": 0}, 12
 CUT_MIX = {"pocket": 1}
 """Custom Diffusion as published shows each concept alone."""
 MAX_WORD_NORM = {"pocket": 1.0}
-"""As published, words have any length: at rates as the pocket model's, ten times the vocabulary's."""
+"""Of several concepts. As published, words have any length: at rates as the pocket model's, ten times the vocabulary's, which
+holds more of a single concept but pushes the word of another aside."""
 DEFAULTS = {"sd15": LARGE, "sd2": LARGE, "sdxl": LARGE, "pocket": POCKET}
 
 
@@ -70,7 +71,8 @@ def fill_defaults(settings: Settings, family: str) -> Settings:
         if method.cut_mix is None:
             method = replace(method, cut_mix=CUT_MIX.get(family, 0))
         if method.max_word_norm is None:
-            method = replace(method, max_word_norm=MAX_WORD_NORM.get(family, 0.0))
+            several = len(method.concept) > 1
+            method = replace(method, max_word_norm=MAX_WORD_NORM.get(family, 0.0) if several else 0.0)
     steps = training.max_train_steps
     if steps is None and training.num_train_epochs is None:
         steps = suits.max_train_steps
@@ -125,7 +127,7 @@ def hints(method: str) -> dict[str, str]:
     return texts | {
         "size_variants": f"{MANY}; pocket {SIZE_VARIANTS['pocket']}",
         "cut_mix": f"0; pocket {CUT_MIX['pocket']}",
-        "max_word_norm": f"0; pocket {MAX_WORD_NORM['pocket']:g}",
+        "max_word_norm": f"0; pocket {MAX_WORD_NORM['pocket']:g} for several concepts",
         "resolution": sizes,
         "mixed_precision": "no on CPUs, else bf16, or fp16 on old GPUs",
     }
