@@ -261,7 +261,8 @@ def prepare(
     if settings.training.gradient_checkpointing:
         base.pipeline.unet.enable_gradient_checkpointing()
         for encoder in base.text_encoders if made.trains_text else []:
-            getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)()  # its name in v6
+            enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+            enable()  # the one is its name in transformers 6
     base.pipeline.unet.train()
     for encoder in base.text_encoders if made.trains_text else []:
         encoder.train()
