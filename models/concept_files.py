@@ -52,13 +52,13 @@ def read_concepts(
         name: the file's.
 
     Raises:
-        PersonalizeError: it is in none of these formats, or a matrix has no place in the base, or another shape.
+        PersonalizeError: it is in none of these formats, or damaged, or a matrix has no place in the base, or another shape.
     """
     kind, words = format_of(weights), dict[str, Tensor]()
     if kind == "diffusers":
         entries: dict[str, Any] = {_layer_name(k): value for k, value in weights.items() if isinstance(value, Tensor)}
     elif kind == "adobe":
-        entries, words = dict(weights["unet"]), dict(weights.get("modifier_token") or {})
+        entries, words = dict(weights["unet"]), _words_of(weights.get("modifier_token"), name)
     elif kind == "adobe original":
         ours = {theirs: mine for mine, theirs in single.items()}
         inner = dict(weights["state_dict"])
@@ -73,6 +73,9 @@ def read_concepts(
             raise PersonalizeError(f"{key} in {name} has no place in the base model: it was made for another one.")
         whole = base[key].float()
         cut = isinstance(value, Mapping)
+        parts = [value.get("u"), value.get("v")] if cut else [value]
+        if any(not isinstance(part, Tensor) or not part.isfinite().all() for part in parts):
+            raise PersonalizeError(f"{key} in {name} is no matrix of finite numbers: the file is damaged.")
         change = (value["u"].float() @ value["v"].float()) if cut else value.float()
         if change.shape != whole.shape:
             raise PersonalizeError(
@@ -80,7 +83,18 @@ def read_concepts(
                 "another base model."
             )
         changes[key] = change if cut else change - whole
+    if not changes:
+        raise PersonalizeError(f"{name} has no matrix of a layer: there is nothing to convert.")
     return Concepts(changes, {word: torch.atleast_2d(vectors) for word, vectors in words.items()})
+
+
+def _words_of(given: Any, name: str) -> dict[str, Tensor]:
+    """Raises PersonalizeError where these are no vectors by their names."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or any(not isinstance(vector, Tensor) for vector in given.values()):
+        raise PersonalizeError(f"modifier_token in {name} does not name vectors: the file is damaged.")
+    return {str(word): vector for word, vector in given.items()}
 
 
 def _layer_name(key: str) -> str:

@@ -97,13 +97,18 @@ def concept_changes(
         name: the file's.
 
     Raises:
-        PersonalizeError: a tensor that has no place in the base or in such a file, or another shape.
+        PersonalizeError: a tensor that has no place in the base or in such a file, another shape, or numbers that are not
+            finite.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         layer, _, part = key.partition(".")
         if layer not in layers or part not in PARTS:
             raise PersonalizeError(f"{key} in {name} has no place in the base model: it is no Custom Diffusion for it.")
+        if not value.isfinite().all():
+            raise PersonalizeError(
+                f"{key} in {name} has numbers that are not finite: its training diverged, train it again."
+            )
         found.setdefault(layer, {})[part] = value.float()
     changes = {}
     for layer, parts in found.items():

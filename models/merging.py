@@ -201,7 +201,7 @@ def merge_changes(
         progress: wraps the layers' names.
 
     Raises:
-        PersonalizeError: the features are of another text encoder than the layers read.
+        PersonalizeError: the features are of another text encoder than the layers read, or a result is not finite.
     """
     merging, merged = Merging(everyday, words), dict[str, Tensor]()
     missed = disturbed = 0.0
@@ -215,6 +215,8 @@ def merge_changes(
         trained = [before + changes[layer].to(before) if layer in changes else before for changes in concepts]
         wanted = merging.wanted(trained)
         change = (merging(before, wanted) - before).to(dtype)
+        if not change.isfinite().all():
+            raise PersonalizeError(f"Merged, {layer} has numbers that are not finite in {dtype}: merge in float32.")
         merged[layer] = change
         missed = max(missed, merging.missed(before + change.double(), wanted))
         disturbed = max(disturbed, merging.disturbed(change, before))

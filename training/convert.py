@@ -70,7 +70,9 @@ class Convert:
         [], "Custom Diffusion: the file of a word, where it does not lie beside; may be given several times"
     )
     class_name: str | None = option(
-        None, "Custom Diffusion of other programs: what it is, which follows its word in prompts; several with commas"
+        None,
+        "Custom Diffusion of other programs: what it is, which follows its word in prompts; of several words each one's, with "
+        "commas, in the order of their files or as WORD:CLASS",
     )
     compression: float | None = option(
         None,
@@ -117,10 +119,10 @@ def convert(options: Convert) -> list[Path]:
         )
     if kind in NEED_BASE and not options.pretrained_model_name_or_path:
         raise PersonalizeError(f"--pretrained_model_name_or_path is missing: the base that {path.name} was trained on.")
-    check_writable(folder, "--output_dir")
     name, whole = options.output_name or path.stem, options.to in ("diffusers", "adobe") and kind == "custom_diffusion"
     if problems := name_problems(name, called=kind in ("custom_diffusion", "textual_inversion")):
         raise PersonalizeError("\n".join(problems))
+    check_writable(folder, "--output_dir")
     for given, use in (("compression", "personalize"), ("word", "")):
         if getattr(options, given) and (kind != "custom_diffusion" or (use and options.to != use)):
             print(f"--{given} has no effect on a {kind} that becomes {options.to}.", file=sys.stderr)

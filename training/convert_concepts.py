@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base_model import BaseModel
+from .look import name_problems
 from .shared import (
     CALL,
     UNET,
@@ -101,9 +102,11 @@ def read_any_concepts(path: Path, base: BaseModel, given: Sequence[Path]) -> Rea
     read = read_concepts(weights, state, base.unet_names(), path.name)
     for word, vectors in read.words.items():
         words[word.strip("<>")] = fitting(path, {"word": vectors})
-    for one in given or _words_beside(path):
+    for one in given or ([] if words else _words_beside(path)):
         for key, value in word_vectors(one).items():
             words[(key if key.startswith("<") else one.stem).strip("<>")] = fitting(one, {"word": value})
+    if wrong := [word for word in words if name_problems(word, called=True)]:
+        raise PersonalizeError(f"A word of {path.name} is called {wrong[0]!r}, which no file can be: rename it there.")
     if not words:
         print(
             f"No learned word lies beside {path}, so that nothing calls what it learned: give its --word.",
@@ -184,14 +187,10 @@ def _ours(read: Read, options: "Convert", folder: Path, name: str, dtype: torch.
     about, stems = read.about, {word: word for word in read.words}
     if not about.trigger:  # what the words of another program are called says nothing of this file
         stems = {word: word if word.startswith(f"{name}_") else f"{name}_{word}" for word in read.words}
-        classes = [one.strip() for one in options.class_name.split(",")] if options.class_name else [""] * len(stems)
-        if len(classes) != len(stems):
-            raise PersonalizeError(
-                f"--class_name has {len(classes)} classes, but there are {len(stems)} words ({', '.join(read.words)}): name one "
-                "for each, with commas between."
-            )
+        classes = _classes(options.class_name, list(read.words))
         calls = [f"{CALL}{stem} {one}".strip() for stem, one in zip(stems.values(), classes, strict=True)]
         about = replace(about, trigger=", ".join(calls), class_name=", ".join(filter(None, classes)))
+        print(f"Prompts call it by {about.trigger or 'nothing'}.")
     targets = [folder / f"{stem}.safetensors" for stem in (name, *stems.values())]
     check_new(targets)
     tensors = {key: value.to(dtype) for key, value in concept_tensors(read.changes, options.compression).items()}
@@ -202,8 +201,30 @@ def _ours(read: Read, options: "Convert", folder: Path, name: str, dtype: torch.
     return targets
 
 
+def _classes(given: str | None, words: Sequence[str]) -> list[str]:
+    """Each word's class, of "dog, woman" in the words' order, or of "zxcv:dog, ohwx:woman" in any.
+
+    Raises:
+        PersonalizeError: there are more or fewer, or of other words.
+    """
+    if not given:
+        return [""] * len(words)
+    parts = [one.strip() for one in given.split(",")]
+    named = {word.strip(): name.strip() for word, colon, name in (one.partition(":") for one in parts) if colon}
+    if len(parts) == len(words) and named.keys() == set(words):
+        return [named[word] for word in words]
+    if len(parts) == len(words) and not named:
+        return parts
+    raise PersonalizeError(
+        f"--class_name is {given!r}, but the words are {', '.join(words)}: name a class for each, in this order or as "
+        "WORD:CLASS, with commas between."
+    )
+
+
 def check_new(paths: Sequence[Path]) -> None:
-    """Raises PersonalizeError where a file is there already."""
+    """Raises PersonalizeError where a file is there already, or two would be one."""
+    if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
+        raise PersonalizeError(f"Two words would both be {twice[0].name}: name another --output_name.")
     if there := [path for path in paths if path.exists()]:
         raise PersonalizeError(f"{there[0]} is there already: name another --output_dir or --output_name.")
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .checkpoint import read_settings_of
+from .concepts import concepts_of
+from .options import CustomDiffusion
 from .settings import Settings
 
 ANYWAY = {  # settings that may differ when a run goes on: what it trains stays the same
@@ -55,12 +57,15 @@ SHAPING = {  # settings that other weights come from, which a checkpoint has not
     "aggregator_heads",
     "aggregator_depth",
     "train_layers",
+    "triggers",
 }
 
 
 def shared_settings(settings: Settings) -> dict:
     """Those that a run which goes on must share with the one before."""
     kept = {name: value for name, value in settings.flat().items() if name not in ANYWAY}
+    if isinstance(settings.method, CustomDiffusion) and settings.method.concept:
+        kept["triggers"] = ", ".join(concept.trigger for concept in concepts_of(settings))
     return kept | {"num_processes": processes(), "method": settings.method.name}
 
 

@@ -112,7 +112,6 @@ def merge(options: MergeConcepts) -> Path:
     if problems := name_problems(options.output_name, called=False):
         raise PersonalizeError("\n".join(problems))
     folder = Path(options.output_dir or "").expanduser()
-    check_writable(folder, "--output_dir")
     target = folder / f"{options.output_name}.safetensors"
     if target.exists():
         raise PersonalizeError(f"{target} is there already: name another --output_dir or --output_name.")
@@ -126,6 +125,7 @@ def merge(options: MergeConcepts) -> Path:
     words = {call.text: part.word_file(call) for part in parts for call in part.calls if call.word}
     for path in words.values():
         read_safetensors(path)  # before the base loads
+    check_writable(folder, "--output_dir")
     base = load_base(options.pretrained_model_name_or_path or "", torch.float32)
     state = base.pipeline.unet.state_dict()
     layers = host_layers({name: tuple(value.shape) for name, value in state.items()}, [])

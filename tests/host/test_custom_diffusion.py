@@ -21,11 +21,11 @@ def files(host, root, tmp_path_factory):
     """The folder of two concepts that were trained apart, all files of which are in the host's folders."""
     folder = tmp_path_factory.mktemp("concepts")
     common = {"learning_rate": 2e-2, "text_encoder_lr": 5e-2, "save_precision": "fp32", "size_variants": 0}
-    for name, trigger in (("rex", "ohwx"), ("anna", "zxcv")):
+    for seed, (name, trigger) in enumerate((("rex", "ohwx"), ("anna", "zxcv"))):  # and so another concept each
         pictures = photos(folder / f"photos_{name}")
         for path in train(
             "custom_diffusion", root, pictures, folder, output_name=name, trigger=trigger,
-            resume_from_checkpoint="none", **common,
+            resume_from_checkpoint="none", seed=seed, **common,
         ):  # fmt: skip
             target = host.base / "models" / ("loras" if path.stem == name else "embeddings")
             target.mkdir(exist_ok=True)
@@ -101,6 +101,10 @@ def test_merged_in_the_node_and_headless(host, root, files, loaded, tmp_path):
             word = states[4]  # behind "a photo of"
             wanted = (base + changes[key]) @ word
             assert (merged @ word - wanted).norm() < 1e-3 * (base @ word - wanted).norm()
+    half, _, _ = node(host, "MergeCustomDiffusion")(*loaded[:2], "rex.safetensors", "anna.safetensors", 0.5)
+    key = next(iter(model.patches))
+    base = patched(loaded[0], key)
+    torch.testing.assert_close(patched(half, key), base + 0.5 * (patched(model, key) - base))
     options = MergeConcepts(
         pretrained_model_name_or_path=str(root / CHECKPOINT),
         file=[str(files / "rex.safetensors"), str(files / "anna.safetensors")],

@@ -58,6 +58,58 @@ def concept(request, root, pictures, sd15, tmp_path_factory):
 
 
 @pytest.mark.parametrize("to", ["diffusers", "adobe"])
+def test_two_words_stay_who_they_are(root, pictures, tmp_path, to):
+    """Words are in the order of their files there and back, whatever order they were trained in."""
+    other = photos(tmp_path / "other", 2)
+    base, concepts = root / CHECKPOINT, [f"{pictures}:zxcv:woman", f"{other}:ohwx:dog"]
+    whole, *words = train("custom_diffusion", root, None, tmp_path / "two", concept=concepts, instance_data_dir=None)
+    theirs = converted(whole, to, tmp_path / to, base)
+    in_order = "dog, woman" if to == "diffusers" else "woman, dog"
+    for given in (in_order, f"{words[1].stem}:dog, {words[0].stem}:woman"):
+        out = tmp_path / str(":" in given)
+        back = converted(theirs[0], "personalize", out, base, output_name=whole.stem, class_name=given)
+        assert {path.name for path in back[1:]} == {path.name for path in words}
+        for path in back[1:]:
+            assert torch.equal(load_file(path)["emb_params"], load_file(tmp_path / "two" / path.name)["emb_params"])
+        trigger = read_about(read_safetensors(back[0])[1], "").trigger
+        assert set(trigger.split(", ")) == {f"embedding:{words[0].stem} woman", f"embedding:{words[1].stem} dog"}
+    with pytest.raises(PersonalizeError, match=r"^--class_name is 'a:woman, b:dog', but the words are "):
+        converted(theirs[0], "personalize", tmp_path / "no", base, class_name="a:woman, b:dog")
+
+
+def test_a_damaged_or_hostile_file_is_one_sentence(root, tmp_path):
+    base, key = root / CHECKPOINT, "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight"
+    good, word = torch.zeros(96, 64), torch.zeros(64)
+    for i, (content, said) in enumerate(
+        [
+            (
+                {"unet": {key: good}, "modifier_token": {"</../../evil>": word}},
+                "is called '/../../evil', which no file",
+            ),
+            ({"unet": {key: good}, "modifier_token": {"<a b>": word}}, "is called 'a b', which no file"),
+            ({"unet": {key: good}, "modifier_token": word}, "modifier_token in own.bin does not name vectors"),
+            ({"unet": {key: 3.0}}, "is no matrix of finite numbers"),
+            ({"unet": {key: good * float("nan")}}, "is no matrix of finite numbers"),
+            ({"unet": {}}, "own.bin has no matrix of a layer"),
+            ({"unet": {key: good}, "modifier_token": {"<a>": word, "<own_a>": word}}, "Two words would both be own_a"),
+        ]
+    ):
+        place = tmp_path / str(i)
+        place.mkdir()
+        torch.save(content, place / "own.bin")
+        with pytest.raises(PersonalizeError, match=re.escape(said)):
+            converted(place / "own.bin", "personalize", place / "out" / "deep", base)
+        assert [path.name for path in place.rglob("*") if path.is_file()] == ["own.bin"]
+    (place / "stray.safetensors").write_bytes(b"")
+    save_file({"<stray>": word}, place / "stray.safetensors")
+    torch.save({"unet": {key: good}, "modifier_token": {"<a>": word}}, place / "own.bin")
+    paths = converted(place / "own.bin", "personalize", place / "out", base)
+    assert [path.name for path in paths] == ["own.safetensors", "own_a.safetensors"], (
+        "a file that has its words needs none"
+    )
+
+
+@pytest.mark.parametrize("to", ["diffusers", "adobe"])
 def test_custom_diffusion_there_and_back(concept, sd15, tmp_path, to):
     """W0 + (W - W0) rounds once: the differences agree to a hundredth of a thousandth of themselves."""
     whole, word = concept
@@ -303,7 +355,9 @@ def test_words_that_were_moved_or_renamed(concept, sd15, tmp_path, capsys):
         read_about(read_safetensors(back)[1], "").trigger
         == f"embedding:mine_{word.stem.removeprefix('mine_')} tin robot"
     )
-    with pytest.raises(PersonalizeError, match=r"--class_name has 2 classes, but there are 1 words"):
+    with pytest.raises(
+        PersonalizeError, match=r"^--class_name is 'dog, cat', but the words are .*: name a class for each"
+    ):
         converted(theirs[0], "personalize", tmp_path / "c", sd15, output_name="mine", class_name="dog, cat")
     (tmp_path / "theirs" / "training_args.bin").write_bytes(b"what another program left")
     assert len(converted(theirs[0], "personalize", tmp_path / "with", sd15, output_name="mine")) == 2

@@ -8,10 +8,11 @@ from pack.models.custom_diffusion import ALL, KEYS_AND_VALUES, RARE, concept_cha
 from pack.models.errors import PersonalizeError
 from pack.models.lora import host_layers
 from pack.models.metadata import read_about
-from pack.models.weight_files import read_safetensors
+from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training import run as running
 from pack.training.base_model import load_base
 from pack.training.custom_diffusion import CustomDiffusionMethod
+from pack.training.merge_concepts import MergeConcepts, merge
 from pack.training.preflight import preflight
 from PIL import Image
 from safetensors.torch import load_file
@@ -185,6 +186,14 @@ def test_several_concepts_have_a_word_each_and_one_file(root, two, tmp_path):
     first, second = (load_file(path)["emb_params"] for path in paths[1:])
     assert first.shape == second.shape == (1, 64)
     assert not torch.equal(first, second)
+    base = load_base(str(root / CHECKPOINT))
+    tokenizer, table = base.pipeline.tokenizer, base.text_encoders[0].get_input_embeddings().weight
+    start = table[[tokenizer.convert_tokens_to_ids(word) for word in RARE[:2]]].detach()
+    still = train(
+        "custom_diffusion", root, None, tmp_path / "still", **options, text_encoder_lr=1e-9, max_word_norm=0.0
+    )
+    for path, vector in zip(still[1:], start, strict=True):
+        torch.testing.assert_close(load_file(path)["emb_params"][0].float(), vector, rtol=2e-3, atol=1e-4)
     tensors = load_file(paths[0])
     assert sum(key.endswith(".diff") for key in tensors) == 4 * 10
     assert sum(key.endswith(".diff_b") for key in tensors) == 10
@@ -364,3 +373,24 @@ def test_learned_words_get_no_longer_than_they_may(root, two, tmp_path, more):
         lengths[norm] = [load_file(path)["emb_params"].norm().item() / usual for path in words]
     assert min(lengths[0.0]) > 2
     assert lengths[1.5] == pytest.approx([1.5, 1.5], rel=1e-4)
+
+
+def test_a_file_with_numbers_that_are_not_finite_is_not_merged(root, folder, tmp_path):
+    whole, _ = train("custom_diffusion", root, folder, tmp_path / "one", output_name="mine")
+    tensors, metadata = read_safetensors(whole)
+    next(iter(tensors.values())).fill_(float("nan"))
+    whole.unlink()
+    write_safetensors(whole, tensors, metadata)
+    options = MergeConcepts(str(root / CHECKPOINT), [str(whole)], None, str(tmp_path / "out"))
+    with pytest.raises(
+        PersonalizeError, match=r" in mine\.safetensors has numbers that are not finite: its training dive"
+    ):
+        merge(options)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_concepts_in_another_order_do_not_go_on(root, two, tmp_path):
+    options = {"instance_data_dir": None, "max_train_steps": 2, "output_name": "both"}
+    train("custom_diffusion", root, None, tmp_path, concept=two, **options)
+    with pytest.raises(PersonalizeError, match=r"triggers was 'ohwx, zxcv', is 'zxcv, ohwx'.*another --output_dir, or"):
+        train("custom_diffusion", root, None, tmp_path, concept=two[::-1], **(options | {"max_train_steps": 3}))
