@@ -176,17 +176,26 @@ class Editor:
         self.loaded(name)
 
     def open_saved(self, name: str) -> None:
-        """Open a saved workflow from the side bar."""
-        self.page.locator(".workflows-tab-button").click()
-        self.page.get_by_test_id(f"tree-node-root/{name}.json").click()
-        self.page.locator(".workflows-tab-button").click()
-        self.loaded(name)
+        """Open a saved workflow from the side bar, whose list is drawn anew when it was read: a click until then is lost."""
+        from playwright.sync_api import TimeoutError
 
-    def loaded(self, name: str) -> None:
+        self.page.locator(".workflows-tab-button").click()
+        for patience in (PATIENCE // 6, PATIENCE // 6, PATIENCE):
+            self.page.get_by_test_id(f"tree-node-root/{name}.json").click()
+            try:
+                self.loaded(name, patience)
+                break
+            except TimeoutError:
+                if patience == PATIENCE:
+                    raise
+        self.page.locator(".workflows-tab-button").click()
+
+    def loaded(self, name: str, patience: int = PATIENCE) -> None:
         """Wait until the workflow of this name is the one on the canvas."""
         self.page.wait_for_function(
             "name => app.extensionManager.workflow.activeWorkflow?.filename === name && app.graph.nodes.length",
             arg=name,
+            timeout=patience,
         )
 
     def save(self, name: str) -> None:
