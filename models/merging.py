@@ -26,8 +26,6 @@ ALIKE = 1e-4
 """Of a row's length: rows nearer than this say the same. To tell them apart would turn everything else upside down."""
 DROPPED = 1e-6
 """Of the sum of K's squares."""
-PASSES = 3
-"""A solution's remaining error is solved for again."""
 
 
 def _main_directions(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,10 +80,8 @@ class Merging:
 
     def __call__(self, base: Tensor, wanted: Tensor) -> Tensor:
         """W in float64, of W0 [out, in] and V."""
-        merged = base.double()
-        for _ in range(PASSES):
-            merged = merged + (wanted - self.words @ merged.T).T @ self.reach
-        return merged
+        before = base.double()
+        return before + (wanted - self.words @ before.T).T @ self.reach
 
     def missed(self, weight: Tensor, wanted: Tensor) -> float:
         """The largest ‖W t - v‖ / ‖v‖ of all words."""
@@ -94,7 +90,9 @@ class Merging:
 
     def disturbed(self, change: Tensor, base: Tensor) -> float:
         """‖(W - W0) K^T‖_F / ‖W0 K^T‖_F: what changes of everyday captions, of a W - W0 that is a product with `reach`."""
-        whole = (self.common.float() @ base.float().T).norm().double()  # where nothing cancels, fp32 is enough, and faster
+        whole = (
+            (self.common.float() @ base.float().T).norm().double()
+        )  # where nothing cancels, fp32 is enough, and faster
         often = (self.common @ change.double().T).norm()
         rarely = ((change.double() @ self.back) @ self.rarely).norm()
         return float(often.hypot(rarely) / whole.clamp(min=torch.finfo(torch.double).tiny))

@@ -1,5 +1,7 @@
 """Custom Diffusion: diffusers' processors on the same weights, what trains and what does not, and the files."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
@@ -387,6 +389,21 @@ def test_a_file_with_numbers_that_are_not_finite_is_not_merged(root, folder, tmp
     ):
         merge(options)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_merging_reads_the_layer_that_was_trained_with(root, folder, tmp_path):
+    merged = []
+    whole, word = train("custom_diffusion", root, folder, tmp_path / "one", output_name="mine", clip_skip=2)
+    tensors, metadata = read_safetensors(whole)
+    about = read_about(metadata, whole.name)
+    assert about.settings["clip_skip"] == 2
+    for skip in (2, 1):
+        place = tmp_path / str(skip)
+        write_safetensors(place / whole.name, tensors, replace(about, settings={"clip_skip": skip}).as_metadata())
+        (place / word.name).write_bytes(word.read_bytes())
+        path = merge(MergeConcepts(str(root / CHECKPOINT), [str(place / whole.name)], None, str(place / "out")))
+        merged.append(load_file(path))
+    assert all(not torch.equal(value, merged[1][key]) for key, value in merged[0].items())
 
 
 def test_concepts_in_another_order_do_not_go_on(root, two, tmp_path):
