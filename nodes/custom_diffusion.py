@@ -23,15 +23,15 @@ from .trained_files import apply_patches, as_loaded, check_base, read_trained
 
 NONE = "none"
 MOST = 6
-EXAMPLES = ("pocket_woman_custom.safetensors", "pocket_dog_custom.safetensors")
 """Files that are merged at once."""
+EXAMPLES = ("pocket_woman_custom.safetensors", "pocket_dog_custom.safetensors")
 
 
 def concept_file(model: Any, file: str) -> tuple[Path, dict[str, Tensor], About]:
     """A file of Custom Diffusion, checked: it is for this model, and its words can be called.
 
     Raises:
-        PersonalizeError: it is another file, for another base, or a word is not in models/embeddings.
+        PersonalizeError: it is another file, for another base, not finite, or a word is not in models/embeddings.
     """
     path = find_model("loras", file)
     tensors, about = read_trained(path)
@@ -40,6 +40,8 @@ def concept_file(model: Any, file: str) -> tuple[Path, dict[str, Tensor], About]
         raise PersonalizeError(f"{path.name} {what}: use the loader of its method.")
     check_base(model, about, path.name, exactly=False)
     check_words(model, about, path.name)
+    if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
+        raise PersonalizeError(f"{wrong[0]} in {path.name} has numbers that are not finite: train it again.")
     return path, tensors, about
 
 

@@ -11,6 +11,7 @@ from finetuning import CHECKPOINT, photos, train
 from inprocess import HostError, node, patched
 from pack.models.custom_diffusion import concept_tensors, is_trained
 from pack.models.merging import prompts_of
+from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training.merge_concepts import MergeConcepts, merge
 from safetensors.torch import load_file, save_file
 from sampling import encode
@@ -130,6 +131,11 @@ def test_what_is_wrong_is_said(host, files, loaded):
         merging(*loaded[:2], "rex.safetensors", "foreign.safetensors", 1.0)
     with pytest.raises(ValueError, match=r"are both called by 'embedding:rex_ohwx woman': train one with another"):
         merging(*loaded[:2], "rex.safetensors", "rex.safetensors", 1.0)
+    tensors, metadata = read_safetensors(loras / "rex.safetensors")
+    next(iter(tensors.values())).fill_(float("nan"))
+    write_safetensors(loras / "diverged.safetensors", tensors, metadata)
+    with pytest.raises(ValueError, match=r"in diverged\.safetensors has numbers that are not finite: train it again\."):
+        node(host, "LoadCustomDiffusion")(loaded[0], "diverged.safetensors", 1.0)
     word = host.base / "models" / "embeddings" / "anna_zxcv.safetensors"
     away = word.with_suffix(".away")
     word.rename(away)
