@@ -301,8 +301,10 @@ def test_a_new_projection_learns_another_adapters_tokens(monkeypatch, root, peop
 def test_resumed_it_is_the_file_of_an_uninterrupted_run(root, people, tmp_path):
     options = {"max_train_steps": 6, "warmup_steps": 2, "checkpointing_steps": 2, "train_adapter": True}
     whole = train(root, people, tmp_path / "whole", **options)
-    asked = iter([False] * 3 + [True] * 20)
-    assert train(root, people, tmp_path / "cut", stop=Stop(asked=lambda: next(asked)), **options) is None
+    stop, asked = Stop(), iter([False] * 3 + [True] * 20)
+    stop.asked = lambda: stop.training and next(asked)
+    assert train(root, people, tmp_path / "cut", stop=stop, **options) is None
+    assert (tmp_path / "cut" / "checkpoints").exists(), "stopped within its steps"
     cut = train(root, people, tmp_path / "cut", **options)
     assert cut.read_bytes() == whole.read_bytes()
 
