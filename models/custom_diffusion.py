@@ -86,6 +86,14 @@ def calls_of(trigger: str) -> list[Call]:
     return [Call(text, word) for text, word in zip(texts, words, strict=True)]
 
 
+def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Raises PersonalizeError where a tensor of the file `name` has a number that is not finite."""
+    if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
+        raise PersonalizeError(
+            f"{wrong[0]} in {name} has numbers that are not finite: its training diverged, train it again."
+        )
+
+
 def concept_changes(
     tensors: Mapping[str, Tensor], layers: Mapping[str, tuple[int, ...]], name: str
 ) -> dict[str, Tensor]:
@@ -100,15 +108,12 @@ def concept_changes(
         PersonalizeError: a tensor that has no place in the base or in such a file, another shape, or numbers that are not
             finite.
     """
+    check_finite(tensors, name)
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         layer, _, part = key.partition(".")
         if layer not in layers or part not in PARTS:
             raise PersonalizeError(f"{key} in {name} has no place in the base model: it is no Custom Diffusion for it.")
-        if not value.isfinite().all():
-            raise PersonalizeError(
-                f"{key} in {name} has numbers that are not finite: its training diverged, train it again."
-            )
         found.setdefault(layer, {})[part] = value.float()
     changes = {}
     for layer, parts in found.items():

@@ -90,9 +90,8 @@ class Merging:
 
     def disturbed(self, change: Tensor, base: Tensor) -> float:
         """‖(W - W0) K^T‖_F / ‖W0 K^T‖_F: what changes of everyday captions, of a W - W0 that is a product with `reach`."""
-        whole = (
-            (self.common.float() @ base.float().T).norm().double()
-        )  # where nothing cancels, fp32 is enough, and faster
+        # Nothing cancels in this one: fp32 is enough, and faster.
+        whole = (self.common.float() @ base.float().T).norm().double()
         often = (self.common @ change.double().T).norm()
         rarely = ((change.double() @ self.back) @ self.rarely).norm()
         return float(often.hypot(rarely) / whole.clamp(min=torch.finfo(torch.double).tiny))

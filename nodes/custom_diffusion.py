@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.custom_diffusion import calls_of, concept_changes
+from ..models.custom_diffusion import calls_of, check_finite, concept_changes
 from ..models.errors import PersonalizeError
 from ..models.merging import FRAMES, check_parts, merge_changes, prompts_of, read_captions, unique_rows
 from ..models.metadata import About
@@ -40,8 +40,7 @@ def concept_file(model: Any, file: str) -> tuple[Path, dict[str, Tensor], About]
         raise PersonalizeError(f"{path.name} {what}: use the loader of its method.")
     check_base(model, about, path.name, exactly=False)
     check_words(model, about, path.name)
-    if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
-        raise PersonalizeError(f"{wrong[0]} in {path.name} has numbers that are not finite: train it again.")
+    check_finite(tensors, path.name)
     return path, tensors, about
 
 

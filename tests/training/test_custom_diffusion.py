@@ -1,7 +1,5 @@
 """Custom Diffusion: diffusers' processors on the same weights, what trains and what does not, and the files."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, CustomDiffusionAttnProcessor
@@ -10,11 +8,10 @@ from pack.models.custom_diffusion import ALL, KEYS_AND_VALUES, RARE, concept_cha
 from pack.models.errors import PersonalizeError
 from pack.models.lora import host_layers
 from pack.models.metadata import read_about
-from pack.models.weight_files import read_safetensors, write_safetensors
+from pack.models.weight_files import read_safetensors
 from pack.training import run as running
 from pack.training.base_model import load_base
 from pack.training.custom_diffusion import CustomDiffusionMethod
-from pack.training.merge_concepts import MergeConcepts, merge
 from pack.training.preflight import preflight
 from PIL import Image
 from safetensors.torch import load_file
@@ -375,35 +372,6 @@ def test_learned_words_get_no_longer_than_they_may(root, two, tmp_path, more):
         lengths[norm] = [load_file(path)["emb_params"].norm().item() / usual for path in words]
     assert min(lengths[0.0]) > 2
     assert lengths[1.5] == pytest.approx([1.5, 1.5], rel=1e-4)
-
-
-def test_a_file_with_numbers_that_are_not_finite_is_not_merged(root, folder, tmp_path):
-    whole, _ = train("custom_diffusion", root, folder, tmp_path / "one", output_name="mine")
-    tensors, metadata = read_safetensors(whole)
-    next(iter(tensors.values())).fill_(float("nan"))
-    whole.unlink()
-    write_safetensors(whole, tensors, metadata)
-    options = MergeConcepts(str(root / CHECKPOINT), [str(whole)], None, str(tmp_path / "out"))
-    with pytest.raises(
-        PersonalizeError, match=r" in mine\.safetensors has numbers that are not finite: its training dive"
-    ):
-        merge(options)
-    assert not list((tmp_path / "out").glob("*.safetensors"))
-
-
-def test_merging_reads_the_layer_that_was_trained_with(root, folder, tmp_path):
-    merged = []
-    whole, word = train("custom_diffusion", root, folder, tmp_path / "one", output_name="mine", clip_skip=2)
-    tensors, metadata = read_safetensors(whole)
-    about = read_about(metadata, whole.name)
-    assert about.settings["clip_skip"] == 2
-    for skip in (2, 1):
-        place = tmp_path / str(skip)
-        write_safetensors(place / whole.name, tensors, replace(about, settings={"clip_skip": skip}).as_metadata())
-        (place / word.name).write_bytes(word.read_bytes())
-        path = merge(MergeConcepts(str(root / CHECKPOINT), [str(place / whole.name)], None, str(place / "out")))
-        merged.append(load_file(path))
-    assert all(not torch.equal(value, merged[1][key]) for key, value in merged[0].items())
 
 
 def test_concepts_in_another_order_do_not_go_on(root, two, tmp_path):
