@@ -135,7 +135,8 @@ def test_what_is_wrong_is_said(host, files, loaded):
     next(iter(tensors.values())).fill_(float("nan"))
     write_safetensors(loras / "diverged.safetensors", tensors, metadata)
     with pytest.raises(
-        ValueError, match=r"in diverged\.safetensors has numbers that are not finite: its training diverged, train it again\."
+        ValueError,
+        match=r"in diverged\.safetensors has numbers that are not finite: its training diverged, train it again\.",
     ):
         node(host, "LoadCustomDiffusion")(loaded[0], "diverged.safetensors", 1.0)
     word = host.base / "models" / "embeddings" / "anna_zxcv.safetensors"
