@@ -61,9 +61,9 @@ def concepts_of(settings: Settings) -> list[Concept]:
             problems.append(f"The trigger {trigger!r} is a word that captions say anyway: take one that is in none.")
         if trigger and not re.fullmatch(r"[\w.+-]+", trigger):
             problems.append(f"The trigger {trigger!r} cannot be called in ComfyUI's prompts: take one word of letters.")
-        if re.search(r"[,():]", class_name):
+        if re.search(r"[,():/\\]", class_name):
             problems.append(
-                f"The class {class_name!r} has a comma, a colon or a bracket, which a prompt reads as its own."
+                f"The class {class_name!r} has a comma, a colon, a bracket or a slash, which a prompt or a folder reads as its own."
             )
         for k, (_, other, its_class) in enumerate(parts):
             same = k < i and other.casefold() == trigger.casefold()

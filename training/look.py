@@ -207,7 +207,7 @@ def look_at_identities(folder: Path, settings: Settings, quiet: bool) -> tuple[i
         odd = found.warnings(folder)
         if not settings.data.validation_data_dir:
             _, held = hold_out(found.sets, settings.method.validation_identities, settings.training.seed)
-            if settings.watching.validation_prompt and not held:
+            if settings.watching.drawn_prompts and not held:
                 odd.append(
                     f"--validation_prompt has no effect: samples are of held-out identities, and of the {len(found.sets)} in "
                     f"{folder} none is held out: set --validation_identities."
@@ -280,7 +280,10 @@ def _unvalidated(settings: Settings) -> str:
         return ""
     if isinstance(method, SubjectDiffusion):
         return "--validation_data_dir"  # which samples are of, too
-    return "" if settings.watching.validation_prompt else "--validation_prompt or --validation_data_dir"
+    if settings.watching.drawn_prompts:
+        return ""
+    alone = "--num_validation_images" if settings.watching.validation_prompt else "--validation_prompt"
+    return f"{alone} or --validation_data_dir"
 
 
 def _pictures_of(folder: Path, settings: Settings) -> list[Path]:

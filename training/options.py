@@ -171,6 +171,11 @@ class Watching:
     )
     report_to: str = option("none", "tensorboard and wandb need their packages", ("none", "tensorboard", "wandb"))
 
+    @property
+    def drawn_prompts(self) -> list[str]:
+        """Those of `validation_prompt`, unless no picture of them is asked for."""
+        return self.validation_prompt if self.num_validation_images else []
+
 
 @dataclass
 class Output:

@@ -234,8 +234,7 @@ def prepare(
         examples, kept_out = find_pictures(settings, sizes, accelerator, base, stop)
     cache = Cache(Path(data.cache_dir).expanduser() if data.cache_dir else settings.folder / "cache")
     latents = _latents(accelerator, base, [*examples, *kept_out], cache, vae, stop)
-    drawn = watching.validation_prompt if watching.num_validation_images else []
-    prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in drawn]
+    prompts = [fill_in(prompt, data.trigger, data.class_name) for prompt in watching.drawn_prompts]
     captions = list(dict.fromkeys(["", *prompts, *(c for e in (*examples, *kept_out) for c in e.captions)]))
     digests = "-".join(digest_of(encoder) for encoder in base.text_encoders)
     made = METHODS[method][1](base, settings)

@@ -243,8 +243,9 @@ def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
         ),
         (
             f"{folder}:x:dog (toy)",
-            "The class 'dog (toy)' has a comma, a colon or a bracket, which a prompt reads as its own.",
+            "The class 'dog (toy)' has a comma, a colon, a bracket or a slash, which a prompt or a folder reads as its own.",
         ),
+        (f"{folder}:x:../dog", "The class '../dog' has a comma, a colon, a bracket or a slash"),
         (f"{folder}:old:old man", "The trigger 'old' is a word that captions say anyway: take one that is in none."),
         (f"{folder}:photo:dog", "The trigger 'photo' is a word that captions say anyway: take one that is in none."),
         (f"{tmp_path / 'gone'}:x:cat", f"The folder {tmp_path / 'gone'} does not exist"),

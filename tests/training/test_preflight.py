@@ -187,6 +187,11 @@ def test_what_has_no_effect_is_a_warning(root, tmp_path):
             {"validation_steps": 7},
             "--validation_steps 7 says only how often loss.png is drawn, because nothing",
         ),
+        (
+            "lora",
+            {"validation_prompt": ["a"], "num_validation_images": 0, "validation_steps": 7},
+            "--validation_steps 7 says only how often loss.png is drawn, because nothing is validated: set --num_v",
+        ),
         ("lora", {"lr_power": 2.0}, "--lr_power has no effect without --lr_scheduler polynomial."),
         ("lora", {"lr_num_cycles": 2}, "--lr_num_cycles has no effect without --lr_scheduler cosine_with_restarts."),
         (
