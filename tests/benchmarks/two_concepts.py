@@ -8,7 +8,7 @@ Of each subject there are five pictures, of it alone. Each pair is learned
   side by side, too (Cut-Mix);
 - apart by Custom Diffusion, in smaller steps, which leave more to merge with, and merged in closed form by our node, with
   captions as the pocket model knows them;
-- apart by LoRA, and both LoRAs loaded, one after the other.
+- apart by LoRA, and both LoRAs loaded, one after the other, at full strength and at 0.8.
 
 Else each training is the command a user would run, with the defaults of its method. Then "a photo of a {one} and a {other}" is
 drawn at eight places, 96 x 64 pixels, with the stock KSampler (20 steps, euler, cfg 4), the same noise for all; and by the
@@ -24,6 +24,7 @@ place and the first seeds of every pair, unchosen.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -53,7 +54,8 @@ from shown import own_values, own_vectors
 
 JOINT, MERGED, STACKED = "Custom Diffusion, together", "Custom Diffusion, merged", "LoRA, both loaded"
 WORDS = "the base, told in words"
-METHODS = (JOINT, MERGED, STACKED, WORDS)
+STRENGTHS = {STACKED: 1.0, f"{STACKED} at 0.8": 0.8}  # of 0.4 to 1, the two best
+METHODS = (JOINT, MERGED, *STRENGTHS, WORDS)
 TRIGGERS = ("ohwx", "zxcv")
 PLACES = ("beach", "forest", "city", "mountains", "blue", "yellow", "purple", "grey")
 FIRST = 200  # of the subjects, none of which anything else is measured on
@@ -121,7 +123,7 @@ def trained(folder, both, pair, options, prior):
                 *own,
                 *([*SMALL, *preserving(classes / kind), *options] if method == MERGED else []),
             )
-    return minutes
+    return minutes | dict.fromkeys(STRENGTHS, minutes[STACKED])
 
 
 def loaded(studio, folder, pair, both):
@@ -144,10 +146,11 @@ def loaded(studio, folder, pair, both):
     merged, trigger, report = node("MergeCustomDiffusion", *base[:2], *files, 1.0, CAPTIONS)
     made[MERGED] = merged, trigger.split(", ")
     print(f"pair {pair}: {report}")
-    stacked = base[0]
-    for letter in "ab":
-        stacked, _, _ = node("LoadLoRA", stacked, f"p{pair}_lora_{letter}.safetensors", 1.0, 0.0)
-    made[STACKED] = stacked, [f"{trigger} {who.kind}" for trigger, who in zip(TRIGGERS, both, strict=True)]
+    for name, strength in STRENGTHS.items():
+        stacked = base[0]
+        for letter in "ab":
+            stacked, _, _ = node("LoadLoRA", stacked, f"p{pair}_lora_{letter}.safetensors", strength, 0.0)
+        made[name] = stacked, [f"{trigger} {who.kind}" for trigger, who in zip(TRIGGERS, both, strict=True)]
     made = {name: (model, [f"a {call}" for call in calls]) for name, (model, calls) in made.items()}
     scenes = [Scene((Subject(who, "front", "smiling", False),), "blue") for who in both]
     rng = np.random.default_rng(pair)
@@ -222,9 +225,9 @@ def main():
         found = {n: bootstrap(names, mean_by_group(torch.stack(r)[:, column], groups), 2000) for n, r in scores.items()}
         for name, estimate in found.items():
             figures[f"{name}, {what}"] = [estimate.value, *estimate.interval]
-        for name in METHODS[:2]:
-            difference = bootstrap_difference(found[name], found[STACKED])
-            figures[f"{name} - {STACKED}, {what}"] = [difference.value, *difference.interval]
+        for name, other in itertools.product((JOINT, MERGED), STRENGTHS):
+            difference = bootstrap_difference(found[name], found[other])
+            figures[f"{name} - {other}, {what}"] = [difference.value, *difference.interval]
     for title, (value, low, high) in figures.items():
         print(f"{title}: {value:.3f} [{low:.3f}, {high:.3f}]")
     for name, took in minutes.items():
