@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import PersonalizeError
 from .lora import UNET, file_name
+from .weight_files import check_finite
 
 KEYS_AND_VALUES, ALL = ("to_k", "to_v"), ("to_q", "to_k", "to_v", "to_out.0")
 """What trains of each cross-attention: the paper's choice, or all of it."""
@@ -84,14 +85,6 @@ def calls_of(trigger: str) -> list[Call]:
     firsts = [text.split()[0] for text in texts]
     words = [first.removeprefix(CALL) if first.startswith(CALL) else "" for first in firsts]
     return [Call(text, word) for text, word in zip(texts, words, strict=True)]
-
-
-def check_finite(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Raises PersonalizeError where a tensor of the file `name` has a number that is not finite."""
-    if wrong := [key for key, value in tensors.items() if not value.isfinite().all()]:
-        raise PersonalizeError(
-            f"{wrong[0]} in {name} has numbers that are not finite: its training diverged, train it again."
-        )
 
 
 def concept_changes(

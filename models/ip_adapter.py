@@ -26,7 +26,7 @@ from .aggregation import (
 from .errors import PersonalizeError
 from .projection import FullFaceProjection, LinearProjection, Resampler
 from .references import ENCODER_NAMES, References
-from .weight_files import read_weights
+from .weight_files import check_finite, read_weights
 
 BASE_MODELS = {64: "pocket portraits", 768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
 """Base model by the width of its text features."""
@@ -83,6 +83,7 @@ def read_ip_adapter(path: Path) -> AdapterTensors:
     state = AdapterTensors(nest(read_weights(path)))
     state.name = f"{path.name} in {path.parent}"
     IPAdapter.from_state(state)
+    check_finite({f"{part}.{key}": value for part, own in state.items() for key, value in own.items()}, path.name)
     state.name = path.name
     return state
 

@@ -42,8 +42,10 @@ class About:
 
     @property
     def call(self) -> str:
-        """What prompts in ComfyUI call the subject by: the trigger and its class, unless the trigger says that, too."""
-        alone = " " in self.trigger or self.settings.get("learnable_property") == "style"
+        """What prompts in ComfyUI call the subject by: the trigger and its class, unless the trigger says that, too; a
+        learned word is alone, as it was in its captions.
+        """
+        alone = self.method == "textual_inversion" or " " in self.trigger or self.trigger == self.class_name
         return self.trigger if alone else f"{self.trigger} {self.class_name}".strip()
 
     def as_metadata(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .errors import PersonalizeError
 from .metadata import About, read_about
-from .weight_files import read_safetensors
+from .weight_files import check_finite, read_safetensors
 from .words import call_of, words_in
 
 PLACEHOLDER = "sks"
@@ -336,6 +336,7 @@ def read_subject_diffusion(path: Path) -> SubjectTensors:
         raise PersonalizeError(
             f"{path.name} is no file of Subject-Diffusion: train one with training.subject_diffusion."
         )
+    check_finite(tensors, path.name)
     about = read_about(metadata, path.name)
     return SubjectTensors(found["parts"], found["unet"], found["text"], ChangedRows(**found["words"]), about)
 

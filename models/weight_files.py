@@ -62,6 +62,16 @@ def read_weights(path: Path) -> dict[str, Any]:
     return weights
 
 
+def check_finite(tensors: Mapping[str, Any], name: str) -> None:
+    """Raises PersonalizeError where a tensor of the file `name` has a number that is not finite."""
+    for key, value in tensors.items():
+        wide = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize > 1
+        if wide and not value.isfinite().all():
+            raise PersonalizeError(
+                f"{key} in {name} has numbers that are not finite: its training diverged, train it again."
+            )
+
+
 def _sort_metadata(file: BinaryIO) -> None:
     """safetensors writes the metadata in an order that changes from process to process."""
     length = int.from_bytes(file.read(8), "little")

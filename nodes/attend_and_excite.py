@@ -11,13 +11,13 @@ from ..models.words import find_words, parse_words
 from .attention_capture import LEVELS, layer_levels
 from .excitation import KEY, Excitation
 from .prompt_words import phrases_of, tokens_of, words_of
-from .schema import ADVANCED, schema
+from .schema import ADVANCED, Node, schema
 from .subject_network import has_subjects
 
 PAPER = Excitement()
 
 
-class AttendAndExcite(io.ComfyNode):
+class AttendAndExcite(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

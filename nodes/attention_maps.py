@@ -22,7 +22,7 @@ from ..models.pictures import cover_picture, same_aspect
 from ..models.words import find_words, parse_words
 from .attention_capture import LEVELS, LOOK, layer_levels, looking
 from .prompt_words import phrases_of, tokens_of, words_of
-from .schema import ADVANCED, AttentionMapsType, schema
+from .schema import ADVANCED, AttentionMapsType, Node, schema
 
 KEY = "personalize_attention_maps"
 AVERAGE, EACH_STEP = "average", "each step"
@@ -109,7 +109,7 @@ class AttentionRecord:
         return torch.stack([step[seen[number - 1]] for step in self.steps if seen[number - 1] in step])
 
 
-class RecordAttentionMaps(io.ComfyNode):
+class RecordAttentionMaps(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -141,7 +141,7 @@ class RecordAttentionMaps(io.ComfyNode):
         return io.NodeOutput(record.apply_to(model), record)
 
 
-class ShowAttentionMaps(io.ComfyNode):
+class ShowAttentionMaps(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

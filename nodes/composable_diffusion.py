@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.composable_diffusion import compose, parse_concepts, parse_scales
 from ..models.errors import PersonalizeError
-from .schema import schema
+from .schema import Node, schema
 
 _LIMITS = {"area", "mask", "timestep_start", "timestep_end"}
 """What keeps a conditioning from a part of the picture or of the steps."""
@@ -87,7 +87,7 @@ def within(side: Tensor, negative: Tensor, conds: Sequence[dict[str, Any]], x: T
     return torch.lerp(negative, side, covered.clamp(0, 1))
 
 
-class ComposeConcepts(io.ComfyNode):
+class ComposeConcepts(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         concept = io.Conditioning.Input(
@@ -130,7 +130,7 @@ class ComposeConcepts(io.ComfyNode):
         return io.NodeOutput(_guider(model, [given[name] for name in ordered], scales, negative, cfg))
 
 
-class ComposePrompt(io.ComfyNode):
+class ComposePrompt(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -5,13 +5,13 @@ from comfy_api.latest import io, ui
 from ..models.contact_sheet import CELL, contact_sheet
 from ..models.errors import PersonalizeError
 from .pictures import MOST, as_image, as_tensor, check_batch, number_of
-from .schema import ADVANCED, schema
+from .schema import ADVANCED, Node, schema
 
 LARGEST = 16384
 """Pixels of a side: more is a mistake, and no picture file takes it."""
 
 
-class ContactSheet(io.ComfyNode):
+class ContactSheet(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         row = io.Image.Input("row", tooltip="A batch of pictures, from left to right. Any sizes.")

@@ -11,14 +11,14 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..models.custom_diffusion import calls_of, check_finite, concept_changes
+from ..models.custom_diffusion import calls_of, concept_changes
 from ..models.errors import PersonalizeError
 from ..models.merging import FRAMES, check_parts, merge_changes, prompts_of, read_captions, unique_rows
 from ..models.metadata import About
 from .folders import find_model, listed
 from .personalization import TRIGGER, check_words, strength_input
 from .prompt_words import tokens_of
-from .schema import ADVANCED, schema
+from .schema import ADVANCED, Node, schema
 from .trained_files import apply_patches, as_loaded, check_base, read_trained
 
 NONE = "none"
@@ -40,11 +40,10 @@ def concept_file(model: Any, file: str) -> tuple[Path, dict[str, Tensor], About]
         raise PersonalizeError(f"{path.name} {what}: use the loader of its method.")
     check_base(model, about, path.name, exactly=False)
     check_words(model, about, path.name)
-    check_finite(tensors, path.name)
     return path, tensors, about
 
 
-class LoadCustomDiffusion(io.ComfyNode):
+class LoadCustomDiffusion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -70,7 +69,7 @@ class LoadCustomDiffusion(io.ComfyNode):
         return io.NodeOutput(patched, about.trigger)
 
 
-class MergeCustomDiffusion(io.ComfyNode):
+class MergeCustomDiffusion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -9,16 +9,16 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..models.errors import PersonalizeError
-from ..models.weight_files import VISION_CONFIG, read_safetensors
+from ..models.weight_files import VISION_CONFIG, check_finite, read_safetensors
 from .folders import POCKET, find_model
-from .schema import schema
+from .schema import Node, schema
 
 
 def _shipped() -> dict[str, Path]:
     return {path.name: path for path in sorted((POCKET / "clip_vision").glob("*.safetensors"))}
 
 
-class LoadImageEncoder(io.ComfyNode):
+class LoadImageEncoder(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -43,6 +43,7 @@ class LoadImageEncoder(io.ComfyNode):
         config = None
         if path.suffix == ".safetensors":
             tensors, metadata = read_safetensors(path)
+            check_finite(tensors, path.name)
             config = metadata.get(VISION_CONFIG)
         if config is None:
             encoder = comfy.clip_vision.load(str(path))

@@ -15,10 +15,10 @@ from ..models.ip_adapter import BASE_MODELS, POOLING_STAGES, AdapterTensors, IPA
 from ..models.references import References
 from .attention_patch import DecoupledAttentionPatch, unet_layout
 from .folders import find_model, listed
-from .schema import ADVANCED, EmbedsType, IPAdapterType, ReferencesType, schema
+from .schema import ADVANCED, EmbedsType, IPAdapterType, Node, ReferencesType, schema
 
 
-class LoadIPAdapter(io.ComfyNode):
+class LoadIPAdapter(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -41,7 +41,7 @@ class LoadIPAdapter(io.ComfyNode):
         return io.NodeOutput(read_ip_adapter(find_model("ipadapter", file)))
 
 
-class ApplyIPAdapter(io.ComfyNode):
+class ApplyIPAdapter(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -209,6 +209,11 @@ def references_of(wire: References | Tensor, adapter: IPAdapter) -> References:
         raise PersonalizeError(
             f"These EMBEDS have the shape {tuple(wire.shape)}, but {adapter.name} takes features {wanted}: encode them "
             f"for an {adapter.variant}."
+        )
+    if not len(wire) or not bool(torch.isfinite(wire).all()):
+        raise PersonalizeError(
+            f"These EMBEDS {'have values that are not numbers (NaN or infinite)' if len(wire) else 'are of no picture'}: "
+            "check the node before."
         )
     n, nothing = wire.shape[0], wire.new_zeros(wire.shape[0], 0)
     pooled, patches = (wire, nothing[:, None]) if wire.ndim == 2 else (nothing, wire)

@@ -14,7 +14,7 @@ from ..models.errors import PersonalizeError
 from ..models.metadata import About, folder_of
 from ..models.textual_inversion import read_word
 from .folders import LORA, find_model, listed
-from .schema import schema
+from .schema import Node, schema
 from .trained_files import (
     apply_patches,
     check_base,
@@ -27,7 +27,10 @@ from .trained_files import (
 
 TEXT = ("lora_te", "text_encoder")
 """How names of what changes text encoders begin, in the files of any trainer."""
-TRIGGER = "The words that call the subject, with its class, to wire into a prompt; empty where the file does not say."
+TRIGGER = (
+    "What calls the subject, to wire into a prompt: its trigger and class, or the learned word; empty where the file "
+    "does not say."
+)
 
 
 def strength_input(name: str, what: str) -> Any:
@@ -61,7 +64,7 @@ def _outputs(model: str) -> list[Any]:
     ]
 
 
-class LoadLora(io.ComfyNode):
+class LoadLora(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -96,7 +99,7 @@ class LoadLora(io.ComfyNode):
         return io.NodeOutput(model, clip, about.call if about else "")
 
 
-class LoadTextualInversion(io.ComfyNode):
+class LoadTextualInversion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -171,7 +174,7 @@ def check_words(model: Any, about: About, name: str) -> None:
         checked_word(model, find_model("embeddings", there[word]), there[word], 1.0)
 
 
-class LoadDreamBooth(io.ComfyNode):
+class LoadDreamBooth(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -216,6 +219,8 @@ def dreambooth_files() -> dict[str, tuple[str, str]]:
 def load_dreambooth(path: Path, strength: float, model: Any, clip: Any, vae: Any) -> tuple[Any, Any, Any, str]:
     """MODEL, CLIP, VAE and trigger of a whole checkpoint, or of a base with a difference."""
     about = read_about_file(path)
+    if about is not None and about.method != "dreambooth":
+        raise PersonalizeError(f"{path.name} is a {about.method}: use the loader of its method.")
     trigger = about.call if about else ""
     if is_difference(path):
         return *with_difference(path, strength, model, clip), vae, trigger
@@ -248,7 +253,7 @@ def whole_checkpoint(path: Path) -> tuple[Any, Any, Any]:
     )
 
 
-class LoadPersonalization(io.ComfyNode):
+class LoadPersonalization(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         files = [f"{kind}/{name}" for kind in KINDS for name in listed(kind, LORA)]

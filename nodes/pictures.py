@@ -74,11 +74,16 @@ def check_batch(batch: Tensor, slot: str) -> None:
             f"{slot} has the shape {tuple(batch.shape)}, but pictures are [batch, height, width, 3]: check the node "
             "it comes from."
         )
+    if not batch.numel():
+        raise PersonalizeError(f"{slot} has no pictures: check the node it comes from.")
+    if not bool(torch.isfinite(batch).all()):
+        raise PersonalizeError(f"{slot} has values that are not numbers (NaN or infinite): check the node before.")
 
 
 def as_image(pixels: Tensor) -> Image.Image:
-    """[H, W, 3 or 4] in 0..1 as Pillow's."""
-    return Image.fromarray((pixels[..., :3].clamp(0, 1) * 255).round().byte().cpu().numpy())
+    """[H, W, 1, 3 or 4] in 0..1 as Pillow's in RGB."""
+    colours = pixels[..., :3].expand(-1, -1, 3)
+    return Image.fromarray((colours.clamp(0, 1) * 255).round().byte().cpu().numpy())
 
 
 def as_tensor(image: Image.Image) -> Tensor:

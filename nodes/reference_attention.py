@@ -9,14 +9,14 @@ from ..models.ip_adapter import IPAdapter
 from ..models.references import References
 from .ip_adapter import references_of, tensors_of
 from .pictures import as_tensor
-from .schema import EmbedsType, IPAdapterType, ReferencesType, schema
+from .schema import EmbedsType, IPAdapterType, Node, ReferencesType, schema
 
 CELL, LABEL, BAR = 34, 150, 160  # pixels: of a head's column, of the names, of the longest bar
 MEAN, PER_HEAD = "mean of all heads", "each head"
 INK, SHADE = (40, 40, 48), (36, 88, 180)
 
 
-class ShowReferenceAttention(io.ComfyNode):
+class ShowReferenceAttention(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

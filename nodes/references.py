@@ -14,10 +14,10 @@ from ..models.references import References, parse_weights
 from .encoder import encode, encode_zero, input_size
 from .folders import find_model, find_pictures, references_folder, state_of
 from .pictures import MOST, connected, folder_of_pictures, growing_pictures
-from .schema import ADVANCED, ReferencesType, schema
+from .schema import ADVANCED, Node, ReferencesType, schema
 
 
-class EncodeReferences(io.ComfyNode):
+class EncodeReferences(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         mask = io.Mask.Input(
@@ -86,7 +86,7 @@ class EncodeReferences(io.ComfyNode):
         return io.NodeOutput(references, torch.stack(framed))
 
 
-class SaveReferences(io.ComfyNode):
+class SaveReferences(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -127,7 +127,7 @@ class SaveReferences(io.ComfyNode):
         return io.NodeOutput(ui={"text": (f"Saved {len(references)} references to {path}",)})
 
 
-class LoadReferences(io.ComfyNode):
+class LoadReferences(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

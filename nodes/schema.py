@@ -1,8 +1,13 @@
 """What the nodes' schemas share: wire types, and fields that only newer hosts have."""
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from comfy_api.latest import io
+
+from ..models.errors import PersonalizeError
 
 CATEGORY = "Personalize"
 ADVANCED = {"advanced": True}
@@ -22,3 +27,34 @@ def schema(search_aliases: list[str], **fields: Any) -> io.Schema:
     if "search_aliases" in io.Schema.__dataclass_fields__:
         fields["search_aliases"] = search_aliases
     return io.Schema(category=CATEGORY, **fields)
+
+
+class Node(io.ComfyNode):
+    """A node whose inputs are there: what is not optional and comes as nothing is told."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "execute" in cls.__dict__:
+            cls.execute = classmethod(_with_all_inputs(cls.__dict__["execute"].__func__))
+
+
+def _with_all_inputs(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    signature = inspect.signature(execute)
+    # Of an image encoder `encoder.input_size` has more to say.
+    needed = [
+        name
+        for name, one in signature.parameters.items()
+        if one.default is one.empty and one.kind != one.VAR_KEYWORD and name != "clip_vision"
+    ]
+
+    @wraps(execute)
+    def checked(*given: Any, **named: Any) -> io.NodeOutput:
+        there = signature.bind_partial(*given, **named).arguments
+        for name in needed:
+            if name in there and there[name] is None:
+                raise PersonalizeError(
+                    f"{name} is connected to a node that gives none: its file may lack it, or its own input be left out."
+                )
+        return execute(*given, **named)
+
+    return checked

@@ -12,12 +12,12 @@ from ..models.pictures import Picture, frame_picture, list_pictures, make_pictur
 from .encoder import encode, input_size
 from .folders import find_pictures, state_of
 from .pictures import check_batch, connected, folder_of_pictures, growing_pictures
-from .schema import schema
+from .schema import Node, schema
 
 JUDGE, ENCODER, NONE = "pocket judge", "likeness_encoder", "none"
 
 
-class ScoreImages(io.ComfyNode):
+class ScoreImages(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

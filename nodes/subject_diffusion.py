@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
-from ..models.pictures import box_of, cut_out, on_ground, read_picture
+from ..models.pictures import box_of, cut_out, make_picture, on_ground, read_picture
 from ..models.subject_diffusion import (
     BOXES,
     CLS,
@@ -33,8 +33,9 @@ from ..models.subject_diffusion import (
 from .attention_patch import unet_layout
 from .encoder import input_size
 from .folders import find_model, find_picture, state_of
+from .pictures import check_batch
 from .prompt_words import tokens_of
-from .schema import SubjectDiffusionType, SubjectsType, schema
+from .schema import Node, SubjectDiffusionType, SubjectsType, schema
 from .subject_network import Told, has_subjects, located, patcher_of, with_weights
 from .trained_files import check_base
 
@@ -60,7 +61,7 @@ class OneSubject:
     box: tuple[float, float, float, float]
 
 
-class LoadSubjectDiffusion(io.ComfyNode):
+class LoadSubjectDiffusion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -86,7 +87,7 @@ class LoadSubjectDiffusion(io.ComfyNode):
         return io.NodeOutput(SubjectFile(read_subject_diffusion(path), path.name))
 
 
-class Subject(io.ComfyNode):
+class Subject(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -152,34 +153,42 @@ class Subject(io.ComfyNode):
             raise PersonalizeError(f'The subject "{word}" has {what} its file.')
         if image is None:
             picture = read_picture(find_picture(file))
-            image = picture.pixels[None]
-            if mask is None and picture.mask is not None:
-                mask = picture.mask[None]
-        box = (left, top, left + width, top + height) if place is None else painted(place)
+            mask = picture.mask if mask is None else mask
+        else:
+            check_batch(image, f'The picture of "{word}"')
+            picture = make_picture(image[0, ..., :3].cpu(), None, f'The picture of "{word}"')
+        box = (left, top, left + width, top + height) if place is None else painted(first_mask(place, word))
         check_box(word, box)
-        own = None if mask is None else mask[0]
-        if own is not None and own.shape != image.shape[1:3]:
+        own, size = None if mask is None else first_mask(mask, word), picture.pixels.shape[:2]
+        if own is not None and own.shape != size:
             raise PersonalizeError(
-                f'The mask of "{word}" is {own.shape[1]} x {own.shape[0]}, its picture {image.shape[2]} x '
-                f"{image.shape[1]}: they must be of one size."
+                f'The mask of "{word}" is {own.shape[1]} x {own.shape[0]}, its picture {size[1]} x {size[0]}: they must be '
+                "of one size."
             )
         if own is not None and not bool((own > 0.5).any()):
             raise PersonalizeError(f'The mask of "{word}" is empty: paint where the subject is, or leave it out.')
-        one = OneSubject(image[0, ..., :3].cpu(), None if own is None else own.cpu(), word.strip(), box)
+        one = OneSubject(picture.pixels, None if own is None else own.cpu(), word.strip(), box)
         return io.NodeOutput([*subjects, one])
 
 
+def first_mask(mask: Tensor, word: str) -> Tensor:
+    """[H, W] of a MASK [n, H, W] or [H, W]. Raises PersonalizeError where it is of no picture."""
+    if mask.ndim not in (2, 3) or not mask.numel():
+        raise PersonalizeError(f'A mask of "{word}" has the shape {tuple(mask.shape)}: check the node it comes from.')
+    return mask.reshape(-1, *mask.shape[-2:])[0]
+
+
 def painted(place: Tensor) -> tuple[float, float, float, float]:
-    """The box around what is white of a mask [1, H, W], as shares."""
+    """The box around what is white of a mask [H, W], as shares."""
     try:
-        left, top, right, bottom = box_of(place[0] > 0.5)
+        left, top, right, bottom = box_of(place > 0.5)
     except ValueError:
         raise PersonalizeError("The place is an empty mask: paint where the subject shall be.") from None
-    height, width = place.shape[1:]
+    height, width = place.shape
     return left / width, top / height, right / width, bottom / height
 
 
-class ApplySubjectDiffusion(io.ComfyNode):
+class ApplySubjectDiffusion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
@@ -348,7 +357,7 @@ class SubjectGuider(comfy.samplers.CFGGuider):
         return done
 
 
-class GuideSubjects(io.ComfyNode):
+class GuideSubjects(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(

@@ -17,7 +17,7 @@ from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, s
 from ..models.checkpoints import read_header
 from ..models.errors import PersonalizeError
 from ..models.metadata import About, read_about
-from ..models.weight_files import read_safetensors, read_weights
+from ..models.weight_files import check_finite, read_safetensors, read_weights
 
 OURS = re.compile(rb'"personalize\.method"\s*:\s*"dreambooth"')
 HEAD = 1 << 16
@@ -30,14 +30,17 @@ def read_trained(path: Path) -> tuple[dict[str, Tensor], About | None]:
     """A file's tensors and, where we wrote it, what it says of itself.
 
     Raises:
-        PersonalizeError: it is damaged, or holds more than tensors.
+        PersonalizeError: it is damaged, holds more than tensors, or numbers that are not finite.
     """
     if path.suffix == ".safetensors":
         tensors, metadata = read_safetensors(path)
-        return tensors, read_about(metadata, path.name)
-    weights = read_weights(path)
-    weights = weights.get("string_to_param", weights)  # where A1111's Textual Inversion keeps its vectors
-    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}, None
+        about = read_about(metadata, path.name)
+    else:
+        weights = read_weights(path)
+        weights = weights.get("string_to_param", weights)  # where A1111's Textual Inversion keeps its vectors
+        tensors, about = {key: value for key, value in weights.items() if isinstance(value, Tensor)}, None
+    check_finite(tensors, path.name)
+    return tensors, about
 
 
 def read_about_file(path: Path) -> About | None:

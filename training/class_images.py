@@ -42,9 +42,8 @@ def draw_class_images(
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     with resting(base), accelerator.autocast():
         row, empty = (read_text(base, [text]) for text in (prompt, ""))
-        for i, name in tqdm(
-            mine, desc=f"Drawing '{prompt}'", unit=" pictures", disable=not accelerator.is_main_process
-        ):
+        bar = tqdm(mine, desc=f"Drawing '{prompt}'", unit=" pictures", disable=not accelerator.is_main_process)
+        for i, name in stop.between(bar):
             size, own = (resolution, resolution), seed * 100_003 + i
             ((picture,),) = draw_samples(accelerator, base, [row], empty, 1, size, own, partial(step_of, stop, None))
             with whole(folder / name) as part:

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,6 +22,8 @@ class Stop:
     asked: Callable[[], bool] = lambda: False
     training: bool = False
     """Whether there is a state to save."""
+    told: Callable[[int, int], None] = lambda _done, _things: None
+    """Of every few things that are gone through before the first step: how many are done, and of how many."""
 
     def __bool__(self) -> bool:
         return self.signal is not None or self.asked()
@@ -33,14 +35,18 @@ class Stop:
         if self:
             raise StoppedError
 
-    def between(self, things: Iterable[T]) -> Iterator[T]:
-        """The things, unless somebody asks before the next.
+    def between(self, things: Collection[T]) -> Iterator[T]:
+        """The things, unless somebody asks before the next; who waits is told.
+
+        Args:
+            things: a list, or a progress bar over one.
 
         Raises:
             StoppedError: somebody asked.
         """
-        for thing in things:
+        for i, thing in enumerate(things):
             self.check()
+            self.told(i, len(things))
             yield thing
 
 

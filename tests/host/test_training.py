@@ -8,6 +8,8 @@ import pytest
 import torch
 from finetuning import photos, train
 from inprocess import BASE, node
+from pack.models.checkpoints import read_header
+from pack.models.metadata import read_about
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -96,6 +98,33 @@ def test_the_model_comes_with_it_and_the_loaded_one_is_as_before(host, loaded, p
     assert Path(file).stat().st_mtime_ns == changed
 
 
+def test_a_file_that_another_training_took_the_name_of_is_not_taken_for_it(host, pictures):
+    def made(seed):
+        values = asked("reused", images=on_wires(pictures), rank=4, learning_rate=1e-2, seed=seed)
+        return Path(ask(host, "TrainLoRA", **values)[4])
+
+    first = made(1)
+    content = first.read_bytes()
+    first.unlink()
+    assert made(2) == first
+    assert first.read_bytes() != content
+    again = made(1)
+    assert again.name == "reused_02.safetensors"
+    ours, theirs = load_file(again), load_file(first)
+    assert any(not torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+def test_class_pictures_are_drawn_and_trained_on(host, pictures):
+    own = {"save_as": "delta", "class_pictures": 2}
+    *_, file, _ = ask(host, "TrainDreamBooth", **asked("preserved", images=on_wires(pictures), **own) | {"steps": 1})
+    assert Path(file).name == "preserved.delta.safetensors"
+    (place,) = (host.base / "output" / "personalize").glob("preserved-*")
+    assert len(list((place / "class").glob("*.png"))) == 2
+    settings = read_about(read_header(Path(file))[1], "").settings
+    assert settings["with_prior_preservation"]
+    assert settings["num_class_images"] == 2
+
+
 def test_samples_and_progress(host, pictures, monkeypatch):
     import comfy.utils
 
@@ -107,8 +136,10 @@ def test_samples_and_progress(host, pictures, monkeypatch):
     )
     values = asked("sampled", images=on_wires(pictures), rank=4) | {"sample_prompt": "a {trigger} {class}", "steps": 4}
     *_, shown = ask(host, "TrainLoRA", **values, sample_steps=2)
-    assert [(value, total) for value, total, _ in told] == [(1, 4), (2, 4), (3, 4), (4, 4)]
-    assert [preview is not None for *_, preview in told] == [False, True, False, True]
+    before, steps = told[:-4], told[-4:]
+    assert [(value, total) for value, total, _ in before[:3]] == [(0, 3), (1, 3), (2, 3)], "pictures are encoded"
+    assert [(value, total) for value, total, _ in steps] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [preview is not None for *_, preview in steps] == [False, True, False, True]
     assert shown.shape[2] >= 4 * 64, "four pictures side by side"
     assert float(shown.std()) > 0.05
 
@@ -121,7 +152,7 @@ def test_cancelled_it_goes_on_from_its_last_step(host, root, pictures, tmp_path,
         comfy.utils.ProgressBar,
         "update_absolute",
         lambda self, value, total=None, preview=None: (
-            comfy.model_management.interrupt_current_processing() if value == 2 else None
+            comfy.model_management.interrupt_current_processing() if (value, total) == (2, 6) else None
         ),
     )
     values = asked("stopped", images=on_wires(pictures), rank=4) | {"steps": 6}
@@ -161,7 +192,9 @@ def test_a_folder_and_captions(host, pictures):
             {"images": {}, "folder": "nowhere"},
             r'There is no folder "nowhere" \(looked for .*\): write a folder with pict.*',
         ),
-        ({"name": "../up"}, r'"\.\./up" is no name of a file: write letters, digits, _ and -\.'),
+        ({"name": "../up"}, r'"\.\./up" is no name of a file: write letters, digits, _ and -, a hundred at most\.'),
+        ({"name": "v1.1"}, r'"v1\.1" is no name of a file.*'),
+        ({"name": "a" * 101}, r'"a*" is no name of a file.*'),
         ({"checkpoint": "none.safetensors"}, r"none.safetensors is not in .*: put it there and refresh\."),
         ({"trigger": ""}, r".*trigger.*"),
     ],

@@ -215,7 +215,8 @@ def test_metadata_comes_back():
     [
         ("lora", "ohwx", "dog", {}, "ohwx dog"),
         ("dreambooth", "", "dog", {}, "dog"),
-        ("textual_inversion", "embedding:rex", "dog", {"learnable_property": "object"}, "embedding:rex dog"),
+        ("dreambooth", "person", "person", {}, "person"),
+        ("textual_inversion", "embedding:rex", "dog", {"learnable_property": "object"}, "embedding:rex"),
         ("textual_inversion", "embedding:ink", "person", {"learnable_property": "style"}, "embedding:ink"),
         (
             "custom_diffusion",
