@@ -34,8 +34,9 @@ class Node(io.ComfyNode):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "execute" in cls.__dict__:
-            cls.execute = classmethod(_with_all_inputs(cls.__dict__["execute"].__func__))
+        own = cls.__dict__.get("execute")
+        if own is not None and not hasattr(own.__func__, "__wrapped__"):  # the host's locked copies have it wrapped
+            cls.execute = classmethod(_with_all_inputs(own.__func__))
 
 
 def _with_all_inputs(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:

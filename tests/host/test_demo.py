@@ -19,7 +19,7 @@ def test_every_method_draws_every_prompt(comfyui, rows, monkeypatch):
     monkeypatch.setattr(drawing, "STEPS", 2)
     place, made = rows
     pictures = drawing.in_comfyui(comfyui, made, place, 2)
-    assert [row.method for row in made][2:] == list(methods.TITLES)
+    assert [row.method for row in made][3:] == list(methods.TITLES)
     assert [[len(some) for some in row] for row in pictures] == [[2] * len(methods.PROMPTS)] * len(made)
     every = [one.convert("RGB").tobytes() for row in pictures for some in row for one in some]
     assert len(set(every)) == len(every), "each method, prompt and seed has a picture of its own"

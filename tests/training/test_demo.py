@@ -10,7 +10,15 @@ from pack.training.demo import __main__ as demo
 from pack.training.demo import headless, methods
 from PIL import Image
 
-ROWS = ["without", "IP-Adapter, self-attention", "Textual Inversion", "LoRA", "Custom Diffusion", "DreamBooth"]
+ROWS = [
+    "without",
+    "IP-Adapter, self-attention",
+    "Subject-Diffusion",
+    "Textual Inversion",
+    "LoRA",
+    "Custom Diffusion",
+    "DreamBooth",
+]
 
 
 @pytest.fixture
@@ -36,7 +44,8 @@ def test_it_ends_with_a_sheet_and_a_table(quick, tmp_path, monkeypatch, capsys):
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [*ROWS, "the photographs to each other"]
     sheet = np.asarray(Image.open(tmp_path / "contact_sheet.png").convert("RGB"))
     cells = [
-        sheet[-34 - (6 - i) * (CELL + GAP) :][: CELL // 2, LABEL : LABEL + CELL].tobytes() for i in range(len(ROWS))
+        sheet[-34 - (len(ROWS) - i) * (CELL + GAP) :][: CELL // 2, LABEL : LABEL + CELL].tobytes()
+        for i in range(len(ROWS))
     ]
     assert len(set(cells)) == len(ROWS), "the methods give different pictures"
     (training,) = tmp_path.glob("training-*")
@@ -54,7 +63,7 @@ def test_a_second_run_takes_what_is_there(quick, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, *common) == 0
     assert file.stat().st_mtime_ns == before
     assert (
-        "a photo of a smiling ohwx cat"
+        "a photo of a smiling ohwx, facing left, on a beach"
         in next((tmp_path / "out").glob("training-*/pictures/Text*/p0-s0.txt")).read_text()
     )
 

@@ -1,7 +1,8 @@
 """Every method on the same few photographs: trained, drawn, measured, and laid side by side on one sheet.
 
-Trains Textual Inversion, LoRA, Custom Diffusion and DreamBooth of the pocket model on them, takes its IP-Adapter as it is,
-and draws the same prompts with each in the ComfyUI of this machine, or through diffusers where there is none.
+Trains Textual Inversion, LoRA, Custom Diffusion and DreamBooth of the pocket model on them, takes its IP-Adapter and its
+Subject-Diffusion (of the first photograph) as they are, and draws the same prompts with each in the ComfyUI of this
+machine, or through diffusers where there is none.
 """
 
 import argparse

@@ -11,10 +11,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
-from .methods import ADAPTER, PLAIN, PROMPTS, Made, prompt_of
+from ..shared import list_pictures
+from .methods import ADAPTER, BOX, PLAIN, PROMPTS, SUBJECT_GUIDANCE, Made, prompt_of
 from .server import Server
 
 STEPS, GUIDANCE, SIZE, SEED = 20, 4.0, 64, 7
+SAMPLERS = "KSampler", "SamplerCustomAdvanced"
 
 
 class Graph:
@@ -48,6 +50,16 @@ def graph_of(rows: Sequence[Made], photos: Path, count: int) -> tuple[Graph, lis
             how |= {"pooling": "before projection", "layers": "all", "layer_list": ""}
             wires = {"model": model, "ip_adapter": [adapter, 0], "references": [references, 0]}
             model = [graph.add("PersonalizeApplyIPAdapter", **wires, **how), 0]
+        elif row.method == "subject_diffusion":
+            encoder = graph.add("PersonalizeLoadImageEncoder", file=Path(IMAGE_ENCODER).name)
+            file = graph.add("PersonalizeLoadSubjectDiffusion", file=row.files[0].name)
+            box = dict(
+                zip(("left", "top", "width", "height"), (*BOX[:2], BOX[2] - BOX[0], BOX[3] - BOX[1]), strict=True)
+            )
+            photo = str(list_pictures(photos)[0])
+            subject = graph.add("PersonalizeSubject", word=row.subject, file=photo, **box)
+            wires = {"model": model, "clip": clip, "clip_vision": [encoder, 0], "subject_diffusion": [file, 0]}
+            told = wires | {"subjects": [subject, 0], "negative_prompt": ""}
         elif row.title != PLAIN:
             own = {} if row.method == "dreambooth" else {"model": model, "clip": clip, "vae": vae}
             file = f"{row.kind}/{row.files[0].name}"
@@ -56,16 +68,34 @@ def graph_of(rows: Sequence[Made], photos: Path, count: int) -> tuple[Graph, lis
             negative = [graph.add("CLIPTextEncode", clip=clip, text=""), 0]
         nodes = []
         for number, wishes in enumerate(PROMPTS):
-            positive = graph.add("CLIPTextEncode", clip=clip, text=prompt_of(wishes, row.subject))
-            sampling = {"seed": SEED + number, "steps": STEPS, "cfg": GUIDANCE, "sampler_name": "euler", "denoise": 1.0}
-            wires = {"model": model, "positive": [positive, 0], "negative": negative, "latent_image": [latent, 0]}
-            samples = graph.add("KSampler", scheduler="normal", **sampling, **wires)
+            text = prompt_of(wishes, row.subject)
+            if row.method == "subject_diffusion":
+                applied = graph.add("PersonalizeApplySubjectDiffusion", prompt=text, **told)
+                samples = _guided(graph, applied, [latent, 0], SEED + number)
+            else:
+                positive = graph.add("CLIPTextEncode", clip=clip, text=text)
+                sampling = {"seed": SEED + number, "steps": STEPS, "cfg": GUIDANCE, "sampler_name": "euler"}
+                wires = {"model": model, "positive": [positive, 0], "negative": negative, "latent_image": [latent, 0]}
+                samples = graph.add("KSampler", scheduler="normal", denoise=1.0, **sampling, **wires)
             decoded = graph.add("VAEDecode", samples=[samples, 0], vae=vae)
             nodes.append(
                 graph.add("SaveImage", images=[decoded, 0], filename_prefix=f"demo/{row.method or PLAIN}_{number}")
             )
         saved.append(nodes)
     return graph, saved
+
+
+def _guided(graph: Graph, applied: str, latent: list[Any], seed: int) -> str:
+    """The node that samples what *Apply Subject-Diffusion* gives, as KSampler does the others."""
+    scales = {"text_cfg": GUIDANCE, "subject_cfg": SUBJECT_GUIDANCE}
+    wires = {"model": [applied, 0], "positive": [applied, 1], "negative": [applied, 2], "subjects_only": [applied, 3]}
+    parts = {
+        "guider": graph.add("PersonalizeSubjectGuider", **wires, **scales),
+        "noise": graph.add("RandomNoise", noise_seed=seed),
+        "sampler": graph.add("KSamplerSelect", sampler_name="euler"),
+        "sigmas": graph.add("BasicScheduler", model=[applied, 0], scheduler="normal", steps=STEPS, denoise=1.0),
+    }
+    return graph.add(SAMPLERS[1], latent_image=latent, **{name: [node, 0] for name, node in parts.items()})
 
 
 def in_comfyui(comfyui: Path, rows: Sequence[Made], photos: Path, count: int) -> list[list[list[Image.Image]]]:
@@ -76,12 +106,12 @@ def in_comfyui(comfyui: Path, rows: Sequence[Made], photos: Path, count: int) ->
     """
     with tempfile.TemporaryDirectory(prefix="personalize-") as base:
         for row in rows:
-            for i, file in enumerate(row.files if row.method != "ip_adapter" else ()):
+            for i, file in enumerate(() if row.shipped else row.files):
                 target = Path(base) / "models" / (row.kind if i == 0 else "embeddings")
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, target)
         graph, saved = graph_of(rows, photos, count)
-        samplers = {number for number, node in graph.nodes.items() if node["class_type"] == "KSampler"}
+        samplers = {number for number, node in graph.nodes.items() if node["class_type"] in SAMPLERS}
         with (
             Server(comfyui, Path(base)) as server,
             tqdm(desc="Sampling in ComfyUI", total=len(samplers) * STEPS) as bar,

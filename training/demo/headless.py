@@ -1,19 +1,22 @@
 """The demo's pictures without ComfyUI: through diffusers, with the pack's own equations."""
 
 import gc
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from ..base_model import load_base
+from ..base_model import BaseModel, load_base
 from ..generate import Job, ReferencePrompts, Sampling, draw_pictures
 from ..image_encoder import load_image_encoder
 from ..personalization import put_on
 from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
-from ..shared import POCKET, SELF_ATTENTION, IPAdapter, list_pictures, read_ip_adapter
-from .methods import ADAPTER, PROMPTS, TRIGGER, Made, prompt_of
+from ..shared import POCKET, SELF_ATTENTION, IPAdapter, cut_out, list_pictures, read_ip_adapter, read_picture
+from ..subject_drawing import Placed, SubjectArtist, SubjectJob
+from .methods import ADAPTER, BOX, PROMPTS, SUBJECT_GUIDANCE, TRIGGER, Made, prompt_of
 
 SAMPLING = Sampling(64, 20, 4.0)
 
@@ -28,30 +31,54 @@ def in_diffusers(rows: Sequence[Made], photos: Path, count: int, folder: Path) -
     for row in rows:
         base = load_base(str(row.files[0] if row.method == "dreambooth" else POCKET / CHECKPOINT))
         base.pipeline.unet.requires_grad_(False)
-        references: tuple[Path, ...] = ()
-        showing, subject = None, row.subject
-        if row.method == "ip_adapter":
-            adapter = IPAdapter.from_state(read_ip_adapter(ADAPTER))
-            encoder = load_image_encoder(POCKET / IMAGE_ENCODER)
-            showing = ReferencePrompts(base, adapter, encoder, SELF_ATTENTION, "before projection", 1.0)
-            references = tuple(list_pictures(photos))
-        elif row.method and row.method != "dreambooth":
-            put_on(base, row.method, row.files[0], TRIGGER)
-            subject = f"{TRIGGER} {row.subject.rpartition(' ')[2]}"
-        jobs = [
-            [
-                Job(
-                    folder / row.title / f"p{i}-s{seed}.png",
-                    prompt_of(wishes, subject),
-                    seed * 1_000_003 + i,
-                    references,
-                )
-                for seed in range(count)
-            ]
-            for i, wishes in enumerate(PROMPTS)
-        ]
-        draw_pictures(Accelerator(), base, [job for some in jobs for job in some], SAMPLING, row.title, showing)
-        found.append([[Image.open(job.path) for job in some] for some in jobs])
-        del base, showing
+        draw = _by_subject_diffusion if row.method == "subject_diffusion" else _by_others
+        found.append([[Image.open(path) for path in some] for some in draw(base, row, photos, count, folder)])
+        del base
         gc.collect()
     return found
+
+
+def _paths(row: Made, count: int, folder: Path) -> list[list[tuple[Path, int]]]:
+    """By prompt where each picture goes, and its seed."""
+    return [
+        [(folder / row.title / f"p{i}-s{seed}.png", seed * 1_000_003 + i) for seed in range(count)]
+        for i in range(len(PROMPTS))
+    ]
+
+
+def _by_others(base: BaseModel, row: Made, photos: Path, count: int, folder: Path) -> list[list[Path]]:
+    references: tuple[Path, ...] = ()
+    showing, subject = None, row.subject
+    if row.method == "ip_adapter":
+        adapter = IPAdapter.from_state(read_ip_adapter(ADAPTER))
+        encoder = load_image_encoder(POCKET / IMAGE_ENCODER)
+        showing = ReferencePrompts(base, adapter, encoder, SELF_ATTENTION, "before projection", 1.0)
+        references = tuple(list_pictures(photos))
+    elif row.method and row.method != "dreambooth":
+        put_on(base, row.method, row.files[0], TRIGGER)
+        subject = re.sub(r"embedding:\S+", TRIGGER, row.subject)
+    paths = _paths(row, count, folder)
+    jobs = [
+        Job(path, prompt_of(wishes, subject), seed, references)
+        for wishes, some in zip(PROMPTS, paths, strict=True)
+        for path, seed in some
+    ]
+    draw_pictures(Accelerator(), base, jobs, SAMPLING, row.title, showing)
+    return [[path for path, _ in some] for some in paths]
+
+
+def _by_subject_diffusion(base: BaseModel, row: Made, photos: Path, count: int, folder: Path) -> list[list[Path]]:
+    photo = read_picture(list_pictures(photos)[0])
+    inside = torch.ones(photo.pixels.shape[:2], dtype=torch.bool) if photo.mask is None else photo.mask > 0.5
+    crop = folder / row.title / "subject.png"
+    crop.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((cut_out(photo.pixels, inside) * 255).round().byte().numpy()).save(crop)
+    paths = _paths(row, count, folder)
+    jobs = [
+        SubjectJob(path, prompt_of(wishes, row.subject), seed, (Placed(crop, row.subject, BOX),))
+        for wishes, some in zip(PROMPTS, paths, strict=True)
+        for path, seed in some
+    ]
+    artist = SubjectArtist(base, row.files[0], load_image_encoder(POCKET / IMAGE_ENCODER))
+    artist.draw(Accelerator(), jobs, SAMPLING, row.title, SUBJECT_GUIDANCE)
+    return [[path for path, _ in some] for some in paths]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS, article
-from ..pocket.files import CHECKPOINT
+from ..pocket.files import CHECKPOINT, SUBJECTS
 from ..run import METHODS, train
 from ..settings import make_settings
 from ..shared import POCKET, folder_of, read_about, read_header
@@ -18,8 +18,11 @@ TITLES = {
     "custom_diffusion": "Custom Diffusion",
     "dreambooth": "DreamBooth",
 }
-PLAIN, REFERENCES = "without", "IP-Adapter, self-attention"
+PLAIN, REFERENCES, SUBJECT = "without", "IP-Adapter, self-attention", "Subject-Diffusion"
 ADAPTER = POCKET / "ipadapter" / "pocket_self_attention.safetensors"
+BOX = (0.05, 0.05, 0.95, 1.0)
+"""Where Subject-Diffusion draws the subject of the first photograph, which fills it: left, top, right, bottom."""
+SUBJECT_GUIDANCE = 1.5
 TRIGGER = "ohwx"
 STEPS: int | None = None
 """Of each training; None: each method's own."""
@@ -43,6 +46,11 @@ class Made:
     subject: str = ""
     """What prompts call it in ComfyUI."""
     minutes: float = 0.0
+
+    @property
+    def shipped(self) -> bool:
+        """Whether its files come with the pack."""
+        return any(path.is_relative_to(POCKET) for path in self.files)
 
     @property
     def megabytes(self) -> float:
@@ -77,7 +85,11 @@ def make(photos: Path, class_name: str, place: Path) -> list[Made]:
     Raises:
         PersonalizeError: whatever a training cannot do.
     """
-    rows = [Made(PLAIN, subject=class_name), Made(REFERENCES, "ip_adapter", (ADAPTER,), class_name)]
+    rows = [
+        Made(PLAIN, subject=class_name),
+        Made(REFERENCES, "ip_adapter", (ADAPTER,), class_name),
+        Made(SUBJECT, "subject_diffusion", (POCKET / SUBJECTS,), class_name),
+    ]
     for number, (method, title) in enumerate(TITLES.items(), 1):
         out = place / method
         print(f"{number} of {len(TITLES)}: {title}", flush=True)
