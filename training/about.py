@@ -1,12 +1,12 @@
 """What a result says of itself: ours, and the keys that other tools read (`modelspec.*`, `ss_*`)."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from .base_model import BaseModel
+from .encoding import digest_of_path
 from .concepts import concepts_of
 from .dataset import Example
 from .defaults import UNCALLED
@@ -125,7 +125,4 @@ def told(path: Path) -> str:
 
 def digest_of_file(base: BaseModel) -> str:
     """SHA-256 of the base's file; empty where it was none."""
-    if base.file is None:
-        return ""
-    with open(base.file, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if base.file is None else digest_of_path(base.file)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .clip_tokenizer import clip_tokenizer
 from .shared import (
+    UNET_PREFIX,
     PersonalizeError,
     family_of_widths,
     fingerprint,
@@ -45,11 +46,10 @@ PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 Pipeline = Any
 """One of PIPELINES."""
 
-_UNET = "model.diffusion_model."
-_CONV_IN = f"{_UNET}input_blocks.0.0.weight"
+_CONV_IN = f"{UNET_PREFIX}input_blocks.0.0.weight"
 _CROSS = ".attn2.to_k.weight"
 _TINY_VAE = "first_stage_model.taesd_"
-_SD2_NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_SD2_NORM = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_V = 0.09
 """Standard deviation of that bias above which an SD2.x predicts v: no key of the file says it (ComfyUI's rule)."""
 
@@ -102,7 +102,9 @@ class BaseModel:
     def fingerprint(self) -> str:
         """See models.base_models."""
         state = self.pipeline.unet.state_dict()
-        return fingerprint({single.removeprefix(_UNET): state[name] for name, single in self.unet_names().items()})
+        return fingerprint(
+            {single.removeprefix(UNET_PREFIX): state[name] for name, single in self.unet_names().items()}
+        )
 
 
 def load_base(

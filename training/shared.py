@@ -144,6 +144,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.textual_inversion import LearnedWord as LearnedWord
     from models.textual_inversion import read_word as read_word
     from models.textual_inversion import word_tensors as word_tensors
+    from models.unet_keys import UNET_PREFIX as UNET_PREFIX
     from models.unet_keys import single_file_names as single_file_names
     from models.vae_keys import tiny_vae_tensors as tiny_vae_tensors
     from models.vae_keys import vae_tensors as vae_tensors
@@ -299,6 +300,7 @@ else:
     from ..models.textual_inversion import LearnedWord as LearnedWord
     from ..models.textual_inversion import read_word as read_word
     from ..models.textual_inversion import word_tensors as word_tensors
+    from ..models.unet_keys import UNET_PREFIX as UNET_PREFIX
     from ..models.unet_keys import single_file_names as single_file_names
     from ..models.vae_keys import tiny_vae_tensors as tiny_vae_tensors
     from ..models.vae_keys import vae_tensors as vae_tensors
