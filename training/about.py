@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .base_model import BaseModel
-from .encoding import digest_of_path
 from .concepts import concepts_of
 from .dataset import Example
 from .defaults import UNCALLED
+from .encoding import digest_of_path
 from .settings import Settings
 from .shared import About, folder_of, read_about, read_header
 
