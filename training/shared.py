@@ -151,6 +151,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.weight_files import VISION_CONFIG as VISION_CONFIG
     from models.weight_files import read_safetensors as read_safetensors
     from models.weight_files import read_weights as read_weights
+    from models.weight_files import unreadable as unreadable
     from models.weight_files import write_safetensors as write_safetensors
     from models.whole_files import sweep as sweep
     from models.whole_files import whole as whole
@@ -307,6 +308,7 @@ else:
     from ..models.weight_files import VISION_CONFIG as VISION_CONFIG
     from ..models.weight_files import read_safetensors as read_safetensors
     from ..models.weight_files import read_weights as read_weights
+    from ..models.weight_files import unreadable as unreadable
     from ..models.weight_files import write_safetensors as write_safetensors
     from ..models.whole_files import sweep as sweep
     from ..models.whole_files import whole as whole
