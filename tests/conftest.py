@@ -1,4 +1,4 @@
-"""The pack is imported as `pack`, never by its folder's name; ComfyUI is looked for as DESIGN.md says."""
+"""The pack is imported as `pack`, never by its folder's name; ComfyUI is looked for as the demo does, COMFYUI_PATH first."""
 
 import os
 import sys

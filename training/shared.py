@@ -129,7 +129,6 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.subject_diffusion import ImageMLP as ImageMLP
     from models.subject_diffusion import ObjectTokens as ObjectTokens
     from models.subject_diffusion import SubjectTensors as SubjectTensors
-    from models.subject_diffusion import check_subjects as check_subjects
     from models.subject_diffusion import fused_prompt as fused_prompt
     from models.subject_diffusion import inside_boxes as inside_boxes
     from models.subject_diffusion import localisation_loss as localisation_loss
@@ -137,7 +136,6 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.subject_diffusion import read_subject_diffusion as read_subject_diffusion
     from models.subject_diffusion import replace_embeddings as replace_embeddings
     from models.subject_diffusion import slots as slots
-    from models.subject_diffusion import three_way as three_way
     from models.text_keys import PREFIXES as PREFIXES
     from models.text_keys import text_tensors as text_tensors
     from models.text_keys import with_text_model as with_text_model
@@ -286,7 +284,6 @@ else:
     from ..models.subject_diffusion import ImageMLP as ImageMLP
     from ..models.subject_diffusion import ObjectTokens as ObjectTokens
     from ..models.subject_diffusion import SubjectTensors as SubjectTensors
-    from ..models.subject_diffusion import check_subjects as check_subjects
     from ..models.subject_diffusion import fused_prompt as fused_prompt
     from ..models.subject_diffusion import inside_boxes as inside_boxes
     from ..models.subject_diffusion import localisation_loss as localisation_loss
@@ -294,7 +291,6 @@ else:
     from ..models.subject_diffusion import read_subject_diffusion as read_subject_diffusion
     from ..models.subject_diffusion import replace_embeddings as replace_embeddings
     from ..models.subject_diffusion import slots as slots
-    from ..models.subject_diffusion import three_way as three_way
     from ..models.text_keys import PREFIXES as PREFIXES
     from ..models.text_keys import text_tensors as text_tensors
     from ..models.text_keys import with_text_model as with_text_model

@@ -50,8 +50,8 @@ from pack.training.pocket.measure import VALUES
 from pack.training.pocket.shipped import load_judge
 from pack.training.pocket.subject_set import SEEN, reference, subject_caption, subject_scene
 from pack.training.pocket.vae import to_tensor
-from pack.training.subject_drawing import IMAGE_SCALE, Placed, SubjectArtist, SubjectJob
 from shown import own_values, own_vectors
+from subject_drawing import IMAGE_SCALE, Placed, SubjectArtist, SubjectJob
 from torchvision.ops import box_iou
 
 WORDS, TRUTH = "words alone", "the truth"

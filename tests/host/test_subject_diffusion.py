@@ -21,10 +21,10 @@ from pack.training.base_model import load_base
 from pack.training.generate import Sampling
 from pack.training.image_encoder import load_image_encoder
 from pack.training.subject_data import read_subjects
-from pack.training.subject_drawing import Placed, SubjectArtist, SubjectJob
 from pack.training.subject_features import look_of
 from PIL import Image
 from sampling import encode, pixels
+from subject_drawing import Placed, SubjectArtist, SubjectJob
 from subject_sets import train_subjects
 
 NAME = "subjects.safetensors"

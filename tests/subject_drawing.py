@@ -1,4 +1,4 @@
-"""Pictures by Subject-Diffusion, headless: prompts with subjects from their crops, each in its box."""
+"""Pictures by Subject-Diffusion without ComfyUI, to compare its nodes with: subjects from their crops, each in its box."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,20 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from pack.models.subject_diffusion import BOXES, CLS, check_subjects, fused_prompt, three_way
+from pack.training.base_model import BaseModel
+from pack.training.encoding import read_text
+from pack.training.following import forwarding
+from pack.training.generate import SOLVERS, Job, Sampling, denoised, noise_of, save_drawn
+from pack.training.subject_diffusion import placeholder_of
+from pack.training.subject_features import encode_subjects, look_of
+from pack.training.subject_network import Placeholders, SubjectNetwork, load_subject_file
+from pack.training.watch import decode, resting, solving
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
-
-from .base_model import BaseModel
-from .encoding import read_text
-from .following import forwarding
-from .generate import SOLVERS, Job, Sampling, denoised, noise_of, save_drawn
-from .shared import BOXES, CLS, check_subjects, fused_prompt, three_way
-from .subject_diffusion import placeholder_of
-from .subject_features import encode_subjects, look_of
-from .subject_network import Placeholders, SubjectNetwork, load_subject_file
-from .watch import decode, resting, solving
 
 IMAGE_SCALE = 1.5
 """s_i of the authors' code; s_t is the sampling's guidance."""
