@@ -54,6 +54,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.delta import host_unet_names as host_unet_names
     from models.delta import truncated_delta_tensors as truncated_delta_tensors
     from models.errors import PersonalizeError as PersonalizeError
+    from models.errors import plural as plural
     from models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
     from models.ip_adapter import AdapterTensors as AdapterTensors
     from models.ip_adapter import ImagePrompt as ImagePrompt
@@ -209,6 +210,7 @@ else:
     from ..models.delta import host_unet_names as host_unet_names
     from ..models.delta import truncated_delta_tensors as truncated_delta_tensors
     from ..models.errors import PersonalizeError as PersonalizeError
+    from ..models.errors import plural as plural
     from ..models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
     from ..models.ip_adapter import AdapterTensors as AdapterTensors
     from ..models.ip_adapter import ImagePrompt as ImagePrompt
