@@ -47,20 +47,6 @@ class UNetLayout:
         blocks = list(dict.fromkeys((layer.block, layer.id) for layer in order))
         return {layer: blocks.index((layer.block, layer.id)) for layer in order}
 
-    def diffusers_names(self, layers_per_block: int = 2) -> dict[Layer, str]:
-        """The module name of every layer in diffusers' UNet2DConditionModel."""
-        span = layers_per_block + 1
-        names = {}
-        for layer in self.file_order():
-            if layer.block == "middle":
-                place = "mid_block.attentions.0"
-            elif layer.block == "input":
-                place = f"down_blocks.{(layer.id - 1) // span}.attentions.{(layer.id - 1) % span}"
-            else:
-                place = f"up_blocks.{layer.id // span}.attentions.{layer.id % span}"
-            names[layer] = f"{place}.transformer_blocks.{layer.depth}.attn2"
-        return names
-
 
 SD15 = UNetLayout(input=tuple((i, 1) for i in (1, 2, 4, 5, 7, 8)), middle=1, output=tuple((i, 1) for i in range(3, 12)))
 SDXL = UNetLayout(

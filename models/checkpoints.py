@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from .errors import PersonalizeError
+from .weight_files import unreadable
 from .whole_files import whole
 
 CHUNK = 1 << 24
+LONGEST = 100_000_000
+"""Bytes of a header, as safetensors has it."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -33,18 +36,18 @@ def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str], int]:
     """What a safetensors file holds: `{name: {"dtype", "shape", "data_offsets"}}`, metadata, and where the data begins.
 
     Raises:
-        PersonalizeError: the file is missing or no safetensors file.
+        PersonalizeError: the file is missing, damaged or cut short, or is a folder.
     """
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > 100_000_000:
-                raise ValueError("its header is too long")
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise PersonalizeError(f"{path.name} is not in {path.parent}.") from None
-    except (struct.error, ValueError, OSError) as error:
-        raise PersonalizeError(f"{path.name} in {path.parent} is not a whole .safetensors file ({error}).") from None
+            header = json.loads(file.read(length)) if length <= LONGEST else None
+    except OSError as error:
+        raise unreadable(path, error.strerror or error) from None
+    except (struct.error, ValueError):
+        header = None
+    if not isinstance(header, dict):
+        raise unreadable(path, "its header cannot be read")
     metadata = header.pop("__metadata__", {})
     return header, metadata, 8 + length
 

@@ -19,7 +19,7 @@ from .words import parse_numbers
 
 _BETWEEN = re.compile(r"\bAND\b|(?<!\\)\|")
 _NOT = re.compile(r"\s*NOT\b\s*")
-_WEIGHT = re.compile(r"(?<!\d)\s*(?<!\\):\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*$")
+_WEIGHT = re.compile(r"(?<!\d)\s*(?<!\\):\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?i:nan|inf|infinity))\s*$")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import PersonalizeError
 from .text_keys import with_text_model
+from .unet_keys import UNET_PREFIX
 
 TEXT_MODELS = {"sd": ("clip_l",), "sd2": ("clip_h",), "sdxl": ("clip_l", "clip_g")}
 """ComfyUI's names of each layout's text encoders."""
@@ -25,7 +26,7 @@ TINY = 1e-6
 
 def host_unet_names(names: Mapping[str, str]) -> dict[str, str]:
     """ComfyUI's name of each of a UNet's parameters, from its single-file name (`models.unet_keys`)."""
-    return {name: f"diffusion_model.{single.removeprefix('model.diffusion_model.')}" for name, single in names.items()}
+    return {name: f"diffusion_model.{single.removeprefix(UNET_PREFIX)}" for name, single in names.items()}
 
 
 def host_text_tensors(state: Mapping[str, Tensor], text_model: str) -> dict[str, Tensor]:

@@ -6,3 +6,8 @@ class PersonalizeError(ValueError):
 
     __module__ = "Personalize"
     """ComfyUI shows this before the message: the module's real name there is its whole path."""
+
+
+def plural(count: int, thing: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"

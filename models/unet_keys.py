@@ -7,7 +7,7 @@ down_blocks.B is input (r + 1) B + 1 and on, up_blocks.B is output (r + 1) B and
 
 import re
 
-PREFIX = "model.diffusion_model."
+UNET_PREFIX = "model.diffusion_model."
 _OUTER = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -44,19 +44,19 @@ def single_file_name(name: str, layers_per_block: int, attention: bool) -> str:
     """
     for ours, theirs in _OUTER.items():
         if name.startswith(f"{ours}."):
-            return PREFIX + theirs + "." + _inner(ours, name[len(ours) + 1 :])
+            return UNET_PREFIX + theirs + "." + _inner(ours, name[len(ours) + 1 :])
     match = _BLOCK.fullmatch(name)
     if match is None:
         raise ValueError(f"{name} is not a parameter of a Stable Diffusion UNet")
     side, block, part, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     span = layers_per_block + 1
     if part == "downsamplers":
-        return f"{PREFIX}input_blocks.{span * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
+        return f"{UNET_PREFIX}input_blocks.{span * (block + 1)}.0.op.{rest.removeprefix('conv.')}"
     if part == "upsamplers":
-        return f"{PREFIX}output_blocks.{span * block + layers_per_block}.{1 + attention}.{rest}"
+        return f"{UNET_PREFIX}output_blocks.{span * block + layers_per_block}.{1 + attention}.{rest}"
     number = span * block + index + (side == "down")
     inner = 0 if part == "resnets" else 1
-    return f"{PREFIX}{'input' if side == 'down' else 'output'}_blocks.{number}.{inner}.{_inner(part, rest)}"
+    return f"{UNET_PREFIX}{'input' if side == 'down' else 'output'}_blocks.{number}.{inner}.{_inner(part, rest)}"
 
 
 def _inner(part: str, rest: str) -> str:

@@ -24,18 +24,22 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         PersonalizeError: the file is missing, damaged or cut short, or is a folder.
     """
-    if path.is_dir():
-        raise PersonalizeError(f"{path} is a folder: name the file in it.")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise PersonalizeError(f"{path.name} is not in {path.parent}.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise PersonalizeError(
-            f"{path.name} in {path.parent} is damaged or cut short ({size} bytes; {error}): download it again."
-        ) from None
+        raise unreadable(path, error) from None
+
+
+def unreadable(path: Path, why: object) -> PersonalizeError:
+    """What is said of a .safetensors file that cannot be read: it is missing, a folder, or damaged."""
+    if path.is_dir():
+        return PersonalizeError(f"{path} is a folder: name the file in it.")
+    if not path.exists():
+        return PersonalizeError(f"{path.name} is not in {path.parent}.")
+    return PersonalizeError(
+        f"{path.name} in {path.parent} is damaged or cut short ({path.stat().st_size} bytes; {why}): download it again."
+    )
 
 
 def read_weights(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..models.blocks import Layer
@@ -49,6 +50,14 @@ def layer_levels(model: ModelPatcher, what: str) -> dict[Layer, int]:
             levels[Layer(name, number, depth)] = level
         level += isinstance(module, Downsample) - isinstance(module, Upsample)
     return levels
+
+
+def wrapped(model: ModelPatcher, key: str, around_sampler: Callable, around_unet: Callable) -> ModelPatcher:
+    """A clone of the model, each run of a sampler and each call of the UNet of which goes through these."""
+    patched = model.clone()
+    patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, key, around_sampler)
+    patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, key, around_unet)
+    return patched
 
 
 def below_of(attn2: Mapping[Any, Any], layer: Layer) -> Any:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
@@ -20,7 +19,7 @@ from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
 from ..models.pictures import cover_picture, same_aspect
 from ..models.words import find_words, parse_words
-from .attention_capture import LEVELS, LOOK, layer_levels, looking
+from .attention_capture import LEVELS, LOOK, layer_levels, looking, wrapped
 from .prompt_words import phrases_of, tokens_of, words_of
 from .schema import ADVANCED, AttentionMapsType, Node, schema
 
@@ -45,10 +44,7 @@ class AttentionRecord:
 
     def apply_to(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of the model that is recorded here."""
-        patched = model.clone()
-        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.around_sampler)
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self.around_unet)
-        return patched
+        return wrapped(model, KEY, self.around_sampler, self.around_unet)
 
     def around_sampler(self, executor, guider, *args, **kwargs):
         """Begin anew."""

@@ -14,7 +14,6 @@ from uuid import UUID
 import torch
 import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..models.attention import decoupled_attention
@@ -22,7 +21,7 @@ from ..models.blocks import Layer, UNetLayout
 from ..models.errors import PersonalizeError
 from ..models.ip_adapter import ImagePrompt, stack_prompts
 from ..models.pictures import same_aspect
-from .attention_capture import attend, below_of
+from .attention_capture import attend, below_of, wrapped
 
 KEY = "personalize_ip_adapter"
 SIGMA = "personalize_sigma"
@@ -102,10 +101,7 @@ class DecoupledAttentionPatch:
 
     def apply_to(self, model: ModelPatcher) -> ModelPatcher:
         """A clone of the model with this patch."""
-        patched = model.clone()
-        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self.around_sampler)
-        patched.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, self.around_unet)
-        return patched
+        return wrapped(model, KEY, self.around_sampler, self.around_unet)
 
     def around_sampler(self, executor, guider, sigmas, extra_args, callback, noise, *args, **kwargs):
         """Begin a sampling: look at its conditionings and check the mask against its size."""

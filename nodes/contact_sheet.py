@@ -2,13 +2,13 @@
 
 from comfy_api.latest import io, ui
 
-from ..models.contact_sheet import CELL, contact_sheet
-from ..models.errors import PersonalizeError
+from ..models.contact_sheet import CELL, contact_sheet, layout
+from ..models.errors import PersonalizeError, plural
 from .pictures import MOST, as_image, as_tensor, check_batch, number_of
 from .schema import ADVANCED, Node, schema
 
 LARGEST = 16384
-"""Pixels of a side: more is a mistake, and no picture file takes it."""
+"""Pixels of a side of the whole sheet: more is a mistake, and a square of that size already takes 3 GB as a tensor."""
 
 
 class ContactSheet(Node):
@@ -74,7 +74,9 @@ class ContactSheet(Node):
             check_batch(rows[slot], slot)
         said = labels.splitlines()
         if len(said) > len(slots):
-            raise PersonalizeError(f"There are {len(said)} labels but {len(slots)} rows: write a line for each.")
+            raise PersonalizeError(
+                f"There are {plural(len(said), 'label')} but {plural(len(slots), 'row')}: write a line for each."
+            )
         lines = [[part.strip() for part in line.split("|")] for line in said] + [[""]] * (len(slots) - len(said))
         for slot, text in (details or {}).items():
             place = f"row{number_of(slot)}"
@@ -83,14 +85,17 @@ class ContactSheet(Node):
             if text:
                 own = slots.index(place)
                 lines[own] = lines[own] + [part.strip() for part in text.replace("\n", "|").split("|")]
-        pictures = [[as_image(pixels) for pixels in rows[slot]] for slot in slots]
-        columns = max(map(len, pictures))
-        if max(columns, len(slots)) * cell > LARGEST:
-            raise PersonalizeError(
-                f"{len(slots)} rows of {columns} pictures of {cell} pixels are more than {LARGEST} pixels: lower cell."
-            )
         if references is not None:
             check_batch(references, "references")
+        counts = [len(rows[slot]) for slot in slots]
+        above = headings.splitlines()
+        whole = layout(counts, lines, above, 0 if references is None else len(references), note, cell)
+        if max(whole.width, whole.height) > LARGEST:
+            raise PersonalizeError(
+                f"The sheet would be {whole.width}x{whole.height} pixels, but a side may have {LARGEST}: lower cell, or give "
+                "fewer rows, pictures or headings."
+            )
+        pictures = [[as_image(pixels) for pixels in rows[slot]] for slot in slots]
         shown = [] if references is None else [as_image(pixels) for pixels in references]
-        sheet = as_tensor(contact_sheet(pictures, lines, headings.splitlines(), shown, note, cell))
+        sheet = as_tensor(contact_sheet(pictures, lines, above, shown, note, cell))
         return io.NodeOutput(sheet, ui=ui.PreviewImage(sheet, cls=cls))

@@ -1,4 +1,4 @@
-"""The pack is imported as `pack`, never by its folder's name; ComfyUI is looked for as DESIGN.md says."""
+"""The pack is imported as `pack`, never by its folder's name; ComfyUI is looked for as the demo does, COMFYUI_PATH first."""
 
 import os
 import sys
@@ -23,6 +23,19 @@ sys.modules["pack"] = pack
 from pack.training.demo.find import comfyui_version, find_comfyui  # noqa: E402
 
 COMFYUI = find_comfyui()
+BLIND = (
+    (
+        "no Chromium found",
+        "NO CHROMIUM FOUND",
+        "Install Chromium and the package playwright, or set CHROMIUM_PATH, to run them.",
+    ),
+    (
+        "made for the page of ComfyUI",
+        "THIS COMFYUI HAS ANOTHER PAGE",
+        "They are made for that of ComfyUI 0.26.0, whose search box is another: set COMFYUI_PATH to it to run them.",
+    ),
+)
+"""Why browser tests are skipped, as the skip says it; and how the last lines say it, with what to do."""
 
 
 def pytest_collection_modifyitems(items):
@@ -39,7 +52,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session):
-    """Say last of all how many host tests ran, or loudly that none could; before it, that no browser was found."""
+    """Say last of all how many host tests ran, or loudly that none could; before it, why the browser tests did not."""
     result = yield
     if hasattr(session.config, "workerinput"):
         return result  # the process that started this one gets its reports
@@ -49,11 +62,11 @@ def pytest_sessionfinish(session):
         reports = [report for outcome in outcomes for report in reporter.getreports(outcome)]
         return len({report.nodeid for report in reports if "tests/host/" in report.nodeid})
 
-    blind = {report.nodeid for report in reporter.getreports("skipped") if "no Chromium found" in str(report.longrepr)}
-    if blind:
-        sentence = f"NO CHROMIUM FOUND: {len(blind)} browser tests were SKIPPED. "
-        sentence += "Install Chromium and the package playwright, or set CHROMIUM_PATH, to run them."
-        reporter.write_line(sentence, yellow=True, bold=True)
+    for why, loud, remedy in BLIND:
+        blind = {report.nodeid for report in reporter.getreports("skipped") if why in str(report.longrepr)}
+        if blind:
+            sentence = f"{loud}: {len(blind)} browser tests were SKIPPED. {remedy}"
+            reporter.write_line(sentence, yellow=True, bold=True)
     if COMFYUI is None:
         sentence = f"NO COMFYUI FOUND: {count('skipped')} host tests were SKIPPED. Set COMFYUI_PATH to run them."
         reporter.write_line(sentence, yellow=True, bold=True)

@@ -1,6 +1,5 @@
 """What a result says of itself: ours, and the keys that other tools read (`modelspec.*`, `ss_*`)."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ from .base_model import BaseModel
 from .concepts import concepts_of
 from .dataset import Example
 from .defaults import UNCALLED
+from .encoding import digest_of_path
 from .settings import Settings
 from .shared import About, folder_of, read_about, read_header
 
@@ -125,7 +125,4 @@ def told(path: Path) -> str:
 
 def digest_of_file(base: BaseModel) -> str:
     """SHA-256 of the base's file; empty where it was none."""
-    if base.file is None:
-        return ""
-    with open(base.file, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return "" if base.file is None else digest_of_path(base.file)

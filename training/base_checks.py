@@ -9,7 +9,7 @@ import torch
 from .base_model import OFFLINE, PIPELINES, family_of, is_hub_id, read_checkpoint, text_layers_of, unet_blocks_of
 from .options import Lora
 from .settings import Settings
-from .shared import PersonalizeError, family_of_widths, read_header, title_of
+from .shared import PersonalizeError, family_of_widths, read_header, title_of, unreadable
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -137,5 +137,5 @@ def _names(path: Path) -> dict[str, dict]:
     header, _, start = read_header(path)
     ends = [entry["data_offsets"][1] for entry in header.values()]
     if path.stat().st_size < start + max(ends, default=0):
-        raise PersonalizeError(f"{path.name} is damaged or cut short: download it again.")
+        raise unreadable(path, "tensors are missing at its end")
     return header

@@ -28,12 +28,16 @@ from torch import Tensor
 
 from .clip_tokenizer import clip_tokenizer
 from .shared import (
+    UNET_PREFIX,
     PersonalizeError,
     family_of_widths,
     fingerprint,
+    plural,
     read_safetensors,
     read_weights,
     single_file_names,
+    tiny_vae_tensors,
+    vae_tensors,
 )
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -45,11 +49,11 @@ PIPELINES = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 Pipeline = Any
 """One of PIPELINES."""
 
-_UNET = "model.diffusion_model."
-_CONV_IN = f"{_UNET}input_blocks.0.0.weight"
+_CONV_IN = f"{UNET_PREFIX}input_blocks.0.0.weight"
 _CROSS = ".attn2.to_k.weight"
-_TINY_VAE = "first_stage_model.taesd_"
-_SD2_NORM = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_VAE = "first_stage_model."
+_TINY_VAE = f"{_VAE}taesd_"
+_SD2_NORM = f"{UNET_PREFIX}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_V = 0.09
 """Standard deviation of that bias above which an SD2.x predicts v: no key of the file says it (ComfyUI's rule)."""
 
@@ -102,7 +106,9 @@ class BaseModel:
     def fingerprint(self) -> str:
         """See models.base_models."""
         state = self.pipeline.unet.state_dict()
-        return fingerprint({single.removeprefix(_UNET): state[name] for name, single in self.unet_names().items()})
+        return fingerprint(
+            {single.removeprefix(UNET_PREFIX): state[name] for name, single in self.unet_names().items()}
+        )
 
 
 def load_base(
@@ -126,14 +132,13 @@ def load_base(
         PersonalizeError: nothing there, damaged, or of another family.
     """
     hush()
-    path = Path(where).expanduser()
+    path, other = Path(where).expanduser(), None if vae is None else Path(vae).expanduser()
     if path.is_file():
-        pipeline, file = load_pipeline(path, dtype), path
+        pipeline, file = load_pipeline(path, dtype, other), path
     else:
         pipeline, file = _load_folder(where, path, dtype, revision, variant), None
-    if vae is not None:
-        layout = "sdxl" if isinstance(pipeline, StableDiffusionXLPipeline) else "sd15"
-        pipeline.vae = load_vae(Path(vae).expanduser(), layout)
+        if other is not None:
+            pipeline.vae = load_vae(other, "sdxl" if isinstance(pipeline, StableDiffusionXLPipeline) else "sd15")
     pipeline.vae.to(torch.float32)
     if prediction_type != "auto":
         _predict(pipeline, prediction_type)
@@ -269,18 +274,47 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     return {key: value for key, value in weights.get("state_dict", weights).items() if isinstance(value, Tensor)}
 
 
-def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
+def load_pipeline(path: Path, dtype: torch.dtype = torch.float32, vae: Path | None = None) -> Pipeline:
     """The checkpoint as a diffusers pipeline on the CPU, without a safety checker; never touches the network.
 
+    Args:
+        path: of a .safetensors or .ckpt file.
+        dtype: of its parts.
+        vae: another VAE, as `load_vae` takes it; the file then needs none.
+
     Raises:
-        PersonalizeError: the file is missing, damaged, or of another family.
+        PersonalizeError: the file is missing, damaged, incomplete, or of another family.
     """
     state = read_checkpoint(path)
     family = family_of(state, path.name)
+    if vae is None and not any(key.startswith(_VAE) for key in state):
+        raise PersonalizeError(f"{path.name} has no VAE: give one with --vae_path, or take a whole checkpoint.")
+    other = None if vae is None else load_vae(vae, "sdxl" if family == "sdxl" else "sd15")
+    try:
+        pipeline = _assembled(path, state, family, dtype, other)
+    except (KeyError, ValueError, RuntimeError, SingleFileComponentError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise _incomplete(path, _missing(state, family, other is not None), reason) from None
+    for encoder in (pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
+        gone = [name for name, value in encoder.named_parameters() if value.is_meta] if encoder is not None else []
+        if gone:
+            raise _incomplete(path, [f"the text encoder's {gone[0]}", *gone[1:]])
+    _predict(pipeline, "v_prediction" if predicts_v(state, family) else "epsilon")
+    if "ztsnr" in state:
+        pipeline.scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
+    return pipeline
+
+
+def _assembled(path: Path, state: Mapping[str, Tensor], family: str, dtype: torch.dtype, vae: Any) -> Pipeline:
+    """The pipeline as diffusers makes it; what a damaged file lacks is an error of any kind, or stays on "meta"."""
     parts: dict = {"tokenizer": clip_tokenizer("!") if family == "sd2" else clip_tokenizer()}
     if family == "sdxl":
         parts["tokenizer_2"] = clip_tokenizer("!")
-    if any(key.startswith(_TINY_VAE) for key in state):
+    if vae is not None:
+        parts["vae"] = vae
+    elif any(key.startswith(_TINY_VAE) for key in state):
         parts["vae"] = tiny_vae(state, dtype)
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     options = {"config": str(CONFIGS / family), "torch_dtype": dtype, "local_files_only": True}
@@ -288,13 +322,30 @@ def load_pipeline(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
         parts["unet"] = UNet2DConditionModel.from_single_file(str(path), subfolder="unet", **options)
         if "vae" not in parts:
             parts["vae"] = AutoencoderKL.from_single_file(str(path), subfolder="vae", **options)
-    pipeline = kind.from_single_file(str(path), **options, **parts)
-    _predict(pipeline, "v_prediction" if predicts_v(state, family) else "epsilon")
-    if "ztsnr" in state:
-        pipeline.scheduler = type(pipeline.scheduler).from_config(
-            pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
-        )
-    return pipeline
+    return kind.from_single_file(str(path), **options, **parts)
+
+
+def _missing(state: Mapping[str, Tensor], family: str, without_vae: bool) -> list[str]:
+    """The tensors of the UNet and the VAE that a single file lacks, by its names."""
+    unet_kind, vae_kind = UNet2DConditionModel, AutoencoderKL
+    with torch.device("meta"):
+        unet = unet_kind.from_config(unet_kind.load_config(CONFIGS / family, subfolder="unet"))
+        names = [*single_file_names(list(unet.state_dict()), unet.config.layers_per_block).values()]
+        if any(key.startswith(_TINY_VAE) for key in state):
+            names += [] if without_vae else tiny_vae_tensors(AutoencoderTiny().state_dict())
+        elif not without_vae:
+            vae = vae_kind.from_config(vae_kind.load_config(CONFIGS / family, subfolder="vae"))
+            names += vae_tensors(vae.state_dict())
+    return [name for name in names if name not in state]
+
+
+def _incomplete(path: Path, missing: list[str], reason: str = "") -> PersonalizeError:
+    if not missing:
+        return PersonalizeError(f"{path.name} in {path.parent} cannot be loaded ({reason}): take another checkpoint.")
+    more = f" and {plural(len(missing) - 1, 'other tensor')}" * (len(missing) > 1)
+    return PersonalizeError(
+        f"{path.name} in {path.parent} is incomplete ({missing[0]}{more} not in it): take a whole checkpoint."
+    )
 
 
 def predicts_v(state: Mapping[str, Tensor], family: str) -> bool:

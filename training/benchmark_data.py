@@ -112,11 +112,11 @@ class Material:
 
 def pocket_material(options: "Benchmark", folder: Path) -> Material:
     """Drawn by the generator: who is held out, what a perfect method would draw, and if need be what to train on."""
-    from .pocket.attributes import BACKGROUND_COLOURS
+    from .pocket.attributes import ATTRIBUTES, BACKGROUND_COLOURS
     from .pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS
     from .pocket.data import identity
     from .pocket.files import ADAPTER, CHECKPOINT, IMAGE_ENCODER
-    from .pocket.photos import ATTRIBUTES, SUBJECTS, write_identities
+    from .pocket.photos import SUBJECTS, write_identities
 
     held = folder / "held_out"
     folders = write_identities(held, 0, options.identities, options.references, CROP, WHOLE)

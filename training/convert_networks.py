@@ -13,6 +13,7 @@ from .lora import shapes_of, tensors_of
 from .methods import text_modules
 from .shared import (
     UNET,
+    UNET_PREFIX,
     About,
     PersonalizeError,
     check_lora,
@@ -77,7 +78,7 @@ def convert_dreambooth(path: Path, folder: Path, name: str, to: str, base: BaseM
         PersonalizeError: the two do not fit.
     """
     header, metadata = read_header(path)[:2] if path.suffix == ".safetensors" else ({}, {})
-    whole = path.suffix != ".safetensors" or any(key.startswith("model.diffusion_model.") for key in header)
+    whole = path.suffix != ".safetensors" or any(key.startswith(UNET_PREFIX) for key in header)
     if whole == (to == "checkpoint"):
         raise PersonalizeError(f"{path.name} is a {'checkpoint' if whole else 'delta'} already.")
     about = read_about(metadata, path.name) or About("dreambooth", base.family, base.name)

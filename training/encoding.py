@@ -84,6 +84,7 @@ def latent_key(example: Example, vae: str) -> dict:
 
 
 def digest_of_path(path: Path) -> str:
+    """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

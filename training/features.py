@@ -4,7 +4,6 @@ What a network says of a set of pictures is kept on disk by the bytes of the pic
 measurement reads no picture.
 """
 
-import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +20,10 @@ from tqdm import tqdm
 from .base_model import is_hub_id
 from .clip_tokenizer import clip_tokenizer
 from .dataset import visible_picture
-from .encoding import Cache
+from .encoding import Cache, digest_of_path
+from .pocket.device import DEVICE
 from .shared import CLIP_MEAN, CLIP_STD, POCKET, PersonalizeError, read_weights
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 JOINT = ("kind", "clothes", "background")
 """Attributes whose values together are the judge's 648 classes, for IS."""
@@ -74,7 +73,7 @@ class Extractor:
                     bar.update(len(batch))
             return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 
-        return self._kept({"pictures": [digest_of_bytes(path) for path in paths]}, see)
+        return self._kept({"pictures": [digest_of_path(path) for path in paths]}, see)
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """[n, d] of texts in order; errors as in `pictures`."""
@@ -95,12 +94,6 @@ class Extractor:
                 raise PersonalizeError(f"{self.name} gives numbers that are not finite: its weights are damaged.")
             self.cache.put(key, stored)
         return stored
-
-
-def digest_of_bytes(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _framed(pictures: Sequence[Tensor], size: int, crop: int) -> Tensor:
@@ -144,7 +137,7 @@ def judge(cache: Cache, batch_size: int) -> Extractor:
     """The shipped one."""
     from .pocket.files import JUDGE
 
-    return Extractor("Judge", {"eye": "judge", "weights": digest_of_bytes(POCKET / JUDGE)}, JudgeEye, cache, batch_size)
+    return Extractor("Judge", {"eye": "judge", "weights": digest_of_path(POCKET / JUDGE)}, JudgeEye, cache, batch_size)
 
 
 class InceptionEye:
@@ -187,7 +180,7 @@ class InceptionEye:
 def inception(weights: str, cache: Cache, batch_size: int) -> Extractor:
     """By a file of weights, or DOWNLOAD."""
     path = None if weights == DOWNLOAD else Path(weights).expanduser()
-    key = {"eye": "inception", "weights": DOWNLOAD if path is None else digest_of_bytes(path), "device": DEVICE}
+    key = {"eye": "inception", "weights": DOWNLOAD if path is None else digest_of_path(path), "device": DEVICE}
     return Extractor("Inception", key, lambda: InceptionEye(path), cache, batch_size)
 
 
@@ -261,7 +254,7 @@ def clip(where: str, cache: Cache, batch_size: int) -> Extractor:
     if where == "pocket":
         from .pocket.files import CHECKPOINT, IMAGE_ENCODER
 
-        weights = [digest_of_bytes(POCKET / file) for file in (CHECKPOINT, IMAGE_ENCODER)]
+        weights = [digest_of_path(POCKET / file) for file in (CHECKPOINT, IMAGE_ENCODER)]
         return Extractor("Pocket CLIP", {"eye": "pocket", "weights": weights}, PocketClipEye, cache, batch_size)
     key = {"eye": "clip", "weights": _digest_of(where), "device": DEVICE}
     return Extractor("CLIP", key, lambda: ClipEye(where), cache, batch_size)
@@ -374,6 +367,6 @@ def _digest_of(where: str) -> Any:
     folder = Path(where).expanduser()
     if folder.is_dir():
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-        return {path.name: digest_of_bytes(path) for path in files}
+        return {path.name: digest_of_path(path) for path in files}
     config = _file(where, "config.json")
     return [where, config.parent.name if config else ""]

@@ -4,8 +4,9 @@ import importlib.util
 import math
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from .look import (
     look_at_pictures,
     look_at_validation,
     name_problems,
+    tell,
 )
 from .lora import unet_config
 from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, SubjectDiffusion, TextualInversion, Training
@@ -69,15 +71,7 @@ def preflight(settings: Settings, quiet: bool = False) -> Findings:
     """
     problems: list[str] = []
     warnings: list[str] = []
-
-    def told(check: Callable, *arguments):
-        """The check's result; what it raises is a problem."""
-        try:
-            return check(*arguments)
-        except PersonalizeError as error:
-            problems.extend(str(error).splitlines())
-            return None
-
+    told = partial(tell, problems)
     told(_options, settings)
     concepts = told(concepts_of, settings)
     family = told(family_at, settings.base.pretrained_model_name_or_path, settings.base.vae_path)

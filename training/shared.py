@@ -54,6 +54,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.delta import host_unet_names as host_unet_names
     from models.delta import truncated_delta_tensors as truncated_delta_tensors
     from models.errors import PersonalizeError as PersonalizeError
+    from models.errors import plural as plural
     from models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
     from models.ip_adapter import AdapterTensors as AdapterTensors
     from models.ip_adapter import ImagePrompt as ImagePrompt
@@ -144,12 +145,14 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.textual_inversion import LearnedWord as LearnedWord
     from models.textual_inversion import read_word as read_word
     from models.textual_inversion import word_tensors as word_tensors
+    from models.unet_keys import UNET_PREFIX as UNET_PREFIX
     from models.unet_keys import single_file_names as single_file_names
     from models.vae_keys import tiny_vae_tensors as tiny_vae_tensors
     from models.vae_keys import vae_tensors as vae_tensors
     from models.weight_files import VISION_CONFIG as VISION_CONFIG
     from models.weight_files import read_safetensors as read_safetensors
     from models.weight_files import read_weights as read_weights
+    from models.weight_files import unreadable as unreadable
     from models.weight_files import write_safetensors as write_safetensors
     from models.whole_files import sweep as sweep
     from models.whole_files import whole as whole
@@ -209,6 +212,7 @@ else:
     from ..models.delta import host_unet_names as host_unet_names
     from ..models.delta import truncated_delta_tensors as truncated_delta_tensors
     from ..models.errors import PersonalizeError as PersonalizeError
+    from ..models.errors import plural as plural
     from ..models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
     from ..models.ip_adapter import AdapterTensors as AdapterTensors
     from ..models.ip_adapter import ImagePrompt as ImagePrompt
@@ -299,12 +303,14 @@ else:
     from ..models.textual_inversion import LearnedWord as LearnedWord
     from ..models.textual_inversion import read_word as read_word
     from ..models.textual_inversion import word_tensors as word_tensors
+    from ..models.unet_keys import UNET_PREFIX as UNET_PREFIX
     from ..models.unet_keys import single_file_names as single_file_names
     from ..models.vae_keys import tiny_vae_tensors as tiny_vae_tensors
     from ..models.vae_keys import vae_tensors as vae_tensors
     from ..models.weight_files import VISION_CONFIG as VISION_CONFIG
     from ..models.weight_files import read_safetensors as read_safetensors
     from ..models.weight_files import read_weights as read_weights
+    from ..models.weight_files import unreadable as unreadable
     from ..models.weight_files import write_safetensors as write_safetensors
     from ..models.whole_files import sweep as sweep
     from ..models.whole_files import whole as whole

@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from .features import DEVICE, check_model
+from .features import check_model
+from .pocket.device import DEVICE
 from .shared import PersonalizeError
 from .subject_data import Detection
 

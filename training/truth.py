@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from .picture_sets import PictureSet
-from .pocket.attributes import SCENE_VALUES, SUBJECT_VALUES, Identity, Scene, Subject
+from .pocket.attributes import ATTRIBUTES, VALUES, Identity, Scene, Subject
 from .shared import PersonalizeError
 
-VALUES = {**SUBJECT_VALUES, **SCENE_VALUES}
 NAMES = tuple(VALUES)  # in the judge's order
 OWNED = tuple(f.name for f in fields(Identity))
 VARYING = tuple(name for name in NAMES if name not in OWNED)
-ATTRIBUTES = "attributes.json"
 Counts = dict[str, Tensor]
 """By attribute [n]: 1 where it was read as it should be, 0 where not, NaN where there is nothing to read."""
 

@@ -132,9 +132,11 @@ def test_a_sheet_of_rows(host, pictures):
         ({"rows": {"row0": None}}, "There are no pictures"),
         ({"rows": None}, "There are no pictures"),
         ({"rows": {"row0": torch.zeros(64, 64, 3)}}, "row0 has the shape"),
-        ({"labels": "a\nb"}, "2 labels but 1 rows"),
+        ({"labels": "a\nb"}, "2 labels but 1 row: "),
         ({"details": {"detail3": "x"}}, "detail3 has no row"),
         ({"cell": 1024, "rows": {"row0": torch.zeros(20, 8, 8, 3)}}, "lower cell"),
+        ({"headings": "a\n" * 5000}, r"The sheet would be 860012x250 pixels, but a side may have 16384: lower cell"),
+        ({"cell": 320, "rows": {f"row{i}": torch.zeros(1, 8, 8, 3) for i in range(50)}}, "x16612 pixels"),
     ],
 )
 def test_a_sheet_that_cannot_be(host, given, sentence):

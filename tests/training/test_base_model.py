@@ -94,6 +94,55 @@ def test_what_is_no_base_model(file, tmp_path, root):
         load_image_encoder(file)
 
 
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("first_stage_model.taesd_decoder.3.", "first_stage_model.taesd_decoder.3.conv.0.weight and 5 other tensors"),
+        ("first_stage_model.taesd_decoder.1.bias", "first_stage_model.taesd_decoder.1.bias"),
+        ("first_stage_model.taesd_decoder.1.", "first_stage_model.taesd_decoder.1.weight and 1 other tensor"),
+        ("model.diffusion_model.time_embed.0.weight", "model.diffusion_model.time_embed.0.weight"),
+        (
+            "model.diffusion_model.input_blocks.1.0.in_layers.",
+            "model.diffusion_model.input_blocks.1.0.in_layers.0.weight and 3 other tensors",
+        ),
+        (
+            "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.",
+            "the text encoder's encoder.layers.1.mlp.fc1.weight and 1 other tensor",
+        ),
+    ],
+)
+def test_an_incomplete_checkpoint_is_one_sentence(gone, said, file, tmp_path):
+    state = {name: value for name, value in read_safetensors(file)[0].items() if not name.startswith(gone)}
+    write_safetensors(tmp_path / "part.safetensors", state, {})
+    with pytest.raises(PersonalizeError) as error:
+        load_pipeline(tmp_path / "part.safetensors")
+    assert str(error.value).replace("the text encoder's text_model.", "the text encoder's ") == (
+        f"part.safetensors in {tmp_path} is incomplete ({said} not in it): take a whole checkpoint."
+    )
+
+
+def test_a_tensor_of_another_shape_is_one_sentence(file, tmp_path):
+    state = read_safetensors(file)[0] | {"first_stage_model.taesd_decoder.3.conv.0.bias": torch.zeros(3)}
+    write_safetensors(tmp_path / "other.safetensors", state, {})
+    with pytest.raises(
+        PersonalizeError, match=r"^other\.safetensors in [^\n]* cannot be loaded \([^\n]*\): take another"
+    ):
+        load_pipeline(tmp_path / "other.safetensors")
+
+
+def test_a_checkpoint_without_vae_takes_another(file, tmp_path):
+    state = {name: value for name, value in read_safetensors(file)[0].items() if not name.startswith(PREFIX)}
+    write_safetensors(tmp_path / "bare.safetensors", state, {})
+    with pytest.raises(
+        PersonalizeError, match=r"^bare\.safetensors has no VAE: give one with --vae_path, or take a whole"
+    ):
+        load_base(str(tmp_path / "bare.safetensors"))
+    own = narrow_vae(4)
+    own.save_pretrained(tmp_path / "vae")
+    vae = load_base(str(tmp_path / "bare.safetensors"), vae=str(tmp_path / "vae")).pipeline.vae
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in vae.state_dict().items())
+
+
 def test_a_family_that_is_not_supported(file, tmp_path):
     state = {name: value for name, value in read_safetensors(file)[0].items() if name.startswith("model.")}
     key = "model.diffusion_model.input_blocks.0.0.weight"

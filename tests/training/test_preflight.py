@@ -266,14 +266,14 @@ def test_files_that_are_no_base(root, tmp_path):
             (tmp_path / name / "model_index.json").write_text('{"_class_name": "StableDiffusionXLImg2ImgPipeline"}')
     for name, part in (
         ("mute.safetensors", "has no text encoder: take a whole checkpoint."),
-        ("cut.safetensors", "is damaged or cut short: download it again."),
+        ("cut.safetensors", " bytes; tensors are missing at its end): download it again."),
         ("loud.SAFETENSORS", "must end in .safetensors, in small letters: rename it."),
         ("indexless", "is no base model in diffusers' layout: model_index.json is missing or says nothing."),
         ("refiner", "is a StableDiffusionXLImg2ImgPipeline; SD1.5, SD2.x and SDXL models are supported."),
         ("listed", "unet/config.json is missing or another model's."),
         ("array", "unet/config.json is missing or another model's."),
         ("odd.safetensors", "odd.safetensors"),
-        ("broken.safetensors", "is not a whole .safetensors file"),
+        ("broken.safetensors", "is damaged or cut short (16 bytes; its header cannot be read): download it again."),
         ("empty", "is no base model in diffusers' layout: unet/config.json is missing or another model's."),
         ("missing.safetensors", "does not exist: it is no file, no folder, and no hub id (owner/name)."),
     ):

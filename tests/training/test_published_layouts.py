@@ -14,12 +14,27 @@ from pack.models.ip_adapter import IPAdapter
 from structural.adapters import PUBLISHED, random_adapter
 
 
+def diffusers_names(layout, layers_per_block=2):
+    """The module name of every layer in diffusers' UNet2DConditionModel."""
+    span = layers_per_block + 1
+    names = {}
+    for layer in layout.file_order():
+        if layer.block == "middle":
+            place = "mid_block.attentions.0"
+        elif layer.block == "input":
+            place = f"down_blocks.{(layer.id - 1) // span}.attentions.{(layer.id - 1) % span}"
+        else:
+            place = f"up_blocks.{layer.id // span}.attentions.{layer.id % span}"
+        names[layer] = f"{place}.transformer_blocks.{layer.depth}.attn2"
+    return names
+
+
 @pytest.mark.parametrize(("layout", "unet"), [(SD15, narrow.SD15), (SDXL, narrow.SDXL)], ids=["SD15", "SDXL"])
 def test_file_order_is_that_of_diffusers_attention_processors(layout, unet):
     with torch.device("meta"):
         model = UNet2DConditionModel(**unet["diffusers"])
     processors = [name.removesuffix(".processor") for name in model.attn_processors]
-    names = layout.diffusers_names()
+    names = diffusers_names(layout)
     assert [names[layer] for layer in layout.file_order()] == processors[1::2]
 
 

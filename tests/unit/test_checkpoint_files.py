@@ -1,5 +1,7 @@
 """Checkpoints with replaced tensors, differences, learned words, metadata."""
 
+import re
+
 import pytest
 import torch
 from pack.models.base_models import FINGERPRINTED, fingerprint, same_model
@@ -75,9 +77,31 @@ def test_what_cannot_be_overwritten(source, tmp_path):
     with pytest.raises(PersonalizeError, match="is the base model itself"):
         overwrite_tensors(source, source, {}, {})
     source.write_bytes(source.read_bytes()[:20])
-    with pytest.raises(PersonalizeError, match=r"^base\.safetensors in .* is not a whole \.safetensors file"):
+    with pytest.raises(
+        PersonalizeError, match=r"^base\.safetensors in .* is damaged or cut short \(20 bytes; .*\): download"
+    ):
         overwrite_tensors(source, target, {}, {})
     assert not target.exists()
+
+
+@pytest.mark.parametrize("read", [read_header, read_safetensors])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>", b"<html>404 Not Found</html>", b"\x02\0\0\0\0\0\0\0[]", b"\0" * 8, b"\xff" * 20]
+)
+def test_a_damaged_file_is_one_sentence_wherever_it_is_read(read, content, tmp_path):
+    path = tmp_path / "own.safetensors"
+    path.write_bytes(content)
+    begin = rf"^own\.safetensors in {re.escape(str(tmp_path))} is damaged or cut short \({len(content)} bytes; "
+    with pytest.raises(PersonalizeError, match=begin + r"[^\n]+\): download it again\.$"):
+        read(path)
+
+
+@pytest.mark.parametrize("read", [read_header, read_safetensors])
+def test_a_file_that_is_not_there_or_a_folder(read, tmp_path):
+    with pytest.raises(PersonalizeError, match=r"^gone\.safetensors is not in "):
+        read(tmp_path / "gone.safetensors")
+    with pytest.raises(PersonalizeError, match=r" is a folder: name the file in it\.$"):
+        read(tmp_path)
 
 
 def changes():

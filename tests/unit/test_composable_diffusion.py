@@ -31,6 +31,8 @@ GOOD = {
     "a NOTE AND NOTHING": [("a NOTE", 1), ("NOTHING", 1)],
     "a sign that says NOT": [("a sign that says NOT", 1)],
     "title: a cat": [("title: a cat", 1)],
+    "a sign: infinite": [("a sign: infinite", 1)],
+    "a sign\\: nan": [("a sign: nan", 1)],
     "embedding:dog AND a cat": [("embedding:dog", 1), ("a cat", 1)],
     "ein Mädchen AND 一只猫 :2": [("ein Mädchen", 1), ("一只猫", 2)],
     "a AND b AND c AND d | e": [(letter, 1) for letter in "abcde"],
@@ -48,6 +50,9 @@ BAD = {
     "a cat AND a dog :": "ends with a colon",
     "NOT rain :-1": "NOT and a negative weight",
     "a cat :1e999": "must be finite",
+    "a cat :nan": "Concept 1 of .* has the weight nan: it must be finite",
+    "a cat AND NOT a dog : -Infinity": "NOT and a negative weight",
+    "a cat AND a dog : Inf": "Concept 2 of .* has the weight inf: it must be finite",
 }
 
 

@@ -110,6 +110,10 @@ SUBJECT_VALUES = {
     "hat_worn": ("no", "yes"),
 }
 SCENE_VALUES = {"background": BACKGROUNDS, "light": LIGHTS, "framing": FRAMINGS, "obstacle": OBSTACLES, "style": STYLES}
+VALUES = {**SUBJECT_VALUES, **SCENE_VALUES}
+"""In the judge's order."""
+ATTRIBUTES = "attributes.json"
+"""The file in an identity's folder that says who it is."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where the pocket model trains: on the GPU where there is one."""
+"""Where the pocket model trains, and where networks measure: on the GPU where there is one."""
 
 import numpy as np
 import torch

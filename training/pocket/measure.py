@@ -12,7 +12,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 
 from ..diffusers_attention import apply_image_prompts
 from ..shared import POCKET, IPAdapter, References, read_ip_adapter
-from .attributes import SCENE_VALUES, SUBJECT_VALUES, hidden_by_hat, sample_scene
+from .attributes import SUBJECT_VALUES, VALUES, hidden_by_hat, sample_scene
 from .captions import Caption, caption
 from .data import VALIDATION, Pictures, identity, scene
 from .draw import draw
@@ -23,7 +23,6 @@ from .shipped import BATCH, Pocket, load_pocket
 from .vae import mean_psnr, to_tensor
 
 FRESH, OTHERS = 3, 5  # seeds that no training, validation or set of photographs uses
-VALUES = {**SUBJECT_VALUES, **SCENE_VALUES}
 
 
 @torch.no_grad()

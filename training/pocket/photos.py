@@ -9,12 +9,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..shared import PersonalizeError, picture_paths
-from .attributes import Logo, sample_identity, sample_scene
+from .attributes import ATTRIBUTES, Logo, sample_identity, sample_scene
 from .captions import article, learning_caption
 from .data import identity
 from .draw import draw
 
-ATTRIBUTES = "attributes.json"
 SUBJECTS = 4  # a seed of its own: these identities are in no other set
 
 
