@@ -6,7 +6,7 @@ import sys
 import pytest
 
 ALLOWED_IN_MODELS = {"torch", "numpy", "einops", "safetensors", "PIL"}
-TRAINING = ("training.py", "scores.py")
+TRAINING = ("training_run.py", "scores.py")
 """Of the nodes, those that run the trainers' own code."""
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "node_helpers", "nodes", "server"}
 
