@@ -81,6 +81,10 @@ def test_the_door_holds_nothing_else(root):
 
 
 @pytest.mark.parametrize("folder", ["models", "nodes", "training"])
-def test_files_are_read_in_a_sitting(root, folder):
+def test_files_and_functions_are_read_in_a_sitting(root, folder):
     for path in files(root, folder):
-        assert len(path.read_text().splitlines()) <= 400, path
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 90, f"{node.name} in {path}"
