@@ -1,36 +1,23 @@
 """A real ComfyUI server, driven as a client does, with the workflows as they ship."""
 
-import json
 import threading
 from io import BytesIO
 
 import numpy as np
 import pytest
+import torch
+from pack.training.base_model import load_base
 from pack.training.demo.find import ROOT
 from pack.training.demo.server import Server, WorkflowError
 from pack.training.pocket.attributes import SUBJECT_VALUES
-from pack.training.pocket.data import identity
-from pack.training.pocket.measure import VALUES, read
-from pack.training.pocket.photos import SUBJECTS
+from pack.training.pocket.files import CHECKPOINT
+from pack.training.pocket.measure import read
 from pack.training.pocket.shipped import load_judge
 from PIL import Image
+from required import REQUIRED, NotShownError, check, saved_pictures, workflow_of
+from torch.nn import functional
 from workflow import to_prompt
 
-WOMAN, DOG = {"kind": "woman"}, {"kind": "dog"}
-SHOWN = {
-    "attend_and_excite": (WOMAN, DOG),
-    "attention_maps": (WOMAN, DOG),
-    "composable_diffusion": ({"kind": "cat", "fur": "orange", "hat_colour": "blue"},),
-    "custom_diffusion_merged": (WOMAN, DOG),
-    "ip_adapter_compare_aggregations": ({"background": "library", "expression": "surprised"},),
-    "ip_adapter_one_reference": ({"kind": "robot", "background": "beach"},),
-    "ip_adapter_self_attention": ({"kind": "cat"},),
-    "ip_adapter_two_masks": ({"kind": "robot"}, DOG),
-    "subject_diffusion_one": ({}, WOMAN | {"background": "beach"}),
-    "textual_inversion": ({"background": "beach"},),
-    "subject_diffusion_two": (WOMAN, DOG),
-}
-"""What the judge must see, from left to right, in most of each template's pictures; in all others a woman."""
 WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
 NODES = ["LoadImageEncoder", "LoadIPAdapter", "EncodeReferences", "SaveReferences", "LoadReferences", "ApplyIPAdapter"]
 NODES += ["ShowReferenceAttention", "LoadLoRA", "LoadTextualInversion", "LoadDreamBooth", "LoadPersonalization"]
@@ -48,8 +35,7 @@ def server(comfyui, tmp_path_factory):
 
 
 def prompt_of(server, name):
-    workflow = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
-    return to_prompt(workflow, server.get("/object_info"))
+    return to_prompt(workflow_of(name), server.get("/object_info"))
 
 
 def test_the_pack_is_imported_quietly(server):
@@ -81,24 +67,22 @@ def test_the_templates_are_listed_with_thumbnails(server):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
-def test_a_shipped_workflow_ends_with_a_picture(server, name):
+def test_a_shipped_workflow_ends_with_what_its_prompt_and_its_files_ask_for(server, name):
     before = len(server.log())
-    prompt = prompt_of(server, name)
-    outputs = server.run(prompt)
-    saved = [node for node, inner in prompt.items() if inner["class_type"] == "SaveImage"]
+    saved = saved_pictures(server, prompt_of(server, name))
     assert len(saved) == {
         "compare_methods": 4,
         "attention_maps": 2,
         "composable_diffusion": 2,
         "attend_and_excite": 2,
     }.get(name, 1)
-    pictures = [Image.open(BytesIO(server.picture(outputs[node]["images"][0]))) for node in saved]
+    pictures = [files[0] for files in saved.values()]
     picture = pictures[0]
     assert picture.format == "PNG"
     three = (4 * (3 * 64 + 2 * 8), 256)
     sizes = {"aggregations": three, "self_attention": three, "masks": (576, 384), "one_reference": (512, 512)}
     sizes |= {"saved_references": (512, 512)}
-    sizes |= {"attend": (384, 256), "attention_maps": (384, 256), "composable": (192, 192), "merged": (384, 256)}
+    sizes |= {"attention_maps": (384, 256), "composable": (192, 192), "merged": (384, 256)}
     sizes |= {"subject_diffusion": (384, 256), "measure": (918, 872)}
     assert picture.size == next((size for word, size in sizes.items() if word in name), (256, 256))
     assert np.asarray(picture).std() > 20
@@ -110,21 +94,87 @@ def test_a_shipped_workflow_ends_with_a_picture(server, name):
     assert "Traceback" not in log
     assert "ERROR" not in log
     if name != "measure_methods":  # whose picture is a sheet
-        judged = saved[name in ("composable_diffusion", "attend_and_excite")]  # the first there is without it
-        files = [Image.open(BytesIO(server.picture(image))) for image in outputs[judged]["images"]]
-        check_what_is_shown(files, SHOWN.get(name, (WOMAN,)), three)
+        check(saved, REQUIRED[name])
 
 
-def check_what_is_shown(pictures, wanted, three):
-    """By the judge; of three pictures side by side the first is looked at."""
-    height, pixels = 64, []
-    for picture in pictures:
-        one = picture.convert("RGB").crop((0, 0, 256, 256)) if picture.size == three else picture.convert("RGB")
-        pixels.append(np.asarray(one.resize((round(height * one.width / one.height), height))))
-    for window, own in zip(read(load_judge(), np.stack(pixels)), wanted, strict=True):
-        for attribute, value in own.items():
-            seen = [VALUES[attribute][number] for number in window[attribute]]
-            assert seen.count(value) > len(seen) / 2, (attribute, value, seen)
+@pytest.mark.parametrize("name", sorted({*REQUIRED} - {"train_lora"}))
+def test_pictures_of_one_step_are_refused(server, name):
+    """Each of them, and as blurred: what is on them may be right. What trains is left out, for it takes long."""
+    prompt = prompt_of(server, name)
+    for node in prompt.values():
+        if node["class_type"] in ("KSampler", "BasicScheduler"):
+            node["inputs"]["steps"] = 1
+    with pytest.raises(NotShownError) as refused:
+        check(saved_pictures(server, prompt), REQUIRED[name])
+    assert {(one, "blur") for one in REQUIRED[name]} <= set(refused.value.args[0])
+
+
+OFF = {
+    "attend_and_excite": {"steps": 0, "thresholds": ""},
+    "composable_diffusion": {"text": "a blue beanie and an orange cat"},
+    "train_lora": {"steps": 1, "learning_rate": 1e-9},
+}
+"""Inputs of our nodes with which a method does nothing; those of the other templates have a strength to be 0."""
+STRENGTHS = {"strength", "strength_model", "strength_clip", "weight", "subject_cfg"}
+ALIKE = {"attention_maps", "text_to_image", "compare_methods", "subject_diffusion_two", "ip_adapter_two_masks"}
+"""Have no method, or what another test takes away."""
+
+
+@pytest.mark.parametrize("name", sorted({*REQUIRED} - ALIKE))
+def test_pictures_without_the_method_are_refused(server, name):
+    """They are good pictures, but not of the subject. Two instead of four, to be quick."""
+    prompt = prompt_of(server, name)
+    for node in prompt.values():
+        own = OFF.get(name, dict.fromkeys(STRENGTHS, 0)) if node["class_type"].startswith("Personalize") else {}
+        own = own | {"batch_size": 2} if node["inputs"].get("batch_size") == 4 else own
+        node["inputs"] |= {
+            key: value for key, value in own.items() if isinstance(node["inputs"].get(key), int | float | str)
+        }
+    with pytest.raises(NotShownError) as refused:
+        check(saved_pictures(server, prompt), REQUIRED[name])
+    assert not {what for _, what in refused.value.args[0]} & {"alike", "blur"}
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_pictures_without_one_of_two_references_are_refused(server, which):
+    prompt = prompt_of(server, "ip_adapter_two_masks")
+    applied = [node for node, inner in prompt.items() if inner["class_type"] == "PersonalizeApplyIPAdapter"]
+    prompt[applied[which]]["inputs"]["weight"] = 0
+    with pytest.raises(NotShownError) as refused:
+        check(saved_pictures(server, prompt), REQUIRED["ip_adapter_two_masks"])
+    assert {what[0] for _, what in refused.value.args[0]} == {str(which)}, "the other is as it was"
+
+
+@pytest.mark.parametrize("noise", ["white", "coloured", "decoded"])
+@pytest.mark.parametrize("name", REQUIRED)
+def test_noise_is_refused(noises, noise, name):
+    """Even where the judge takes it for the subject."""
+    for one in REQUIRED[name].values():
+        width = one.beside * 64 + (one.beside - 1) * 8 if len(one.windows) == 1 else 96
+        with pytest.raises(NotShownError) as refused:
+            check({"noise": noises(noise, width)}, {"noise": one})
+        assert {what for _, what in refused.value.args[0]} & {"alike", "blur"}
+
+
+@pytest.fixture(scope="module")
+def noises():
+    """Four pictures of noise, 64 pixels high and of some width."""
+    vae = load_base(str(ROOT / "models" / "pocket" / CHECKPOINT)).pipeline.vae
+
+    @torch.no_grad()
+    def draw(kind, width):
+        generator = torch.Generator().manual_seed(width)
+        if kind == "decoded":
+            latent = torch.randn(4, vae.config.latent_channels, 8, width // 8, generator=generator)
+            pixels = vae.decode(latent / vae.config.scaling_factor).sample.clamp(-1, 1) / 2 + 0.5
+        elif kind == "coloured":
+            few = torch.rand(4, 3, 4, width // 16, generator=generator)
+            pixels = functional.interpolate(few, (64, width), mode="bicubic").clamp(0, 1)
+        else:
+            pixels = torch.rand(4, 3, 64, width, generator=generator)
+        return [Image.fromarray(one) for one in (pixels * 255).byte().permute(0, 2, 3, 1).numpy()]
+
+    return draw
 
 
 def test_trained_files_are_measured_as_more_alike(server):
@@ -137,40 +187,6 @@ def test_trained_files_are_measured_as_more_alike(server):
     without, word, lora, dreambooth = (float(said[i]["likeness"]) for i in range(4))
     assert max(without, word) + 0.2 < min(lora, dreambooth), said
     assert set(said[0]) == {"CLIP-I", "CLIP-T", "likeness"}
-
-
-def test_the_shipped_files_know_their_subject(server):
-    """Each of them makes pictures of the woman whom the base has never seen."""
-    own = identity(SUBJECTS, 10)
-    outputs = server.run(prompt := prompt_of(server, "compare_methods"))
-    right = {}
-    for node, inner in prompt.items():
-        if inner["class_type"] == "SaveImage":
-            files = [server.picture(picture) for picture in outputs[node]["images"]]
-            pictures = [np.asarray(Image.open(BytesIO(file)).convert("RGB").resize((64, 64))) for file in files]
-            seen = read(load_judge(), np.stack(pictures))[0]
-            name = inner["inputs"]["filename_prefix"].partition("compare_")[2]
-            right[name] = {
-                trait: np.mean([SUBJECT_VALUES[trait][value] == getattr(own, trait) for value in seen[trait]])
-                for trait in ("hair_colour", "hair_style")
-            }
-    assert set(right) == {"without", "textual_inversion", "lora", "dreambooth"}
-    assert max(right["without"].values()) < 0.5, right
-    assert right["textual_inversion"]["hair_colour"] > 0.7, right
-    assert min(*right["lora"].values(), *right["dreambooth"].values()) > 0.7, right
-
-
-def test_the_merged_concepts_stand_side_by_side(server):
-    """A woman and a dog, each learned by itself, both with what is their own."""
-    outputs = server.run(prompt := prompt_of(server, "custom_diffusion_merged"))
-    (saved,) = (node for node, inner in prompt.items() if inner["class_type"] == "SaveImage")
-    files = [server.picture(picture) for picture in outputs[saved]["images"]]
-    pictures = [np.asarray(Image.open(BytesIO(file)).convert("RGB").resize((96, 64))) for file in files]
-    halves = read(load_judge(), np.stack(pictures))
-    for number, half, traits in ((10, halves[0], ("kind", "hair_style", "glasses")), (26, halves[1], ("kind", "fur"))):
-        for trait in traits:
-            own = getattr(identity(SUBJECTS, number), trait)
-            assert np.mean([SUBJECT_VALUES[trait][value] == own for value in half[trait]]) >= 0.75, (trait, own)
 
 
 def test_two_subjects_stand_in_their_boxes(server):
