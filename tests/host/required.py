@@ -19,9 +19,9 @@ class Required:
     """Of the pictures that one node saves.
 
     `windows` has for each subject, from left to right, the attributes that at least the share `most` of the pictures must
-    show, and `some` those for which `fewer` is enough: each a picture less than was measured, or the one there is.
-    `absent` may be shown by no more than one in four. `blur` is halfway between what was measured and what one step
-    leaves; `beside` is how many pictures stand side by side in the file.
+    show, and `some` those for which `fewer` is enough: each a picture of four less than was measured; of one
+    or three all. `absent` may be shown by no more than one in four. `blur` is between what was measured and what one
+    step leaves; `beside` is how many pictures stand side by side in the file.
     """
 
     windows: tuple[dict[str, str], ...]
