@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pack.models.concept_files import adobe_weights
 from pack.models.custom_diffusion import (
     ALL,
     KEYS_AND_VALUES,
@@ -65,3 +66,9 @@ def test_how_many_singular_values_are_kept():
 def test_files_that_do_not_fit_are_told(tensors, sentence):
     with pytest.raises(PersonalizeError, match=sentence):
         concept_changes(tensors, LAYERS, "mine")
+
+
+def test_adobes_format_has_one_vector_a_word():
+    words = {"<cat>": torch.zeros(1, 4), "<dog>": torch.zeros(2, 4)}
+    with pytest.raises(PersonalizeError, match=r"^<dog> has 2 vectors, but Adobe's format holds one a word\.$"):
+        adobe_weights({}, {}, words)

@@ -125,6 +125,11 @@ def test_a_truncated_bin(tmp_path, keep):
     refused(path, "damaged")
 
 
+def test_a_pickle_without_names(tmp_path):
+    torch.save([torch.zeros(2)], tmp_path / "list.bin")
+    refused(tmp_path / "list.bin", r" holds a list, not named tensors\.$")
+
+
 class Bomb:
     """Runs a command when it is unpickled without care."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from pack.models.errors import PersonalizeError
-from pack.models.merging import Merging, check_parts, merge_changes
+from pack.models.merging import Merging, check_parts, merge_changes, read_captions
 
 IN, OUT = 48, 20
 
@@ -153,3 +153,16 @@ def test_what_is_wrong_is_said():
             Merging(features(10, 5), words)
     with pytest.raises(PersonalizeError, match=r"widths \[5, 48\]: they are of different text encoders"):
         Merging(features(10, 5), [numbers(3, 5)])
+
+
+def test_captions_that_cannot_be_read(tmp_path):
+    path = tmp_path / "captions.txt"
+    path.write_text("\n \n a cat \n\na dog\n")
+    assert read_captions(path) == ["a cat", "a dog"]
+    path.write_text(" \n\n")
+    with pytest.raises(PersonalizeError, match=r"captions\.txt has no captions: write one into each line\.$"):
+        read_captions(path)
+    path.write_bytes(b"\xff\xfe\xfa")
+    for gone in (path, tmp_path / "gone.txt"):
+        with pytest.raises(PersonalizeError, match=rf"^The captions .*{gone.name} cannot be read \("):
+            read_captions(gone)
