@@ -73,7 +73,8 @@ def select_references(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
         raise PersonalizeError(f"Reference weights must be 0 or more, but they are {shown}.")
     keep = weights > 0
     if not bool(keep.any()):
-        raise PersonalizeError(f"All {len(weights)} reference weights are 0: give at least one a weight above 0.")
+        which = "The reference weight is" if len(weights) == 1 else f"All {len(weights)} reference weights are"
+        raise PersonalizeError(f"{which} 0: give at least one a weight above 0.")
     return features[keep], weights[keep]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .errors import PersonalizeError
+from .errors import PersonalizeError, plural
 from .words import parse_numbers
 
 _BETWEEN = re.compile(r"\bAND\b|(?<!\\)\|")
@@ -69,7 +69,10 @@ def parse_scales(text: str, count: int) -> list[float]:
     if not all(math.isfinite(weight) for weight in weights):
         raise PersonalizeError(f'The weights "{text.strip()}" are not finite: write for example "1, 0.8, -1".')
     if weights and len(weights) != count:
-        raise PersonalizeError(f"There are {len(weights)} weights for {count} concepts: give one for each.")
+        are = "is" if len(weights) == 1 else "are"
+        raise PersonalizeError(
+            f"There {are} {plural(len(weights), 'weight')} for {plural(count, 'concept')}: give one for each."
+        )
     return weights or [1.0] * count
 
 

@@ -8,6 +8,6 @@ class PersonalizeError(ValueError):
     """ComfyUI shows this before the message: the module's real name there is its whole path."""
 
 
-def plural(count: int, thing: str) -> str:
-    """ "1 picture", "2 pictures"."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+def plural(count: int, one: str, many: str = "") -> str:
+    """ "1 picture is" or "2 pictures are"; `many` is `one` with an s where it is not given."""
+    return f"{count} {one if count == 1 else many or f'{one}s'}"

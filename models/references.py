@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import PersonalizeError
+from .errors import PersonalizeError, plural
 from .weight_files import read_safetensors, write_safetensors
 from .words import parse_numbers
 
@@ -86,6 +86,7 @@ def parse_weights(text: str, names: Sequence[str]) -> list[float]:
         return (weights or [1.0]) * len(names)
     if len(weights) != len(names):
         raise PersonalizeError(
-            f"There are {len(weights)} weights for {len(names)} references ({', '.join(names)}): give one for each."
+            f"There are {len(weights)} weights for {plural(len(names), 'reference')} ({', '.join(names)}): give one "
+            f"for each."
         )
     return weights

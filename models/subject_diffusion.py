@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .errors import PersonalizeError
+from .errors import PersonalizeError, plural
 from .metadata import About, read_about
 from .weight_files import check_finite, read_safetensors
 from .words import call_of, words_in
@@ -58,7 +58,7 @@ def check_subjects(prompt: str, placed: Sequence[tuple[str, Sequence[float]]], m
     if not placed:
         raise PersonalizeError("There are no subjects: give at least one.")
     if len(placed) > most:
-        raise PersonalizeError(f"{name} knows {most} subjects in a picture, but there are {len(placed)}.")
+        raise PersonalizeError(f"{name} knows {plural(most, 'subject')} in a picture, but there are {len(placed)}.")
     words = words_in(prompt)
     plain = " ".join(words).lower()
     for word, box in placed:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models.attend_and_excite import cross_attention_maps, pick_level
 from ..models.blocks import Layer
-from ..models.errors import PersonalizeError
+from ..models.errors import PersonalizeError, plural
 from ..models.pictures import cover_picture, same_aspect
 from ..models.words import find_words, parse_words
 from .attention_capture import LEVELS, LOOK, layer_levels, looking, wrapped
@@ -101,7 +101,7 @@ class AttentionRecord:
             )
         seen = [uuid for uuid in self.order if any(uuid in step for step in self.steps)]
         if number > len(seen):
-            raise PersonalizeError(f"There are attention maps of {len(seen)} conditionings, not of {number}.")
+            raise PersonalizeError(f"There are attention maps of {plural(len(seen), 'conditioning')}, not of {number}.")
         return torch.stack([step[seen[number - 1]] for step in self.steps if seen[number - 1] in step])
 
 
@@ -198,7 +198,8 @@ class ShowAttentionMaps(Node):
         rows, columns = found.shape[-2:]
         if found.shape[1] != count or not same_aspect(rows, columns, height, width):
             raise PersonalizeError(
-                f"The attention maps are of {found.shape[1]} pictures of {columns}:{rows}, but the image is {count} of "
+                f"The attention maps are of {plural(found.shape[1], 'picture')} of {columns}:{rows}, but the image "
+                f"is {count} of "
                 f"{width}x{height}: connect the picture that was sampled with the recorded model."
             )
         scaled = found / found.amax((0, 3, 4), keepdim=True).clamp(min=1e-12)  # of each picture and word over its steps

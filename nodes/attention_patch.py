@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..models.attention import decoupled_attention
 from ..models.blocks import Layer, UNetLayout
-from ..models.errors import PersonalizeError
+from ..models.errors import PersonalizeError, plural
 from ..models.ip_adapter import ImagePrompt, stack_prompts
 from ..models.pictures import same_aspect
 from .attention_capture import attend, below_of, wrapped
@@ -118,7 +118,8 @@ class DecoupledAttentionPatch:
         pictures, (rows, columns) = noise.shape[0], noise.shape[-2:]
         if count not in (1, pictures):
             raise PersonalizeError(
-                f"Apply IP-Adapter has {count} masks for a batch of {pictures} pictures: give one mask, or one for each."
+                f"Apply IP-Adapter has {count} masks for a batch of {plural(pictures, 'picture')}: give one mask, or "
+                f"one for each."
             )
         if not same_aspect(rows, columns, height, width):
             raise PersonalizeError(
@@ -218,7 +219,8 @@ class _Masks:
         self.areas = tuple(sampling.areas.get(uuid) for uuid in uuids) or (None,) * chunks
         if mask.shape[0] not in (1, self.pictures):
             raise PersonalizeError(
-                f"Apply IP-Adapter has {mask.shape[0]} masks, but the sampler makes {self.pictures} pictures at a time "
+                f"Apply IP-Adapter has {mask.shape[0]} masks, but the sampler makes "
+                f"{plural(self.pictures, 'picture')} at a time "
                 "(context windows do that): give one mask for all."
             )
         key = (id(mask), x.device)

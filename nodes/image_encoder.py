@@ -8,7 +8,7 @@ import comfy.clip_vision
 import folder_paths
 from comfy_api.latest import io
 
-from ..models.errors import PersonalizeError
+from ..models.errors import PersonalizeError, plural
 from ..models.weight_files import VISION_CONFIG, check_finite, read_safetensors
 from .folders import POCKET, find_model
 from .schema import Node, schema
@@ -67,7 +67,8 @@ def with_config(config: dict, tensors: dict, name: str) -> comfy.clip_vision.Cli
     wrong = sorted({*missing, *unexpected})
     if wrong:
         raise PersonalizeError(
-            f"{name} does not hold the image encoder that it describes: {len(missing)} tensors are missing and "
-            f"{len(unexpected)} are of another model ({wrong[0]})."
+            f"{name} does not hold the image encoder that it describes: "
+            f"{plural(len(missing), 'tensor is', 'tensors are')} missing and "
+            f"{plural(len(unexpected), 'is', 'are')} of another model ({wrong[0]})."
         )
     return encoder

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..models.errors import PersonalizeError
+from ..models.errors import PersonalizeError, plural
 from ..models.pictures import Picture, make_picture
 
 MOST = 50
@@ -58,7 +58,8 @@ def connected(images: dict[str, Tensor | None], masks: dict[str, Tensor | None] 
         mask = None if mask is None else mask.reshape(-1, *mask.shape[-2:])
         if mask is not None and mask.shape[0] not in (1, batch.shape[0]):
             raise PersonalizeError(
-                f"mask{number_of(slot)} has {mask.shape[0]} masks but {slot} has {batch.shape[0]} pictures: give one mask "
+                f"mask{number_of(slot)} has {mask.shape[0]} masks but {slot} has "
+                f"{plural(batch.shape[0], 'picture')}: give one mask "
                 "for all, or one for each."
             )
         for index, pixels in enumerate(batch.cpu()):

@@ -8,7 +8,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..models.errors import PersonalizeError
+from ..models.errors import PersonalizeError, plural
 from ..models.pictures import FRAMINGS, frame_picture, list_pictures, read_picture
 from ..models.references import References, parse_weights
 from .encoder import encode, encode_zero, input_size
@@ -124,7 +124,7 @@ class SaveReferences(Node):
             raise PersonalizeError(
                 f"{path.name[:300]} cannot be written to {path.parent} ({error.strerror})."
             ) from None
-        return io.NodeOutput(ui={"text": (f"Saved {len(references)} references to {path}",)})
+        return io.NodeOutput(ui={"text": (f"Saved {plural(len(references), 'reference')} to {path}",)})
 
 
 class LoadReferences(Node):

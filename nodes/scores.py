@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..models import measures
-from ..models.errors import PersonalizeError
+from ..models.errors import PersonalizeError, plural
 from ..models.pictures import Picture, frame_picture, list_pictures, make_picture, read_picture
 from .encoder import encode, input_size
 from .folders import find_pictures, state_of
@@ -130,7 +130,9 @@ def _check(count: int, real: bool, prompts: Sequence[str], clip: bool, likeness:
     if clip and not prompts:
         raise PersonalizeError("There is no prompt for clip: write what the pictures should show, or disconnect it.")
     if len(prompts) not in (0, 1, count):
-        raise PersonalizeError(f"There are {len(prompts)} prompts but {count} pictures: write one, or a line for each.")
+        raise PersonalizeError(
+            f"There are {len(prompts)} prompts but {plural(count, 'picture')}: write one, or a line for each."
+        )
     if likeness != NONE and not real:
         raise PersonalizeError("Likeness is measured to references: connect some, or write a folder of them.")
     if (likeness == ENCODER) != (likeness_encoder is not None):

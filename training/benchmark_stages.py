@@ -23,7 +23,16 @@ from .personalization import put_on
 from .plots import Mark
 from .run import METHODS, personalize
 from .settings import make_groups, make_settings
-from .shared import SELF_ATTENTION, IPAdapter, bootstrap, likeness, mean_by_group, picture_paths, read_ip_adapter
+from .shared import (
+    SELF_ATTENTION,
+    IPAdapter,
+    bootstrap,
+    likeness,
+    mean_by_group,
+    picture_paths,
+    plural,
+    read_ip_adapter,
+)
 
 if TYPE_CHECKING:
     from .benchmark import Benchmark
@@ -198,7 +207,7 @@ def draw_numbers(
     for number in numbers_of(options):
         plans = {
             row: (
-                f"{row.title}, {number} references",
+                f"{row.title}, {plural(number, 'reference')}",
                 [
                     job
                     for person in material.people

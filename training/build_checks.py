@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .dataset import captions_of, visible_picture
 from .look import check_same, check_writable, tell
 from .options import option
-from .shared import PLACEHOLDER, PersonalizeError, call_of, list_pictures
+from .shared import PLACEHOLDER, PersonalizeError, call_of, list_pictures, plural
 from .subject_data import Rules, picture_fault
 from .subject_models import check_processor, check_tagger
 from .subject_progress import SETTINGS, Progress, check_begun
@@ -134,7 +134,8 @@ def look(building: Building, thresholds: Thresholds) -> Material:
         without = [name for name in without if name not in progress.captions]
     if without and not building.captioner:
         problems.append(
-            f"--captioner is missing, and {len(without)} pictures have no caption beside them ({paths[without[0]].name}): "
+            f"--captioner is missing, and {plural(len(without), 'picture has', 'pictures have')} no caption beside "
+            f"{'it' if len(without) == 1 else 'them'} ({paths[without[0]].name}): "
             "name a BLIP-2, such as Salesforce/blip2-opt-2.7b, or write NAME.txt beside NAME.jpg."
         )
     if problems or progress is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .clip_tokenizer import clip_tokenizer
 from .options import CustomDiffusion, Data
 from .settings import Settings
-from .shared import FRAMES, RARE, PersonalizeError, call_of
+from .shared import FRAMES, RARE, PersonalizeError, call_of, plural
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def check_start(method: CustomDiffusion, concepts: Sequence[Concept]) -> list[st
     if len(chosen) < len(concepts):
         given = "names" if method.initializer_token is not None else "has by default"
         return [
-            f"--initializer_token {given} {len(chosen)} words for {len(concepts)} concepts: name one for each, with commas "
+            f"--initializer_token {given} {plural(len(chosen), 'word')} for {len(concepts)} concepts: name one for "
+            f"each, with commas "
             "between."
         ]
     problems = []

@@ -20,7 +20,16 @@ from .look import check_same, remember, tell
 from .options import option
 from .personalization import FILES, check_file, put_on
 from .picture_sets import find_set
-from .shared import SELF_ATTENTION, IPAdapter, PersonalizeError, parse_concepts, parse_words, read_ip_adapter, title_of
+from .shared import (
+    SELF_ATTENTION,
+    IPAdapter,
+    PersonalizeError,
+    parse_concepts,
+    parse_words,
+    plural,
+    read_ip_adapter,
+    title_of,
+)
 
 
 @dataclass
@@ -145,7 +154,8 @@ def _prompt_problems(drawing: Drawing) -> list[str]:
         return [f"--excite is for --prompt_method {ATTEND_AND_EXCITE}, not {drawing.prompt_method}."]
     if len(drawing.excite) > 1 and len(drawing.excite) != len(drawing.prompt):
         return [
-            f"--excite is given {len(drawing.excite)} times for {len(drawing.prompt)} prompts: give it once, or once for each."
+            f"--excite is given {len(drawing.excite)} times for {plural(len(drawing.prompt), 'prompt')}: give it "
+            f"once, or once for each."
         ]
     problems = []
     readings: list[tuple[Callable, list[str]]] = [(parse_words, drawing.excite)]

@@ -33,6 +33,7 @@ from .shared import (
     host_text_tensors,
     host_unet_names,
     overwrite_tensors,
+    plural,
     read_header,
     read_safetensors,
     text_tensors,
@@ -75,7 +76,8 @@ class DreamBoothMethod:
         if missing:
             advice = "" if missing[0].startswith("model.") else ", or use --no-train_text_encoder"
             raise PersonalizeError(
-                f"{source.name} has no {missing[0]} ({len(missing)} such names), which would train: take a checkpoint in "
+                f"{source.name} has no {missing[0]} ({plural(len(missing), 'such name')}), which would train: take a "
+                f"checkpoint in "
                 f"the usual layout{advice}."
             )
 

@@ -31,6 +31,7 @@ from .shared import (
     mean_by_group,
     mean_of,
     paired_cosines,
+    plural,
     score_between_groups,
     score_by_group,
     uniform_score_by_group,
@@ -270,7 +271,8 @@ def remarks(methods: Sequence[Views], real: Views, draws: int) -> list[str]:
         name, n = views.pictures.name, sizes[views.pictures.name]
         if min(n, n_real) < 2:
             said.append(
-                f"FID and KID of {name} are left out: {n} generated and {n_real} real pictures are no distribution; at least "
+                f"FID and KID of {name} are left out: {n} generated and {plural(n_real, 'real picture')} are no "
+                f"distribution; at least "
                 "2 of each are needed."
             )
         elif min(n, n_real) < width + 1:
@@ -309,7 +311,8 @@ def remarks(methods: Sequence[Views], real: Views, draws: int) -> list[str]:
         )
     for n, names in seeded.items():
         said.append(
-            f"FID by seed of {', '.join(names)} is of {n} pictures a seed, but {width} features need {width + 1}: it is too "
+            f"FID by seed of {', '.join(names)} is of {plural(n, 'picture')} a seed, but {width} features need "
+            f"{width + 1}: it is too "
             "high, and to be compared with that of as many pictures a seed only."
         )
     for n, names in within.items() if not real.pictures.flat else ():

@@ -8,6 +8,7 @@ from .checkpoint import read_settings_of
 from .concepts import concepts_of
 from .options import CustomDiffusion
 from .settings import Settings
+from .shared import plural
 
 ANYWAY = {  # settings that may differ when a run goes on: what it trains stays the same
     "resume_from_checkpoint",
@@ -95,9 +96,7 @@ def changed_settings(settings: Settings, checkpoint: Path, material: Mapping[str
     changed += [f"other {name}" for name, digest in (material or {}).items() if before.get(name) != digest]
     if not changed:
         return []
-    began = (
-        f"{settings.folder} has a training of {step} steps that began otherwise ({'; '.join(changed)}): use the same, "
-    )
+    began = f"{settings.folder} has a training of {plural(step, 'step')} that began otherwise ({'; '.join(changed)}): use the same, "
     if any(before.get(name) != value for name, value in shared_settings(settings).items() if name in SHAPING):
         return [f"{began}another --output_dir, or --resume_from_checkpoint none to start anew."]
     return [

@@ -12,7 +12,7 @@ from .encoding import digest_of_path
 from .methods import templates_of
 from .options import Data, IPAdapter
 from .settings import Settings
-from .shared import SUFFIXES, PersonalizeError, picture_paths
+from .shared import SUFFIXES, PersonalizeError, picture_paths, plural
 
 LEAST = 2
 """Pictures of an identity: one to predict, and one to predict it from."""
@@ -47,12 +47,14 @@ class Identities:
             )
         if self.misplaced:
             sentences.append(
-                f"{len(self.misplaced)} pictures are in no identity's folder ({_some(self.misplaced, folder)}) and are left "
+                f"{plural(len(self.misplaced), 'picture is', 'pictures are')} in no identity's folder "
+                f"({_some(self.misplaced, folder)}) and {_are(self.misplaced)} left "
                 f"out: put each into {folder.name}/NAME/."
             )
         if self.copies:
             sentences.append(
-                f"{len(self.copies)} pictures are copies of others of the same identity ({_some(self.copies, folder)}) and are "
+                f"{plural(len(self.copies), 'picture is a copy of another', 'pictures are copies of others')} of the "
+                f"same identity ({_some(self.copies, folder)}) and {_are(self.copies)} "
                 "left out: a picture would be predicted from itself."
             )
         return sentences
@@ -136,7 +138,8 @@ def hold_out(sets: dict[Path, tuple[Path, ...]], count: int | None, seed: int) -
     wanted = min(len(folders) // HELD_OUT, AT_MOST) if count is None else count
     if wanted >= len(folders):
         raise PersonalizeError(
-            f"--validation_identities {wanted} leaves none of the {len(folders)} identities to train on: hold out fewer."
+            f"--validation_identities {wanted} leaves none of the {plural(len(folders), 'identity', 'identities')} "
+            f"to train on: hold out fewer."
         )
     order = np.random.default_rng([seed, 2]).permutation(len(folders))
     held = {folders[i] for i in order[:wanted]}
@@ -182,3 +185,7 @@ def find_sets(
 def _some(paths: Sequence[Path], folder: Path | None = None) -> str:
     names = [path.name if folder is None else str(path.relative_to(folder)) for path in paths[:NAMED]]
     return ", ".join(names) + (", ..." if len(paths) > NAMED else "")
+
+
+def _are(paths: Sequence[Path]) -> str:
+    return "is" if len(paths) == 1 else "are"

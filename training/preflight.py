@@ -37,6 +37,7 @@ from .settings import Settings
 from .shared import (
     SELF_ATTENTION,
     PersonalizeError,
+    plural,
     read_about,
     read_header,
     title_of,
@@ -183,15 +184,16 @@ def check_steps(settings: Settings, steps: int) -> None:
     method, warming, problems = settings.method, settings.training.lr_warmup_steps, []
     if warming > steps:
         problems.append(
-            f"--lr_warmup_steps {warming} are more than the {steps} steps of the training: the learning rate would never be "
+            f"--lr_warmup_steps {warming} are more than the {plural(steps, 'step')} of the training: the learning "
+            f"rate would never be "
             "reached; use fewer."
         )
     if isinstance(method, IPAdapter):
         first = method.distil_steps + method.warmup_steps * (method.aggregation == SELF_ATTENTION)
         if first > steps:
             problems.append(
-                f"--distil_steps {method.distil_steps} and --warmup_steps {method.warmup_steps} are more than the {steps} "
-                "steps of the training: it would end before they do; use fewer."
+                f"--distil_steps {method.distil_steps} and --warmup_steps {method.warmup_steps} are more than the "
+                f"{plural(steps, 'step')} of the training: it would end before they do; use fewer."
             )
     if problems:
         raise PersonalizeError("\n".join(problems))

@@ -37,7 +37,7 @@ from .options import CustomDiffusion, DreamBooth, IPAdapter, Lora, SubjectDiffus
 from .preflight import check_steps, preflight
 from .record import Record
 from .settings import Settings, read_settings, save_settings
-from .shared import PersonalizeError
+from .shared import PersonalizeError, plural
 from .stopping import Stop, StoppedError, step_of, stopping_on_signals
 from .subject_data import SubjectPicture
 from .subject_diffusion import SubjectDiffusionMethod, find_subjects
@@ -247,7 +247,8 @@ def prepare(
         made.begin(subjects, {example.path: example.size for example in (*examples, *kept_out)})
     if (long := too_long(base, made, examples)) and accelerator.is_main_process:
         print(
-            f"{len(long)} captions are longer than the {base.pipeline.tokenizer.model_max_length} tokens that are read "
+            f"{plural(len(long), 'caption is', 'captions are')} longer than the "
+            f"{base.pipeline.tokenizer.model_max_length} tokens that are read "
             f"({', '.join(long[:3])}{', ...' if len(long) > 3 else ''}): their end is left out.",
             file=sys.stderr,
         )

@@ -11,7 +11,7 @@ from .dataset import upright_size
 from .image_encoder import widths_of_encoder
 from .options import SubjectDiffusion as Options
 from .settings import Settings
-from .shared import PLACEHOLDER, PersonalizeError, call_of, read_subject_diffusion
+from .shared import PLACEHOLDER, PersonalizeError, call_of, plural, read_subject_diffusion
 from .subject_data import Entity, SubjectPicture, read_subjects
 from .subject_diffusion import told_whole
 
@@ -70,12 +70,13 @@ def look_at_subjects(folder: Path, settings: Settings, quiet: bool) -> tuple[int
     if long == len(pictures):
         wrong.append(f"All captions in {folder} are too long with their subjects: {TOO_LONG}.")
     elif long:
-        odd.append(f"{long} captions in {folder} are too long with their subjects, and are left out: {TOO_LONG}.")
+        one, several = f"caption in {folder} is too long with its", f"captions in {folder} are too long with their"
+        left = f"subjects, and {'is' if long == 1 else 'are'} left out"
+        odd.append(f"{plural(long, one, several)} {left}: {TOO_LONG}.")
     many = sum(len(one.subjects) > most for one in pictures)
     if many:
-        odd.append(
-            f"{many} pictures in {folder} have more than --max_subjects {most} subjects: the first {most} are used."
-        )
+        have = plural(many, f"picture in {folder} has", f"pictures in {folder} have")
+        odd.append(f"{have} more than --max_subjects {plural(most, 'subject')}: the first {most} are used.")
     return good, wrong, odd
 
 

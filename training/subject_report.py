@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .build_checks import Thresholds
 from .plots import COLOURS
-from .shared import write_whole
+from .shared import plural, write_whole
 from .subject_data import METADATA, SubjectPicture, read_subjects
 from .subject_progress import DROPPED
 
@@ -57,7 +57,7 @@ def write_report(folder: Path, lines: Iterable[Mapping[str, Any]], thresholds: T
     subjects = ", ".join(f"{word} {count}" for word, count in words.most_common(10))
     parts = [
         "# Data set for Subject-Diffusion",
-        f"{len(kept)} of {len(kept) + reasons.total()} pictures are kept, with {words.total()} subjects"
+        f"{len(kept)} of {len(kept) + reasons.total()} pictures are kept, with {plural(words.total(), 'subject')}"
         + (f": {subjects}{', ...' if len(words) > 10 else ''}." if kept else "."),
         *(_table(*given, vars(thresholds)) for given in (("pictures", reasons, PICTURES), ("boxes", boxes, BOXES))),
         f"{DROPPED} names each of them." if lines else "",

@@ -12,6 +12,7 @@ from .dataset import Example, Sizes, fill_in, find_examples, find_priors
 from .methods import templates_of
 from .options import CustomDiffusion
 from .settings import Settings
+from .shared import plural
 from .side_by_side import side_by_side
 from .sizes import sized
 from .stopping import Stop
@@ -38,7 +39,7 @@ def find_pictures(
             accelerator, base, folder, prompt, data.num_class_images, sizes.resolution, seed, stop
         )
         if drawn:
-            accelerator.print(f"{drawn} pictures of the class drawn into {folder}.")
+            accelerator.print(f"{plural(drawn, 'picture')} of the class drawn into {folder}.")
         priors += find_priors(folder, own, wanted)
     examples = [example for mine in pictures for example in mine]
     if isinstance(settings.method, CustomDiffusion):

@@ -335,7 +335,7 @@ def test_recording_changes_no_picture_and_maps_are_shown_over_it(host, loaded, e
     assert each.shape[2] > 3 * sheets.shape[2]
     with pytest.raises(Exception, match="2 pictures of 12:8, but the image is 1 of 64x64"):
         show(record, torch.zeros(1, 64, 64, 3), loaded[1], PROMPT)
-    with pytest.raises(Exception, match="attention maps of 1 conditionings, not of 2"):
+    with pytest.raises(Exception, match="attention maps of 1 conditioning, not of 2"):
         show(record, pixels, loaded[1], PROMPT, "", "average", 2)
 
 

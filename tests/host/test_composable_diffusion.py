@@ -209,5 +209,5 @@ def test_a_text_through_the_executor(host):
 def test_what_is_wrong_is_said(host, loaded, conds):
     with pytest.raises(Exception, match="no concepts"):
         composed(host, loaded[0], [], conds[2])
-    with pytest.raises(Exception, match="2 weights for 1 concepts"):
+    with pytest.raises(Exception, match="2 weights for 1 concept:"):
         composed(host, loaded[0], [conds[0]], conds[2], 4.0, "1 2")

@@ -242,7 +242,7 @@ def test_save_and_load(host, encode):
             {"images": {"image0": torch.rand(1, 40, 40, 3)}, "masks": {"mask1": torch.rand(1, 40, 40)}},
             "mask1 has no picture",
         ),
-        ({"images": {"image0": torch.rand(1, 40, 40, 3)}, "weights": "1 2"}, "2 weights for 1 references"),
+        ({"images": {"image0": torch.rand(1, 40, 40, 3)}, "weights": "1 2"}, "2 weights for 1 reference "),
         ({"folder": "nowhere"}, 'There is no folder "nowhere"'),
         ({"folder": "x" * 5000}, 'There is no folder "x'),
         ({"folder": __file__}, "is a file: write the folder it is in"),

@@ -188,7 +188,7 @@ def test_an_image_encoder_that_lacks_a_tensor(host, root):
     tensors.pop("visual_projection.weight")
     write_safetensors(path, tensors, about)
     try:  # the user's own file of this name comes first
-        with pytest.raises(ValueError, match=rf"^{ENCODER} does not hold the .*: 1 tensors are missing and 0 are of"):
+        with pytest.raises(ValueError, match=rf"^{ENCODER} does not hold the .*: 1 tensor is missing and 0 are of"):
             host.node("PersonalizeLoadImageEncoder").execute(ENCODER)
     finally:
         path.unlink()

@@ -268,7 +268,7 @@ def test_what_is_wrong_with_concepts_is_told(root, folder, two, tmp_path):
     assert "--initializer_token has by default 3 words for 4 concepts: name one" in refused(
         root, tmp_path, concept=four
     )
-    for words, sentence in (("ktn", "names 1 words for 2 concepts"), ("ktn, two words", "'two words' is 2 tokens")):
+    for words, sentence in (("ktn", "names 1 word for 2 concepts"), ("ktn, two words", "'two words' is 2 tokens")):
         assert sentence in refused(root, tmp_path / "out", concept=two, initializer_token=words)
     values = {"instance_data_dir": None, "class_name": "person", "trigger": "mine", "concept": two}
     found = preflight(settings_of("custom_diffusion", root, None, tmp_path / "out", **values), quiet=True)

@@ -46,7 +46,7 @@ def test_captions_that_are_too_long_are_told(root, tmp_path, capsys):
     sorted(pictures.iterdir())[0].with_suffix(".txt").write_text("ohwx " + "very " * 80 + "tall")
     train("lora", root, pictures, tmp_path / "out", max_train_steps=1)
     name = sorted(pictures.glob("*.png"))[0].name
-    assert f"1 captions are longer than the 77 tokens that are read ({name}): their end" in capsys.readouterr().err
+    assert f"1 caption is longer than the 77 tokens that are read ({name}): their end" in capsys.readouterr().err
 
 
 def test_the_prior_loss_is_its_equation(root, folder, tmp_path, monkeypatch):

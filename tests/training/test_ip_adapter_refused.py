@@ -184,10 +184,10 @@ def test_what_is_left_out_or_without_effect_is_said(root, tmp_path):
     told = "\n".join(warnings)
     assert "1 of the identities in" in told
     assert "(lonely)" in told
-    assert "1 pictures are in no identity's folder (loose.png)" in told
+    assert "1 picture is in no identity's folder (loose.png)" in told
     assert "--train_text_encoder has no effect: an IP-Adapter trains beside a base" in told
     assert "--caption_dropout has no effect" in told
-    assert f"1 pictures are copies of others of the same identity ({own.parent.name}/zz.png) and are left out" in told
+    assert f"1 picture is a copy of another of the same identity ({own.parent.name}/zz.png) and is left out" in told
     assert told.count("--masked_loss") == 1
     assert "--masked_loss has no effect on 2 of the 2 identities in people: none of their pictures has" in told.replace(
         str(folder), "people"

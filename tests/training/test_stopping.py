@@ -107,7 +107,7 @@ def test_asked_to_stop_it_goes_on_with_the_same_settings_only(root, tmp_path):
     settings = settings_of("lora", root, folder, output, max_train_steps=5)
     assert running.personalize("lora", settings, stop) == []
     with pytest.raises(
-        PersonalizeError, match=r"has a training of 1 steps that began otherwise \(rank was 16, is 8\): use"
+        PersonalizeError, match=r"has a training of 1 step that began otherwise \(rank was 16, is 8\): use"
     ):
         train("lora", root, folder, output, max_train_steps=5, rank=8)
     with pytest.raises(PersonalizeError, match=r"^There is no checkpoint step-9; in .* there are: step-0000001\.$"):

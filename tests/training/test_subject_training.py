@@ -229,7 +229,7 @@ def test_captions_longer_than_clip_reads_are_left_out(root, subject_set, tmp_pat
     (data / METADATA).write_text("\n".join(map(json.dumps, lines)))
     settings = settings_of_subjects(root, data, tmp_path / "out", max_train_steps=3, train_batch_size=len(lines) - 1)
     (warning,) = preflight(settings, quiet=True).warnings
-    assert warning.startswith(f"1 captions in {data} are too long with their subjects, and are left out: CLIP reads 77")
+    assert warning.startswith(f"1 caption in {data} is too long with its subjects, and is left out: CLIP reads 77")
     (path,) = train_subjects(root, data, tmp_path / "out", max_train_steps=3, train_batch_size=len(lines) - 1)
     assert read_about(read_safetensors(path)[1], path.name).extra["ss_num_train_images"] == str(len(lines) - 1)
     for line in lines:

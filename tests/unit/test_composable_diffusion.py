@@ -84,7 +84,12 @@ def test_scales(text, weights):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("1, x, 2", "not numbers"), ("1 nan 1", "not finite"), ("1", "1 weights for 3"), ("1 2 3 4", "4")],
+    [
+        ("1, x, 2", "not numbers"),
+        ("1 nan 1", "not finite"),
+        ("1", "There is 1 weight for 3 concepts:"),
+        ("1 2 3 4", "4"),
+    ],
 )
 def test_what_are_no_scales(text, sentence):
     with pytest.raises(PersonalizeError, match=sentence):

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..pocket.photos import write_photos
-from ..shared import PersonalizeError, contact_sheet, list_pictures, read_picture
+from ..shared import PersonalizeError, contact_sheet, list_pictures, plural, read_picture
 from .find import ROOT, comfyui_version, find_comfyui
 from .measures import score
 from .methods import PROMPTS, make, place_of, prompt_of
@@ -40,7 +40,7 @@ def main() -> int:
             photos = options.photos.expanduser().resolve()
         class_name = options.class_name or (CLASS if options.photos is None else "person")
         references = list_pictures(photos)
-        print(f"{len(references)} photographs of a {class_name} in {photos}")
+        print(f"{plural(len(references), 'photograph')} of a {class_name} in {photos}")
         place = place_of(references, class_name, output)
         rows = make(photos, class_name, place)
         comfyui = find_comfyui()

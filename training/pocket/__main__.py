@@ -26,7 +26,7 @@ from pathlib import Path
 # Before torch: threads that spin while they wait slow down what else the machine does.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from ..shared import POCKET, PersonalizeError
+from ..shared import POCKET, PersonalizeError, plural
 from .attributes import LOGO_COLOURS, LOGO_PLACES, LOGO_SHAPES, NEW_LOGO_SHAPES, NEW_STYLES, STYLES, Logo
 from .photos import write_identities, write_photos
 from .subject_set import write_subjects
@@ -106,7 +106,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         logo = None if options.logo is None else _logo(parser, options.logo)
         output = output or Path("photos")
         paths = write_photos(output, options.identity, options.count, options.style, logo)
-        print(f"{len(paths)} pictures with captions in {output}")
+        print(f"{plural(len(paths), 'picture')} with captions in {output}")
         return
     if part == "identities":
         output = output or Path("identities")
