@@ -141,7 +141,6 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.subject_diffusion import three_way as three_way
     from models.text_keys import PREFIXES as PREFIXES
     from models.text_keys import text_tensors as text_tensors
-    from models.text_keys import with_text_model as with_text_model
     from models.textual_inversion import LearnedWord as LearnedWord
     from models.textual_inversion import read_word as read_word
     from models.textual_inversion import word_tensors as word_tensors
@@ -299,7 +298,6 @@ else:
     from ..models.subject_diffusion import three_way as three_way
     from ..models.text_keys import PREFIXES as PREFIXES
     from ..models.text_keys import text_tensors as text_tensors
-    from ..models.text_keys import with_text_model as with_text_model
     from ..models.textual_inversion import LearnedWord as LearnedWord
     from ..models.textual_inversion import read_word as read_word
     from ..models.textual_inversion import word_tensors as word_tensors

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
 from ..shared import list_pictures
-from .methods import ADAPTER, BOX, PLAIN, PROMPTS, SUBJECT_GUIDANCE, Made, prompt_of
+from ..subject_drawing import IMAGE_SCALE
+from .methods import ADAPTER, BOX, PLAIN, PROMPTS, Made, prompt_of
 from .server import Server
 
 STEPS, GUIDANCE, SIZE, SEED = 20, 4.0, 64, 7
@@ -87,7 +88,7 @@ def graph_of(rows: Sequence[Made], photos: Path, count: int) -> tuple[Graph, lis
 
 def _guided(graph: Graph, applied: str, latent: list[Any], seed: int) -> str:
     """The node that samples what *Apply Subject-Diffusion* gives, as KSampler does the others."""
-    scales = {"text_cfg": GUIDANCE, "subject_cfg": SUBJECT_GUIDANCE}
+    scales = {"text_cfg": GUIDANCE, "subject_cfg": IMAGE_SCALE}
     wires = {"model": [applied, 0], "positive": [applied, 1], "negative": [applied, 2], "subjects_only": [applied, 3]}
     parts = {
         "guider": graph.add("PersonalizeSubjectGuider", **wires, **scales),

@@ -16,7 +16,7 @@ from ..personalization import put_on
 from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
 from ..shared import POCKET, SELF_ATTENTION, IPAdapter, cut_out, list_pictures, read_ip_adapter, read_picture
 from ..subject_drawing import Placed, SubjectArtist, SubjectJob
-from .methods import ADAPTER, BOX, PROMPTS, SUBJECT_GUIDANCE, TRIGGER, Made, prompt_of
+from .methods import ADAPTER, BOX, PROMPTS, TRIGGER, Made, prompt_of
 
 SAMPLING = Sampling(64, 20, 4.0)
 
@@ -80,5 +80,5 @@ def _by_subject_diffusion(base: BaseModel, row: Made, photos: Path, count: int, 
         for path, seed in some
     ]
     artist = SubjectArtist(base, row.files[0], load_image_encoder(POCKET / IMAGE_ENCODER))
-    artist.draw(Accelerator(), jobs, SAMPLING, row.title, SUBJECT_GUIDANCE)
+    artist.draw(Accelerator(), jobs, SAMPLING, row.title)
     return [[path for path, _ in some] for some in paths]

@@ -22,7 +22,6 @@ PLAIN, REFERENCES, SUBJECT = "without", "IP-Adapter, self-attention", "Subject-D
 ADAPTER = POCKET / "ipadapter" / "pocket_self_attention.safetensors"
 BOX = (0.05, 0.05, 0.95, 1.0)
 """Where Subject-Diffusion draws the subject of the first photograph, which fills it: left, top, right, bottom."""
-SUBJECT_GUIDANCE = 1.5
 TRIGGER = "ohwx"
 STEPS: int | None = None
 """Of each training; None: each method's own."""
