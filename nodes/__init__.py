@@ -15,7 +15,8 @@ from .pocket import register_pocket
 from .reference_attention import ShowReferenceAttention
 from .references import EncodeReferences, LoadReferences, SaveReferences
 from .scores import ScoreImages
-from .subject_diffusion import ApplySubjectDiffusion, GuideSubjects, LoadSubjectDiffusion, Subject
+from .subject_diffusion import ApplySubjectDiffusion, GuideSubjects, LoadSubjectDiffusion
+from .subjects import Subject
 from .training import TrainDreamBooth, TrainLora, TrainTextualInversion
 
 NODES: list[type[io.ComfyNode]] = [

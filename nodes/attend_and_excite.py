@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..models.attend_and_excite import Excitement, parse_thresholds, pick_level
 from ..models.errors import PersonalizeError
 from ..models.words import find_words, parse_words
-from .attention_capture import LEVELS, layer_levels
+from .attention_capture import LEVELS, layer_levels, resolution_input
 from .excitation import KEY, Excitation
 from .prompt_words import phrases_of, tokens_of, words_of
 from .schema import ADVANCED, Node, schema
@@ -23,39 +23,42 @@ class AttendAndExcite(Node):
         return schema(
             node_id="PersonalizeAttendAndExcite",
             display_name="Attend-and-Excite",
-            description="Moves the latent while it is sampled so that every chosen word of the prompt is in the picture.",
+            description="Moves the latent in the first steps so that the most neglected of the chosen words is "
+            "looked at more: for objects that the prompt lost (Attend-and-Excite, Chefer et al. 2023). Nothing is "
+            "trained.",
             search_aliases=["attend and excite", "excite", "missing subject", "two subjects", "attribute binding"],
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="SD1.5 or SDXL, with LoRA, IP-Adapter and other patches before or after."
+                    "model", tooltip="SD1.5, SD2 or SDXL; LoRA, IP-Adapter and other patches may come before or after."
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders, which read the prompt."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="The whole prompt: a blue cat and a yellow bowl.",
+                    tooltip="The whole prompt, such as: a blue cat and a yellow bowl. Weights such as (cat:1.2) and more "
+                    "than 77 tokens work.",
                 ),
                 io.String.Input(
                     "words",
                     default="",
                     placeholder="cat, bowl",
-                    tooltip="The words that must be in the picture, for example cat, bowl. Quotes hold a phrase together: "
-                    '"coffee cup". Empty: nothing is moved.',
+                    tooltip="What must be in the picture, nouns at best, such as: cat, bowl. Quotes hold a phrase "
+                    'together: "coffee cup". Empty: nothing is moved, and the picture is the same bit for bit.',
                 ),
                 io.Int.Input(
                     "steps",
                     default=PAPER.steps,
                     min=0,
                     max=1000,
-                    tooltip="The latent is moved before the first so many steps.",
+                    tooltip="The latent is moved before each of the first so many steps.",
                     extra_dict=ADVANCED,
                 ),
                 io.String.Input(
                     "thresholds",
                     default=", ".join(f"{step}:{value:g}" for step, value in PAPER.thresholds.items()),
-                    tooltip="At step 0 every word's attention must reach 0.05, at 10 0.5, at 20 0.8: there the latent is moved "
-                    "again and again.",
+                    tooltip="At these steps each word's attention must reach a value, 0.05 at step 0 and so on, and the "
+                    "latent is moved until it does. Empty: none.",
                     extra_dict=ADVANCED,
                 ),
                 io.Float.Input(
@@ -64,7 +67,7 @@ class AttendAndExcite(Node):
                     min=0.0,
                     max=1000.0,
                     step=0.5,
-                    tooltip="How far each move of the latent goes.",
+                    tooltip="How far a move goes: less if pictures look burnt, more if words stay lost.",
                     extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
@@ -75,14 +78,7 @@ class AttendAndExcite(Node):
                     tooltip="Moves at a threshold, at most.",
                     extra_dict=ADVANCED,
                 ),
-                io.Combo.Input(
-                    "resolution",
-                    options=list(LEVELS),
-                    default="auto",
-                    tooltip="Of the attention maps, as a share of the latent's sides. Auto: 1/4, as in the paper; the "
-                    "finest where the model has none of that size.",
-                    extra_dict=ADVANCED,
-                ),
+                resolution_input(),
                 io.Boolean.Input(
                     "low_memory",
                     default=False,
@@ -97,7 +93,10 @@ class AttendAndExcite(Node):
             ],
             outputs=[
                 io.Model.Output(tooltip="To the sampler."),
-                io.Conditioning.Output(tooltip="The prompt, to the sampler's positive input."),
+                io.Conditioning.Output(
+                    tooltip="The prompt, to the sampler's positive input; areas, masks and ControlNet may be applied to "
+                    "it."
+                ),
             ],
         )
 

@@ -8,10 +8,12 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, Upsample
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
 from torch import Tensor, nn
 
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
+from .schema import ADVANCED
 
 LEVELS = {"auto": None, "1/1": 0, "1/2": 1, "1/4": 2, "1/8": 3}
 """How often the latent is halved where maps are taken, as users choose it."""
@@ -20,6 +22,18 @@ LOOK = "personalize_look"
 
 Keep = Callable[[Layer, Tensor, Tensor, Mapping[str, Any]], None]
 """What is done with a layer's query [B, N, C] and key [B, T, C], and with the options that the layer was called with."""
+
+
+def resolution_input() -> Any:
+    """At which of LEVELS maps are taken."""
+    return io.Combo.Input(
+        "resolution",
+        options=list(LEVELS),
+        default="auto",
+        tooltip="Of the attention maps, as a share of the latent's sides. Auto: 1/4, as in the paper; the finest where the "
+        "model has none of that size.",
+        extra_dict=ADVANCED,
+    )
 
 
 def unet_parts(unet: Any) -> Iterator[tuple[str, int, nn.Module]]:

@@ -19,7 +19,7 @@ from ..models.blocks import Layer
 from ..models.errors import PersonalizeError, plural
 from ..models.pictures import cover_picture, same_aspect
 from ..models.words import find_words, parse_words
-from .attention_capture import LEVELS, LOOK, layer_levels, looking, wrapped
+from .attention_capture import LEVELS, LOOK, layer_levels, looking, resolution_input, wrapped
 from .prompt_words import phrases_of, tokens_of, words_of
 from .schema import ADVANCED, AttentionMapsType, Node, schema
 
@@ -111,21 +111,18 @@ class RecordAttentionMaps(Node):
         return schema(
             node_id="PersonalizeRecordAttentionMaps",
             display_name="Record Attention Maps",
-            description="Keeps the cross-attention maps of the next sampling, for Show Attention Maps.",
+            description="Keeps the cross-attention maps of the next sampling: which part of the picture looked at "
+            "which word. The picture is the same, bit for bit.",
             search_aliases=["cross attention", "daam", "heat map", "which word"],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.5 or SDXL, with whatever patches."),
-                io.Combo.Input(
-                    "resolution",
-                    options=list(LEVELS),
-                    default="auto",
-                    tooltip="Of the maps, as a share of the latent's sides. Auto: 1/4, or the finest.",
-                    extra_dict=ADVANCED,
-                ),
+                io.Model.Input("model", tooltip="SD1.5, SD2 or SDXL, with whatever patches."),
+                resolution_input(),
             ],
             outputs=[
-                io.Model.Output(tooltip="To the sampler. The picture is the same."),
-                AttentionMapsType.Output(display_name="maps", tooltip="To Show Attention Maps."),
+                io.Model.Output(tooltip="To the sampler."),
+                AttentionMapsType.Output(
+                    display_name="maps", tooltip="To Show Attention Maps, with the sampled picture."
+                ),
             ],
         )
 
@@ -143,12 +140,13 @@ class ShowAttentionMaps(Node):
         return schema(
             node_id="PersonalizeShowAttentionMaps",
             display_name="Show Attention Maps",
-            description="Shows over the picture where each word of the prompt was looked at.",
+            description="Shows over the picture where each word of the prompt was looked at. Each word has a scale "
+            "of its own: bright is where it was looked at most.",
             search_aliases=["cross attention", "daam", "heat map", "which word"],
             inputs=[
                 AttentionMapsType.Input("maps", tooltip="From Record Attention Maps."),
                 io.Image.Input("image", tooltip="The picture that was sampled with the recorded model."),
-                io.Clip.Input("clip", tooltip="That read the prompt."),
+                io.Clip.Input("clip", tooltip="The text encoders that read the prompt."),
                 io.String.Input(
                     "prompt", multiline=True, dynamic_prompts=True, tooltip="The positive prompt, as it was."
                 ),
@@ -169,7 +167,7 @@ class ShowAttentionMaps(Node):
                     default=1,
                     min=1,
                     max=100,
-                    tooltip="Which, where the sampler gets several (combined, or concepts).",
+                    tooltip="Which, where the sampler gets several: combined ones, or the concepts of Compose Concepts.",
                     extra_dict=ADVANCED,
                 ),
             ],
@@ -180,7 +178,7 @@ class ShowAttentionMaps(Node):
                 ),
                 io.Mask.Output(
                     display_name="maps",
-                    tooltip="From 0 to 1, in the picture's size: for each picture, step and word, in this order.",
+                    tooltip="Masks from 0 to 1 in the picture's size: for each picture, step and word, in this order.",
                 ),
             ],
         )

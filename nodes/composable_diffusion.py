@@ -15,7 +15,14 @@ from .schema import Node, schema
 
 _LIMITS = {"area", "mask", "timestep_start", "timestep_end"}
 """What keeps a conditioning from a part of the picture or of the steps."""
-_CFG = {"default": 7.5, "min": 0.0, "max": 100.0, "step": 0.1}
+_CFG = {
+    "default": 7.5,
+    "min": 0.0,
+    "max": 100.0,
+    "step": 0.1,
+    "tooltip": "The guidance scale of a concept of weight 1.",
+}
+_AWAY = "What all concepts are guided away from, often an empty prompt."
 
 
 class ComposableGuider(comfy.samplers.CFGGuider):
@@ -91,31 +98,30 @@ class ComposeConcepts(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         concept = io.Conditioning.Input(
-            "concept", tooltip="One concept, with its own area, mask or ControlNet if wanted."
+            "concept", tooltip="It may have its own area, mask, range of steps or ControlNet."
         )
         return schema(
             node_id="PersonalizeComposeConcepts",
             display_name="Compose Concepts",
-            description="Guides by several conditionings at once, each at its own weight; a negative weight is NOT.",
+            description="Guides by several conditionings at once, each at its own weight (Composable Diffusion, Liu "
+            "et al. 2022).",
             search_aliases=["composable diffusion", "AND", "NOT", "conditioning combine"],
             inputs=[
                 io.Model.Input("model", tooltip="Any model that is guided."),
                 io.Autogrow.Input(
                     "concepts",
                     template=io.Autogrow.TemplatePrefix(concept, prefix="concept", min=0, max=20),
-                    tooltip="What the picture shows; a new input appears as you connect one.",
+                    tooltip="What the picture shows, a conditioning each; a new input appears as you connect one.",
                 ),
-                io.Conditioning.Input(
-                    "negative", tooltip="What all concepts are guided away from, often an empty prompt."
-                ),
+                io.Conditioning.Input("negative", tooltip=_AWAY),
                 io.String.Input(
                     "weights",
                     default="",
                     placeholder="1, 0.8, -1 ...",
-                    tooltip="Of each concept in order, times cfg, for example 1, 0.8, -1. Empty: all 1. A negative one keeps "
-                    "the concept away.",
+                    tooltip="Of each concept in order, times cfg, such as 1, 0.8, -1. Empty: all 1. A negative one is "
+                    "NOT: it keeps the concept away.",
                 ),
-                io.Float.Input("cfg", **_CFG, tooltip="The guidance scale of a concept of weight 1."),
+                io.Float.Input("cfg", **_CFG),
             ],
             outputs=[io.Guider.Output(tooltip="To SamplerCustomAdvanced.")],
         )
@@ -136,7 +142,8 @@ class ComposePrompt(Node):
         return schema(
             node_id="PersonalizeComposePrompt",
             display_name="Compose Prompt",
-            description="Guides by the concepts of one text: a red cat AND a blue dog :0.8 AND NOT rain.",
+            description="Guides by several concepts at once, written in one text (Composable Diffusion, Liu et al. "
+            "2022).",
             search_aliases=["composable diffusion", "AND", "NOT", "prompt"],
             inputs=[
                 io.Model.Input("model", tooltip="Any model that is guided."),
@@ -145,13 +152,11 @@ class ComposePrompt(Node):
                     "text",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="Concepts joined by AND or |, with NOT before one that shall be kept away, and a weight behind: "
-                    "a red cat AND a blue dog :0.8 AND NOT rain. \\| and \\: are the letters.",
+                    tooltip="AND (in capitals) or | joins concepts, NOT before one keeps it away, :0.8 behind one is its "
+                    "weight: a red cat AND a blue dog :0.8 AND NOT rain.",
                 ),
-                io.Conditioning.Input(
-                    "negative", tooltip="What all concepts are guided away from, often an empty prompt."
-                ),
-                io.Float.Input("cfg", **_CFG, tooltip="The guidance scale of a concept of weight 1."),
+                io.Conditioning.Input("negative", tooltip=_AWAY),
+                io.Float.Input("cfg", **_CFG),
             ],
             outputs=[
                 io.Guider.Output(tooltip="To SamplerCustomAdvanced."),

@@ -14,12 +14,15 @@ LARGEST = 16384
 class ContactSheet(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        row = io.Image.Input("row", tooltip="A batch of pictures, from left to right. Any sizes.")
-        detail = io.String.Input("detail", force_input=True, tooltip="What is said under the label of the same number.")
+        row = io.Image.Input(
+            "row", tooltip="A batch of pictures, from left to right, of any sizes: they are fitted into their places."
+        )
+        detail = io.String.Input("detail", force_input=True, tooltip="It stands below the label of the same number.")
         return schema(
             node_id="PersonalizeContactSheet",
             display_name="Contact Sheet",
-            description="Lays batches of pictures out in labelled rows, below references: to compare methods or settings.",
+            description="Lays batches of pictures out in labelled rows, below references: to compare methods, "
+            "settings or seeds at a glance.",
             search_aliases=["image grid", "xy plot", "compare images", "comparison"],
             is_output_node=True,
             inputs=[
@@ -42,11 +45,15 @@ class ContactSheet(Node):
                     placeholder="a photo of ohwx cat\na drawing of ohwx cat",
                     tooltip="A line for each column, such as its prompt. Empty: none.",
                 ),
-                io.Image.Input("references", optional=True, tooltip="Shown on top: the photographs, say."),
+                io.Image.Input(
+                    "references",
+                    optional=True,
+                    tooltip="Shown on top, as many as there are columns: the photographs, say.",
+                ),
                 io.Autogrow.Input(
                     "details",
                     template=io.Autogrow.TemplatePrefix(detail, prefix="detail", min=0, max=MOST),
-                    tooltip="Texts under the labels, such as the summary of Score Images: detail0 belongs to row0.",
+                    tooltip="Texts below the labels, such as the summary of Score Images.",
                 ),
                 io.String.Input("note", default="", tooltip="A line at the foot of the sheet.", extra_dict=ADVANCED),
                 io.Int.Input(
@@ -59,7 +66,7 @@ class ContactSheet(Node):
                     extra_dict=ADVANCED,
                 ),
             ],
-            outputs=[io.Image.Output(display_name="sheet", tooltip="To Save Image.")],
+            outputs=[io.Image.Output(display_name="sheet", tooltip="To Save Image; the node shows it, too.")],
         )
 
     @classmethod

@@ -49,11 +49,17 @@ class LoadCustomDiffusion(Node):
         return schema(
             node_id="PersonalizeLoadCustomDiffusion",
             display_name="Load Custom Diffusion",
-            description="Adds concepts that Custom Diffusion learned to a model, and gives the words that call them.",
+            description="Adds the concepts of a file of python -m training.custom_diffusion to a model, and gives "
+            "the words that call them.",
             search_aliases=["custom diffusion", "concept", "multi concept"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that the file was trained on, or one like it."),
-                io.Combo.Input("file", options=listed("loras", EXAMPLES[0]), tooltip="A file in models/loras."),
+                io.Combo.Input(
+                    "file",
+                    options=listed("loras", EXAMPLES[0]),
+                    tooltip="A file in models/loras; those of its words, which the training wrote beside it, belong into "
+                    "models/embeddings.",
+                ),
                 strength_input("strength", "the model"),
             ],
             outputs=[
@@ -75,7 +81,8 @@ class MergeCustomDiffusion(Node):
         return schema(
             node_id="PersonalizeMergeCustomDiffusion",
             display_name="Merge Custom Diffusion",
-            description="Brings concepts that were learned apart into one model, in closed form and without training.",
+            description="Brings concepts that were learned apart into one model, in closed form and without training "
+            "(Custom Diffusion, Kumari et al. 2023, equation 4).",
             search_aliases=["custom diffusion", "merge concepts", "two subjects"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model that all files were trained on."),
@@ -100,9 +107,15 @@ class MergeCustomDiffusion(Node):
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model with all concepts."),
-                io.String.Output(display_name="trigger", tooltip=TRIGGER),
                 io.String.Output(
-                    display_name="report", tooltip="How exactly the merged model gives what each file gives."
+                    display_name="trigger",
+                    tooltip="The words of all concepts, such as embedding:dog_ohwx dog, embedding:mug_zxcv mug: write each "
+                    "where it stands in the scene.",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="By how much the merged layers miss what each file gives, and how much everyday captions "
+                    "change: where that is above 1, pictures suffer.",
                 ),
             ],
         )

@@ -24,7 +24,7 @@ class LoadImageEncoder(Node):
         return schema(
             node_id="PersonalizeLoadImageEncoder",
             display_name="Load Image Encoder",
-            description="Loads a CLIP vision encoder: those of SD1.5 and SDXL adapters, and the pocket model's.",
+            description="Loads the CLIP vision encoder that turns photographs into features for an IP-Adapter.",
             search_aliases=["clip vision", "load clip vision", "image encoder", "vit-h"],
             inputs=[
                 io.Combo.Input(

@@ -17,6 +17,8 @@ from .attention_patch import DecoupledAttentionPatch, unet_layout
 from .folders import find_model, listed
 from .schema import ADVANCED, EmbedsType, IPAdapterType, Node, ReferencesType, schema
 
+_SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
+
 
 class LoadIPAdapter(Node):
     @classmethod
@@ -24,13 +26,15 @@ class LoadIPAdapter(Node):
         return schema(
             node_id="PersonalizeLoadIPAdapter",
             display_name="Load IP-Adapter",
-            description="Loads an IP-Adapter file of any SD1.5 or SDXL variant; the variant is told from its tensors.",
+            description="Loads an IP-Adapter file. Which variant it is, is told from its tensors; the file's name "
+            "does not matter.",
             search_aliases=["ipadapter model loader", "ip-adapter loader", "ip adapter plus"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=listed("ipadapter", "pocket_portraits_ip_adapter.safetensors"),
-                    tooltip="A file in models/ipadapter: base, light, ViT-G, Plus, Plus-Face or Full-Face.",
+                    tooltip="A .safetensors or .bin file in models/ipadapter, or one of the pocket model's, which come "
+                    "with the pack.",
                 )
             ],
             outputs=[IPAdapterType.Output(display_name="ip_adapter", tooltip="To Apply IP-Adapter.")],
@@ -47,10 +51,15 @@ class ApplyIPAdapter(Node):
         return schema(
             node_id="PersonalizeApplyIPAdapter",
             display_name="Apply IP-Adapter",
-            description="Makes a model follow reference pictures: decoupled cross-attention with weight λ.",
+            description="Makes a model follow reference pictures: in every cross-attention layer they get keys and "
+            "values of their own beside the text's (decoupled cross-attention, Ye et al. 2023).",
             search_aliases=["ipadapter advanced", "ip-adapter", "image prompt", "style transfer", "face", "reference"],
             inputs=[
-                io.Model.Input("model", tooltip="An SD1.5 or SDXL model. Several Apply IP-Adapter nodes add up."),
+                io.Model.Input(
+                    "model",
+                    tooltip="SD1.5 or SDXL. Several of these nodes in a row add up, in any order, also with other packs' "
+                    "attention patches.",
+                ),
                 IPAdapterType.Input("ip_adapter", tooltip="From Load IP-Adapter, made for the same base model."),
                 io.MultiType.Input(
                     "references",
@@ -64,31 +73,29 @@ class ApplyIPAdapter(Node):
                     min=-1.0,
                     max=3.0,
                     step=0.05,
-                    tooltip="λ, the decoupled cross-attention weight: 0 ignores the references, 1 follows them fully; a "
-                    "lower weight leaves more to the prompt.",
+                    tooltip="λ: 0.6 to 0.8 leaves room for the prompt, 1 follows the references, 0 ignores them, below 0 "
+                    "moves away from them.",
                 ),
                 io.Combo.Input(
                     "aggregation",
                     options=[*AGGREGATIONS, SELF_ATTENTION],
                     default="concatenate",
-                    tooltip="How several references become one: concatenate (all tokens side by side), average, max, or "
-                    "self-attention, which needs a file that it was trained for (python -m training.ip_adapter).",
+                    tooltip="How several references become one. concatenate: all side by side, attention chooses "
+                    "(weights count as copies). average: their mean. max: the largest value of each feature. "
+                    "self-attention: what a file of python -m training.ip_adapter has learned to make of them all; "
+                    "other files are refused.",
                 ),
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
+                    **_SHARE,
                     tooltip="Where in the sampling the references begin to act: 0 is the first step.",
                 ),
                 io.Float.Input(
                     "end_percent",
                     default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in the sampling the references stop to act: 1 is the last step.",
+                    **_SHARE,
+                    tooltip="Where they stop: 1 is the last step. Ending at 0.6 leaves details to the prompt.",
                 ),
                 io.Combo.Input(
                     "pooling",
@@ -102,22 +109,22 @@ class ApplyIPAdapter(Node):
                     "layers",
                     options=list(LAYER_CHOICES),
                     default="all",
-                    tooltip="Which layers follow the references: all, those of the style, of the composition, both, or the "
-                    "ones in layer_list.",
+                    tooltip="Which layers follow the references: all, those of style or of composition (InstantStyle), "
+                    "both, or those in layer_list.",
                     extra_dict=ADVANCED,
                 ),
                 io.String.Input(
                     "layer_list",
                     default="",
-                    tooltip='For layers = list: transformer indices with a factor on λ, for example "3:2.5, 6". SD1.5 has 0 '
-                    "to 15, SDXL 0 to 10.",
+                    tooltip="For list: transformer indices with a factor on λ, such as 3:2.5, 6. SD1.5 has 0 to 15, SDXL "
+                    "0 to 10.",
                     extra_dict=ADVANCED,
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Where in the new picture the references act (white), of the picture's aspect; a batch gives "
-                    "each picture its own.",
+                    tooltip="Where in the new picture the references act (white). Any size of the picture's aspect; a "
+                    "batch gives each picture its own.",
                 ),
                 io.MultiType.Input(
                     "negative",

@@ -33,7 +33,7 @@ TRIGGER = (
 )
 
 
-def strength_input(name: str, what: str) -> Any:
+def strength_input(name: str, what: str, more: str = "") -> Any:
     """How much a file changes something."""
     return io.Float.Input(
         name,
@@ -41,7 +41,7 @@ def strength_input(name: str, what: str) -> Any:
         min=-10.0,
         max=10.0,
         step=0.05,
-        tooltip=f"How much the file changes {what}: 0 not at all, 1 fully.",
+        tooltip=f"How much the file changes {what}: 0 not at all, 1 fully.{more}",
     )
 
 
@@ -51,8 +51,8 @@ def _model(
     return io.Model.Input("model", optional=optional, tooltip=tooltip)
 
 
-def _clip(optional: bool = False, tooltip: str = "The text encoders of the same checkpoint.") -> Any:
-    return io.Clip.Input("clip", optional=optional, tooltip=tooltip)
+def _clip(tooltip: str) -> Any:
+    return io.Clip.Input("clip", optional=True, tooltip=tooltip)
 
 
 def _outputs(model: str) -> list[Any]:
@@ -70,13 +70,17 @@ class LoadLora(Node):
         return schema(
             node_id="PersonalizeLoadLoRA",
             display_name="Load LoRA (Personalize)",
-            description="Adds a LoRA of any trainer to a model, gives its trigger words, and says where it does not fit.",
+            description="Adds a LoRA of any trainer to a model, gives its trigger words, and refuses what does not "
+            "fit.",
             search_aliases=["lora loader", "load lora", "lora"],
             inputs=[
                 _model(),
-                _clip(optional=True),
+                _clip(
+                    tooltip="The text encoders of the same checkpoint; not needed where the file does not change them, or "
+                    "strength_clip is 0.",
+                ),
                 io.Combo.Input("file", options=listed("loras", LORA), tooltip="A file in models/loras."),
-                strength_input("strength_model", "the model"),
+                strength_input("strength_model", "the model", " Below 0: the other way."),
                 strength_input("strength_clip", "the text encoders"),
             ],
             outputs=[
@@ -105,24 +109,33 @@ class LoadTextualInversion(Node):
         return schema(
             node_id="PersonalizeLoadTextualInversion",
             display_name="Load Textual Inversion",
-            description="Gives the text that calls a learned word in a prompt, and says where the word does not fit.",
+            description="Gives the text that calls a learned word. ComfyUI reads the word itself when the text is in "
+            "a prompt, but leaves out one that does not fit the model; this node refuses it.",
             search_aliases=["embedding", "textual inversion loader"],
             inputs=[
                 _model(tooltip="The model that the word is for; it is given on as it is."),
-                _clip(optional=True, tooltip="Its text encoders; they are given on as they are."),
+                _clip(tooltip="Its text encoders; they are given on as they are."),
                 io.Combo.Input(
                     "file",
                     options=listed("embeddings", "pocket_woman_embedding.safetensors"),
-                    tooltip="A file in models/embeddings: of this pack's trainer, or of another.",
+                    tooltip="A file in models/embeddings: of this pack's trainer, or of another (A1111's .pt, too).",
                 ),
                 io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=3.0, step=0.05, tooltip="The word's weight in the prompt."
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=3.0,
+                    step=0.05,
+                    tooltip="The word's weight in the prompt: 1 leaves it as it was learned.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The model as it came."),
                 io.Clip.Output(display_name="CLIP", tooltip="The text encoders as they came."),
-                io.String.Output(display_name="trigger", tooltip="The word, to wire into a prompt."),
+                io.String.Output(
+                    display_name="trigger",
+                    tooltip='The word, to wire into a prompt: "a photo of" + trigger + "on a beach".',
+                ),
             ],
         )
 
@@ -180,17 +193,19 @@ class LoadDreamBooth(Node):
         return schema(
             node_id="PersonalizeLoadDreamBooth",
             display_name="Load DreamBooth",
-            description="Loads a fine-tuned checkpoint, or adds a fine-tuned model's difference to its base.",
+            description="Loads what python -m training.dreambooth wrote: a whole checkpoint, or a difference, which "
+            "is far smaller and is added to the base that it was trained from.",
             search_aliases=["dreambooth", "checkpoint", "delta"],
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=list(dreambooth_files()),
-                    tooltip="A checkpoint in models/checkpoints, or a fine-tuned model's difference in models/loras.",
+                    tooltip="A checkpoint in models/checkpoints, which brings all its parts, or a difference "
+                    "(NAME.delta.safetensors) in models/loras.",
                 ),
-                strength_input("strength", "its base; for a difference only"),
+                strength_input("strength", "its base, if it is a difference", " 0.7 often follows prompts better."),
                 _model(optional=True, tooltip="The base; needed for a difference only."),
-                _clip(optional=True, tooltip="The base's text encoders; needed for a difference only."),
+                _clip(tooltip="The base's text encoders; needed for a difference only."),
                 io.Vae.Input("vae", optional=True, tooltip="The base's VAE, given on; for a difference only."),
             ],
             outputs=_outputs("The fine-tuned model."),
@@ -260,15 +275,22 @@ class LoadPersonalization(Node):
         return schema(
             node_id="PersonalizeLoadPersonalization",
             display_name="Load Personalization",
-            description="Takes any file of this pack's trainers and does the right thing with it.",
+            description="Takes any file of this pack's trainers, reads in it which method it is of, and does what "
+            "the method's own loader does.",
             search_aliases=["personalize", "lora", "dreambooth", "textual inversion"],
             inputs=[
                 io.Combo.Input(
-                    "file", options=files, tooltip="A file of this pack's trainers, in any of their folders."
+                    "file",
+                    options=files,
+                    tooltip="A file of this pack's trainers in models/loras, models/embeddings or models/checkpoints.",
                 ),
-                strength_input("strength", "the model"),
+                strength_input(
+                    "strength",
+                    "the model (and the text encoders, if it is a LoRA)",
+                    " Of a learned word: its weight in the prompt.",
+                ),
                 _model(optional=True, tooltip="The base; a whole checkpoint brings its own."),
-                _clip(optional=True, tooltip="The base's text encoders; a whole checkpoint brings its own."),
+                _clip(tooltip="The base's text encoders; a whole checkpoint brings its own."),
                 io.Vae.Input(
                     "vae", optional=True, tooltip="The base's VAE, given on; a whole checkpoint brings its own."
                 ),

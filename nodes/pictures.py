@@ -17,7 +17,7 @@ MOST = 50
 
 def growing_pictures(name: str, prefix: str, tooltip: str) -> Any:
     """An input that grows: {prefix}0, {prefix}1 and so on, each a picture or a batch."""
-    picture = io.Image.Input(prefix, tooltip="A picture, or a batch of pictures, of the subject. Any size.")
+    picture = io.Image.Input(prefix, tooltip="A picture or a batch, of any size.")
     return io.Autogrow.Input(
         name,
         template=io.Autogrow.TemplatePrefix(picture, prefix=prefix, min=0, max=MOST),
@@ -31,7 +31,7 @@ def folder_of_pictures(tooltip: str) -> Any:
         "folder",
         default="",
         placeholder="a folder of pictures",
-        tooltip=f"A folder of pictures, {tooltip}",
+        tooltip=f"A folder of pictures inside ComfyUI's input folder, or its full path, {tooltip}.",
     )
 
 

@@ -22,29 +22,37 @@ class ShowReferenceAttention(Node):
         return schema(
             node_id="PersonalizeShowReferenceAttention",
             display_name="Show Reference Attention",
-            description="Shows how much a trained self-attention looks at each reference.",
+            description="Shows which references a trained self-attention looks at when it makes one image prompt of "
+            "them all.",
             search_aliases=["attention weights", "aggregation", "which reference"],
             is_output_node=True,
             inputs=[
-                IPAdapterType.Input("ip_adapter", tooltip="From Load IP-Adapter, of a file with self-attention."),
+                IPAdapterType.Input(
+                    "ip_adapter",
+                    tooltip="From Load IP-Adapter, of a file that python -m training.ip_adapter wrote with "
+                    "self-attention.",
+                ),
                 io.MultiType.Input(
                     "references",
                     types=[ReferencesType, EmbedsType],
-                    tooltip="The references, as Apply IP-Adapter gets them.",
+                    tooltip="As Apply IP-Adapter gets them, weights included.",
                 ),
                 io.Combo.Input(
                     "heads",
                     options=[MEAN, PER_HEAD],
                     default=MEAN,
-                    tooltip="One bar for each reference, or a column for each head of the attention.",
+                    tooltip="The mean of all heads as bars, or a column for each head.",
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    display_name="picture", tooltip="Bars, or a table whose darker cells are looked at more."
+                    display_name="picture",
+                    tooltip="The shares as bars, or as a table whose darker cells are looked at more.",
                 ),
                 io.String.Output(
-                    display_name="numbers", tooltip="The shares, which sum to 1, a line for each reference."
+                    display_name="numbers",
+                    tooltip="The shares, a line for each reference. Each head's sum to 1; a reference of weight 0 has "
+                    "none.",
                 ),
             ],
         )

@@ -21,12 +21,13 @@ class EncodeReferences(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         mask = io.Mask.Input(
-            "mask", tooltip="Where the subject is (white) in the picture of the same number; the rest is painted out."
+            "mask", tooltip="White on the subject: the rest of the picture is painted out, and the subject is centred."
         )
         return schema(
             node_id="PersonalizeEncodeReferences",
             display_name="Encode References",
-            description="Encodes any number of photographs of one subject for IP-Adapter.",
+            description="Encodes photographs of one subject for IP-Adapter. Give as many as you have: from wires, "
+            "from a folder, or both.",
             search_aliases=["ip-adapter encoder", "reference images", "image prompt", "clip vision encode batch"],
             inputs=[
                 io.ClipVision.Input(
@@ -37,30 +38,34 @@ class EncodeReferences(Node):
                 io.Autogrow.Input(
                     "masks",
                     template=io.Autogrow.TemplatePrefix(mask, prefix="mask", min=0, max=MOST),
-                    tooltip="Optional masks: mask0 belongs to image0, mask1 to image1.",
+                    tooltip="Optional masks: mask0 belongs to image0. An all-black or all-white one is none.",
                 ),
                 folder_of_pictures(
-                    "instead of or besides connected ones: a folder inside ComfyUI's input folder or a full path. An alpha "
-                    "channel, or photo-masklabel.png beside photo.jpg, is the mask."
+                    "instead of or besides connected ones. Photographs are turned upright; an alpha channel, or "
+                    "photo-masklabel.png beside photo.jpg, is the mask"
                 ),
                 io.String.Input(
                     "weights",
                     default="",
                     placeholder="1, 1, 0.5 ...",
-                    tooltip="Weight of each picture in order, for example 1, 1, 0.5. Empty: all 1. 2 counts a picture "
-                    "twice, 0 leaves it out.",
+                    tooltip="One number for each picture in order (wires first, then the folder by name), or one "
+                    "for all, such as 1, 1, 0.5. Empty: all 1. 2 counts a picture twice, 0 leaves it out; with max, "
+                    "a weight above 0 only means that it takes part.",
                 ),
                 io.Combo.Input(
                     "framing",
                     options=list(FRAMINGS),
                     default="crop",
-                    tooltip="How a picture becomes square: crop its centre, or pad it so that all of it is seen. "
-                    "A picture with a mask is centred on its subject either way.",
+                    tooltip="How a picture without a mask becomes square: crop takes the centre, as CLIP was "
+                    "trained; pad shows all of it with plain borders.",
                 ),
             ],
             outputs=[
                 ReferencesType.Output(display_name="references", tooltip="To Apply IP-Adapter or Save References."),
-                io.Image.Output(display_name="seen", tooltip="The pictures as the image encoder sees them."),
+                io.Image.Output(
+                    display_name="seen",
+                    tooltip="The squares that the image encoder saw; preview them when a likeness is off.",
+                ),
             ],
         )
 
@@ -92,7 +97,8 @@ class SaveReferences(Node):
         return schema(
             node_id="PersonalizeSaveReferences",
             display_name="Save References",
-            description="Saves encoded references, so that they load without the pictures and the image encoder.",
+            description="Writes encoded references into output/references, where Load References finds them: neither "
+            "the pictures nor the image encoder are needed afterwards.",
             search_aliases=["save embeds", "ipadapter save embeds"],
             is_output_node=True,
             inputs=[
@@ -100,8 +106,7 @@ class SaveReferences(Node):
                 io.String.Input(
                     "filename",
                     default="my_subject",
-                    tooltip="Saved as output/references/<filename>.safetensors; an existing file is kept, and the "
-                    "new one gets a number.",
+                    tooltip="May contain a folder (pets/rex); an existing file is kept, and the new one gets a number.",
                 ),
             ],
             outputs=[],
@@ -133,7 +138,7 @@ class LoadReferences(Node):
         return schema(
             node_id="PersonalizeLoadReferences",
             display_name="Load References",
-            description="Loads references that Save References wrote.",
+            description="Loads references that Save References wrote, without the pictures and the image encoder.",
             search_aliases=["load embeds", "ipadapter load embeds"],
             inputs=[
                 io.Combo.Input(
@@ -145,7 +150,8 @@ class LoadReferences(Node):
                     "weights",
                     default="",
                     placeholder="1, 1, 0.5 ...",
-                    tooltip="New weights, one for each reference, for example 1, 1, 0.5. Empty: as they were saved.",
+                    tooltip="New weights, one for each reference or one for all, such as 1, 1, 0.5. Empty: as they were "
+                    "saved.",
                     extra_dict=ADVANCED,
                 ),
             ],

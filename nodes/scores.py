@@ -23,56 +23,64 @@ class ScoreImages(Node):
         return schema(
             node_id="PersonalizeScoreImages",
             display_name="Score Images",
-            description="Measures pictures: how like the references they are (CLIP-I, likeness), and how well they follow "
-            "the prompt (CLIP-T).",
+            description="Measures a batch of pictures, as python -m training.evaluate does: how like the references "
+            "they are (CLIP-I, likeness), and how well they follow the prompt (CLIP-T).",
             search_aliases=["clip score", "clip-i", "clip-t", "dino", "similarity", "evaluate"],
             is_output_node=True,
             inputs=[
                 io.Image.Input("pictures", tooltip="A batch of generated pictures."),
                 io.ClipVision.Input(
                     "clip_vision",
-                    tooltip="The image encoder that CLIP-I and CLIP-T are measured with: numbers of different ones do not "
-                    "compare. The field's tables have ViT-B/32 of OpenAI.",
+                    tooltip="The image encoder. Compare only what one and the same encoder has measured; the field's "
+                    "tables use OpenAI's ViT-B/32.",
                 ),
                 growing_pictures("references", "image", "Photographs of the subject, for CLIP-I and likeness"),
-                folder_of_pictures(
-                    "instead of or besides connected ones: inside ComfyUI's input folder, or a full path."
-                ),
+                folder_of_pictures("instead of or besides connected ones"),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For CLIP-T, the text encoder that belongs to clip_vision; the base's, not one that was "
-                    "trained: SDXL's with ViT-bigG, SD2's with ViT-H, the pocket model's with its own.",
+                    tooltip="For CLIP-T: the text encoder of the same CLIP as clip_vision, of the base and not a trained "
+                    "one. SDXL's belong to ViT-bigG, SD2's to ViT-H, the pocket model's to its own; SD1.5's has "
+                    "no projection of texts, and is refused.",
                 ),
                 io.String.Input(
                     "prompt",
                     default="",
                     multiline=True,
-                    tooltip="For CLIP-T, what the pictures should show, without the word of the subject: a line for all, "
-                    "or one for each picture.",
+                    tooltip="For CLIP-T: what the pictures should show, without the trained word; a line for all, or one "
+                    "for each picture.",
                 ),
                 io.Combo.Input(
                     "likeness",
                     options=[NONE, JUDGE, ENCODER],
                     default=NONE,
-                    tooltip="Who or what it is, rather than how it looks: by the judge of the pocket model, for its "
-                    "portraits only, or by likeness_encoder.",
+                    tooltip="Who or what it is, rather than how it looks: by the judge of the pocket model, which knows "
+                    "its portraits only, or by likeness_encoder.",
                 ),
                 io.ClipVision.Input(
                     "likeness_encoder",
                     optional=True,
-                    tooltip="An encoder that tells things of one kind apart better than CLIP: DINOv2, say.",
+                    tooltip="Any image encoder: DINOv2 tells two dogs apart where CLIP sees dogs.",
                 ),
             ],
             outputs=[
                 io.Float.Output(
-                    display_name="CLIP-I", tooltip="Mean cosine to the references; not a number without them."
+                    display_name="CLIP-I",
+                    tooltip="Mean cosine of the image encoder's embeddings of the pictures and of the references "
+                    "(Ruiz et al. 2023): how like the photographs they look, background and pose included.",
                 ),
                 io.Float.Output(
-                    display_name="CLIP-T", tooltip="Mean cosine to the prompt; not a number without clip and prompt."
+                    display_name="CLIP-T",
+                    tooltip="Mean cosine of the embeddings of each picture and of its prompt: how well the prompt is "
+                    "followed.",
                 ),
-                io.Float.Output(display_name="likeness", tooltip="Mean cosine to the references."),
-                io.String.Output(display_name="summary", tooltip="The numbers in words, for Contact Sheet."),
+                io.Float.Output(
+                    display_name="likeness",
+                    tooltip="Mean cosine to the references by features that tell who or what it is.",
+                ),
+                io.String.Output(
+                    display_name="summary", tooltip="The numbers as a line, for detail0 of Contact Sheet."
+                ),
                 io.String.Output(display_name="table", tooltip="The numbers of each picture, in Markdown."),
             ],
         )

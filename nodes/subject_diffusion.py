@@ -16,14 +16,13 @@ from torch import Tensor
 
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
-from ..models.pictures import box_of, cut_out, make_picture, on_ground, read_picture
+from ..models.pictures import cut_out, on_ground
 from ..models.subject_diffusion import (
     BOXES,
     CLS,
     PLACEHOLDER,
     SubjectParts,
     SubjectTensors,
-    check_box,
     check_subjects,
     fused_prompt,
     read_subject_diffusion,
@@ -32,14 +31,12 @@ from ..models.subject_diffusion import (
 )
 from .attention_patch import unet_layout
 from .encoder import input_size
-from .folders import find_model, find_picture, state_of
-from .pictures import check_batch
+from .folders import find_model
 from .prompt_words import tokens_of
 from .schema import Node, SubjectDiffusionType, SubjectsType, schema
 from .subject_network import Told, has_subjects, located, patcher_of, with_weights
+from .subjects import OneSubject
 from .trained_files import check_base
-
-_SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
 
 
 @dataclass(frozen=True)
@@ -50,24 +47,14 @@ class SubjectFile:
     name: str
 
 
-@dataclass(frozen=True)
-class OneSubject:
-    """What *Subject* adds to a list."""
-
-    image: Tensor
-    """[H, W, 3]."""
-    mask: Tensor | None
-    word: str
-    box: tuple[float, float, float, float]
-
-
 class LoadSubjectDiffusion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="PersonalizeLoadSubjectDiffusion",
             display_name="Load Subject-Diffusion",
-            description="Loads what training.subject_diffusion wrote: subjects from a picture and a box each.",
+            description="Loads what python -m training.subject_diffusion wrote, for the base model that it was "
+            "trained on or one like it, and for the image encoder that it was trained with.",
             search_aliases=["subject diffusion", "gligen", "multi subject"],
             inputs=[
                 io.Combo.Input(
@@ -87,121 +74,27 @@ class LoadSubjectDiffusion(Node):
         return io.NodeOutput(SubjectFile(read_subject_diffusion(path), path.name))
 
 
-class Subject(Node):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="PersonalizeSubject",
-            display_name="Subject",
-            description="A subject for Subject-Diffusion: its picture, its word in the prompt, and where it shall be.",
-            search_aliases=["subject diffusion", "box", "bounding box", "region"],
-            inputs=[
-                io.Image.Input(
-                    "image",
-                    optional=True,
-                    tooltip="The subject; of several pictures the first is taken. Or write its file.",
-                ),
-                io.String.Input("word", default="", tooltip="Its word in the prompt, for example dog."),
-                io.Float.Input("left", default=0.25, **_SHARE, tooltip="Of the box, as a share of the width."),
-                io.Float.Input("top", default=0.25, **_SHARE, tooltip="Of the box, as a share of the height."),
-                io.Float.Input("width", default=0.5, **_SHARE, tooltip="Of the box, as a share of the picture's."),
-                io.Float.Input("height", default=0.75, **_SHARE, tooltip="Of the box, as a share of the picture's."),
-                io.String.Input(
-                    "file",
-                    default="",
-                    placeholder="a picture's file",
-                    tooltip="The subject's picture, instead of a connected one: in ComfyUI's input folder, or a full path. "
-                    "Its alpha channel is its mask, unless one is connected.",
-                ),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the subject is in its picture, white is the subject."
-                ),
-                io.Mask.Input(
-                    "place",
-                    optional=True,
-                    tooltip="Where it shall be, painted: the box around what is white, instead of the numbers.",
-                ),
-                SubjectsType.Input("subjects", optional=True, tooltip="Others, to which this one is added."),
-            ],
-            outputs=[
-                SubjectsType.Output(display_name="subjects", tooltip="To Apply Subject-Diffusion, or to another.")
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, file="", **_) -> str:
-        return state_of(file)
-
-    @classmethod
-    def execute(
-        cls,
-        word,
-        left,
-        top,
-        width,
-        height,
-        image=None,
-        file="",
-        mask=None,
-        place=None,
-        subjects: Sequence[OneSubject] = (),
-    ) -> io.NodeOutput:
-        if not word.strip():
-            raise PersonalizeError("The subject has no word: write its word in the prompt, for example dog.")
-        if (image is None) != bool(file.strip()):
-            what = "no picture: connect one, or write" if image is None else "two pictures: a connected one and"
-            raise PersonalizeError(f'The subject "{word}" has {what} its file.')
-        if image is None:
-            picture = read_picture(find_picture(file))
-            mask = picture.mask if mask is None else mask
-        else:
-            check_batch(image, f'The picture of "{word}"')
-            picture = make_picture(image[0, ..., :3].cpu(), None, f'The picture of "{word}"')
-        box = (left, top, left + width, top + height) if place is None else painted(first_mask(place, word))
-        check_box(word, box)
-        own, size = None if mask is None else first_mask(mask, word), picture.pixels.shape[:2]
-        if own is not None and own.shape != size:
-            raise PersonalizeError(
-                f'The mask of "{word}" is {own.shape[1]} x {own.shape[0]}, its picture {size[1]} x {size[0]}: they must be '
-                "of one size."
-            )
-        if own is not None and not bool((own > 0.5).any()):
-            raise PersonalizeError(f'The mask of "{word}" is empty: paint where the subject is, or leave it out.')
-        one = OneSubject(picture.pixels, None if own is None else own.cpu(), word.strip(), box)
-        return io.NodeOutput([*subjects, one])
-
-
-def first_mask(mask: Tensor, word: str) -> Tensor:
-    """[H, W] of a MASK [n, H, W] or [H, W]. Raises PersonalizeError where it is of no picture."""
-    if mask.ndim not in (2, 3) or not mask.numel():
-        raise PersonalizeError(f'A mask of "{word}" has the shape {tuple(mask.shape)}: check the node it comes from.')
-    return mask.reshape(-1, *mask.shape[-2:])[0]
-
-
-def painted(place: Tensor) -> tuple[float, float, float, float]:
-    """The box around what is white of a mask [H, W], as shares."""
-    try:
-        left, top, right, bottom = box_of(place > 0.5)
-    except ValueError:
-        raise PersonalizeError("The place is an empty mask: paint where the subject shall be.") from None
-    height, width = place.shape
-    return left / width, top / height, right / width, bottom / height
-
-
 class ApplySubjectDiffusion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="PersonalizeApplySubjectDiffusion",
             display_name="Apply Subject-Diffusion",
-            description="Puts subjects into a prompt, each from its picture and in its box.",
+            description="Puts one subject or two into a prompt, each from its picture and in its box, without "
+            "training for them (Subject-Diffusion, Ma et al. 2023).",
             search_aliases=["subject diffusion", "gligen", "multi subject"],
             inputs=[
-                io.Model.Input("model", tooltip="The base that the file was trained on, or one like it."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The base that the file was trained on, or one like it. LoRA, Apply IP-Adapter and other "
+                    "patches may come before or after, another of these nodes not: it takes all subjects at once.",
+                ),
                 io.Clip.Input("clip", tooltip="The text encoders, which read the prompt."),
                 io.ClipVision.Input("clip_vision", tooltip="The image encoder that the file was trained with."),
                 SubjectDiffusionType.Input("subject_diffusion", tooltip="From Load Subject-Diffusion."),
-                SubjectsType.Input("subjects", tooltip="From Subject, or from a row of them."),
+                SubjectsType.Input(
+                    "subjects", tooltip="From Subject; as many as the file knows, two if it does not say."
+                ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -213,9 +106,11 @@ class ApplySubjectDiffusion(Node):
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="MODEL", tooltip="To the sampler or the guider."),
+                io.Model.Output(display_name="MODEL", tooltip="To the sampler or to Subject Guider."),
                 io.Conditioning.Output(display_name="positive", tooltip="Prompt and subjects."),
-                io.Conditioning.Output(display_name="negative", tooltip="Neither, as the model was trained to see it."),
+                io.Conditioning.Output(
+                    display_name="negative", tooltip="The negative prompt, with the subjects left out as in training."
+                ),
                 io.Conditioning.Output(
                     display_name="subjects only", tooltip="The subjects without the prompt: to Subject Guider."
                 ),
@@ -363,7 +258,7 @@ class GuideSubjects(Node):
         return schema(
             node_id="PersonalizeSubjectGuider",
             display_name="Subject Guider",
-            description="Guides by the prompt and by the subjects, each at its own scale (Subject-Diffusion).",
+            description="Guides by the prompt and by the subjects of Apply Subject-Diffusion, each at its own scale.",
             search_aliases=["subject diffusion", "three way guidance", "dual cfg"],
             inputs=[
                 io.Model.Input("model", tooltip="From Apply Subject-Diffusion."),
@@ -371,10 +266,20 @@ class GuideSubjects(Node):
                 io.Conditioning.Input("negative", tooltip="From Apply Subject-Diffusion."),
                 io.Conditioning.Input("subjects_only", tooltip="From Apply Subject-Diffusion."),
                 io.Float.Input(
-                    "text_cfg", default=7.5, min=0.0, max=100.0, step=0.1, tooltip="How much the prompt guides."
+                    "text_cfg",
+                    default=7.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How much the prompt guides: 7.5 for SD1.5.",
                 ),
                 io.Float.Input(
-                    "subject_cfg", default=1.5, min=0.0, max=100.0, step=0.1, tooltip="How much the subjects guide."
+                    "subject_cfg",
+                    default=1.5,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How much the subjects guide: more holds closer to their pictures.",
                 ),
             ],
             outputs=[io.Guider.Output(tooltip="To SamplerCustomAdvanced.")],

@@ -21,10 +21,7 @@ def _shared(class_name: str) -> list[Any]:
             tooltip="The base model: SD1.5, SD2, SDXL or pocket portraits. It stays as it is.",
         ),
         growing_pictures("images", "image", "Pictures of the subject, five to twenty"),
-        folder_of_pictures(
-            "instead of connected ones: inside ComfyUI's input folder, or a full path. photo.txt beside photo.jpg is its "
-            "caption."
-        ),
+        folder_of_pictures("instead of connected ones. photo.txt beside photo.jpg is its caption"),
         io.String.Input(
             "class_name", default=class_name, tooltip="What the subject is, as one noun: dog, backpack, woman, logo."
         ),
@@ -32,7 +29,8 @@ def _shared(class_name: str) -> list[Any]:
         io.String.Input(
             "name",
             default="my_subject",
-            tooltip="Of the file. An existing file is kept, and the new one gets a number.",
+            tooltip="Of the file. An existing file is kept, and the new one gets a number. Cancelled, the same inputs go on "
+            "from the last step; finished, they are not trained again.",
         ),
         io.Int.Input(
             "steps",
@@ -67,7 +65,7 @@ def _shared(class_name: str) -> list[Any]:
             min=0,
             max=2**32 - 1,
             control_after_generate=False,  # or each queueing would train another file
-            tooltip="The same seed gives the same file.",
+            tooltip="The same seed and pictures give the same file.",
         ),
         io.String.Input(
             "captions",
@@ -80,7 +78,7 @@ def _shared(class_name: str) -> list[Any]:
         io.String.Input(
             "sample_prompt",
             default="a photo of {trigger} {class}",
-            tooltip="Drawn while it trains, and shown on the node; empty: nothing is.",
+            tooltip="Drawn while it trains, and shown on the node. Empty: nothing is.",
             extra_dict=ADVANCED,
         ),
         io.Int.Input(
@@ -95,11 +93,15 @@ def _shared(class_name: str) -> list[Any]:
 
 def _outputs() -> list[Any]:
     return [
-        io.Model.Output(display_name="MODEL", tooltip="The base model that knows the subject."),
+        io.Model.Output(display_name="MODEL", tooltip="The base model, which knows the subject at once."),
         io.Clip.Output(display_name="CLIP", tooltip="Its text encoders."),
         io.Vae.Output(display_name="VAE", tooltip="Its VAE."),
         io.String.Output(display_name="trigger", tooltip=TRIGGER),
-        io.String.Output(display_name="file", tooltip="The file that was written, in ComfyUI's models folder."),
+        io.String.Output(
+            display_name="file",
+            tooltip="The file that was written, which the loaders list after a refresh. All beside it (checkpoints, "
+            "samples, the loss curve, the log, all settings) is in output/personalize.",
+        ),
         io.Image.Output(
             display_name="samples",
             tooltip="The last pictures of the sample prompt; without one, the loss over the steps.",
@@ -113,11 +115,18 @@ class TrainLora(Node):
         return schema(
             node_id="PersonalizeTrainLoRA",
             display_name="Train LoRA (Personalize)",
-            description="Trains a LoRA on pictures of a subject: details at small size. The file lands in models/loras.",
+            description="Trains a LoRA (Hu et al. 2022) on pictures of a subject: details at small size. The file "
+            "lands in models/loras.",
             search_aliases=["train lora", "lora trainer", "fine-tune"],
             inputs=[
                 *_shared("person"),
-                io.Int.Input("rank", default=16, min=1, max=256, tooltip="More holds more details, in a larger file."),
+                io.Int.Input(
+                    "rank",
+                    default=16,
+                    min=1,
+                    max=256,
+                    tooltip="Width of the low-rank matrices: more holds more details, in a larger file.",
+                ),
                 io.Boolean.Input(
                     "train_text_encoder", default=False, tooltip="Change the text encoders, too.", extra_dict=ADVANCED
                 ),
@@ -140,8 +149,8 @@ class TrainTextualInversion(Node):
         return schema(
             node_id="PersonalizeTrainTextualInversion",
             display_name="Train Textual Inversion",
-            description="Learns a word for a subject or a style: a tiny file, for looks rather than details. The file lands "
-            "in models/embeddings.",
+            description="Learns a word for a subject or a style (Gal et al. 2022): a tiny file, for looks rather "
+            "than details. The file lands in models/embeddings.",
             search_aliases=["train embedding", "textual inversion trainer"],
             inputs=[
                 *_shared("person"),
@@ -173,8 +182,8 @@ class TrainDreamBooth(Node):
         return schema(
             node_id="PersonalizeTrainDreamBooth",
             display_name="Train DreamBooth",
-            description="Trains the whole model on pictures of a subject: the best likeness, in a large file. A checkpoint "
-            "lands in models/checkpoints, a difference in models/loras.",
+            description="Trains the whole model on pictures of a subject (Ruiz et al. 2022): the best likeness, in a "
+            "large file. A checkpoint lands in models/checkpoints, a difference in models/loras.",
             search_aliases=["dreambooth trainer", "fine-tune checkpoint"],
             inputs=[
                 *_shared("person"),
@@ -188,7 +197,8 @@ class TrainDreamBooth(Node):
                     default=0,
                     min=0,
                     max=1000,
-                    tooltip="Prior preservation: so many pictures of the class, drawn by the base, keep it what it was.",
+                    tooltip="Prior preservation: so many pictures of the class, drawn by the base, keep it what it "
+                    "was; 0 does without.",
                 ),
             ],
             outputs=_outputs(),

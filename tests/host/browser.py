@@ -265,7 +265,8 @@ class Editor:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, without its marks, its pictures and the addresses of its links."""
+    """The words of a text, without its marks, remarks, pictures and the addresses of its links."""
+    text = re.sub(r"<!--.*?-->", "", text)
     text = re.sub(r"!\[[^]]*\]\([^)]*\)", "", text)
     text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
     return re.findall(r"[^\W_]+", text)

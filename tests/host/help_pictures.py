@@ -14,11 +14,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import COMFYUI, ROOT  # isort: skip
 from browser import SIZE, STILL, Editor, launch
+from help_pages import DOCS
 from pack.training.demo.server import Server
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-DOCS = ROOT / "nodes" / "web" / "docs"
 SHOWN, WIDTH = (760, 620), 640
 """Pixels of the page around a node, and of the picture's width."""
 NOT_RUN = {"train_lora"}
