@@ -68,6 +68,19 @@ def test_a_second_run_takes_what_is_there(quick, tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_mask_that_marks_nothing_is_told_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    place = photos(tmp_path / "mine", 2)
+    first = min(place.glob("*.*"))
+    faint = np.full((64, 64), 40, np.uint8)
+    faint[0] = 90
+    Image.fromarray(faint).save(place / f"{first.stem}-masklabel.png")
+    assert run(monkeypatch, "--photos", place, "--output", tmp_path / "out") == 1
+    assert capsys.readouterr().err == (
+        f"The mask of {first.name} is nowhere above one half: mark the subject in it, or leave it out.\n"
+    )
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
 def test_a_folder_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "--photos", tmp_path / "gone", "--output", tmp_path / "out") == 1
     assert capsys.readouterr().err == f"The folder {tmp_path / 'gone'} does not exist.\n"

@@ -10,7 +10,7 @@ from ..pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS, article
 from ..pocket.files import CHECKPOINT, SUBJECTS
 from ..run import METHODS, train
 from ..settings import make_settings
-from ..shared import POCKET, folder_of, read_about, read_header
+from ..shared import POCKET, PersonalizeError, folder_of, list_pictures, read_about, read_header, read_picture
 
 TITLES = {
     "textual_inversion": "Textual Inversion",
@@ -82,8 +82,14 @@ def make(photos: Path, class_name: str, place: Path) -> list[Made]:
     """Every row; what was trained in this place before is taken.
 
     Raises:
-        PersonalizeError: whatever a training cannot do.
+        PersonalizeError: whatever a training cannot do; the first photograph, which Subject-Diffusion gets, has a mask of
+            nothing.
     """
+    photo = read_picture(list_pictures(photos)[0])
+    if photo.mask is not None and not bool((photo.mask > 0.5).any()):
+        raise PersonalizeError(
+            f"The mask of {photo.name} is nowhere above one half: mark the subject in it, or leave it out."
+        )
     rows = [
         Made(PLAIN, subject=class_name),
         Made(REFERENCES, "ip_adapter", (ADAPTER,), class_name),
