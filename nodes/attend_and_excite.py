@@ -15,6 +15,7 @@ from .schema import ADVANCED, Node, schema
 from .subject_network import has_subjects
 
 PAPER = Excitement()
+THRESHOLDS = ", ".join(f"{step}:{value:g}" for step, value in PAPER.thresholds.items())
 
 
 class AttendAndExcite(Node):
@@ -51,12 +52,12 @@ class AttendAndExcite(Node):
                     default=PAPER.steps,
                     min=0,
                     max=1000,
-                    tooltip="The latent is moved before each of the first so many steps.",
+                    tooltip="How many of the first sampling steps move the latent.",
                     extra_dict=ADVANCED,
                 ),
                 io.String.Input(
                     "thresholds",
-                    default=", ".join(f"{step}:{value:g}" for step, value in PAPER.thresholds.items()),
+                    default=THRESHOLDS,
                     tooltip="At these steps each word's attention must reach a value, 0.05 at step 0 and so on, and the "
                     "latent is moved until it does. Empty: none.",
                     extra_dict=ADVANCED,
@@ -75,7 +76,7 @@ class AttendAndExcite(Node):
                     default=PAPER.refinements,
                     min=0,
                     max=200,
-                    tooltip="Moves at a threshold, at most.",
+                    tooltip="At most so many moves at a step whose threshold is not reached.",
                     extra_dict=ADVANCED,
                 ),
                 resolution_input(),
@@ -108,7 +109,7 @@ class AttendAndExcite(Node):
         prompt,
         words="",
         steps=PAPER.steps,
-        thresholds="0:0.05, 10:0.5, 20:0.8",
+        thresholds=THRESHOLDS,
         scale=PAPER.scale,
         refinements=PAPER.refinements,
         resolution="auto",

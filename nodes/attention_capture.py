@@ -36,6 +36,16 @@ def resolution_input() -> Any:
     )
 
 
+def unet_of(model: ModelPatcher, what: str) -> Any:
+    """A MODEL's UNet. Raises PersonalizeError where it is not Stable Diffusion's; `what` is asked of it, for the message."""
+    unet = model.get_model_object("diffusion_model")
+    if not hasattr(unet, "input_blocks"):
+        raise PersonalizeError(
+            f"{what} needs an SD1.5, SD2 or SDXL model, but this MODEL is {type(model.model).__name__}."
+        )
+    return unet
+
+
 def unet_parts(unet: Any) -> Iterator[tuple[str, int, nn.Module]]:
     """The modules of a Stable Diffusion UNet's blocks in the order they run, each with its block's name and number."""
     middle = [] if unet.middle_block is None else [unet.middle_block]
@@ -55,11 +65,8 @@ def layer_levels(model: ModelPatcher, what: str) -> dict[Layer, int]:
     Raises:
         PersonalizeError: it is not a Stable Diffusion UNet.
     """
-    unet = model.get_model_object("diffusion_model")
-    if not hasattr(unet, "input_blocks"):
-        raise PersonalizeError(f"{what} needs an SD1.5 or SDXL model, but this MODEL is {type(model.model).__name__}.")
     levels, level = dict[Layer, int](), 0
-    for name, number, module in unet_parts(unet):
+    for name, number, module in unet_parts(unet_of(model, what)):
         for depth in range(len(getattr(module, "transformer_blocks", ()))):
             levels[Layer(name, number, depth)] = level
         level += isinstance(module, Downsample) - isinstance(module, Upsample)

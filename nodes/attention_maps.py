@@ -20,6 +20,7 @@ from ..models.errors import PersonalizeError, plural
 from ..models.pictures import cover_picture, same_aspect
 from ..models.words import find_words, parse_words
 from .attention_capture import LEVELS, LOOK, layer_levels, looking, resolution_input, wrapped
+from .pictures import as_tensor
 from .prompt_words import phrases_of, tokens_of, words_of
 from .schema import ADVANCED, AttentionMapsType, Node, schema
 
@@ -167,7 +168,8 @@ class ShowAttentionMaps(Node):
                     default=1,
                     min=1,
                     max=100,
-                    tooltip="Which, where the sampler gets several: combined ones, or the concepts of Compose Concepts.",
+                    tooltip="Which positive conditioning, counted from 1, where the sampler gets several: combined ones, or the "
+                    "concepts of Compose Concepts.",
                     extra_dict=ADVANCED,
                 ),
             ],
@@ -214,7 +216,7 @@ def places_of_words(clip, prompt: str, names: Sequence[str]) -> list[list[int]]:
         PersonalizeError: the prompt has no words, or one is not in it.
     """
     if not names:
-        raise PersonalizeError("The prompt has no words.")
+        raise PersonalizeError("The prompt has no words: write the one that was sampled.")
     tokens, listed = tokens_of(clip.tokenize(prompt)), words_of(prompt)
     find_words(tokens, phrases_of(clip, names), listed)  # one message for all that are missing
     return [
@@ -252,7 +254,7 @@ def draw_sheet(picture: Tensor, maps: Tensor, names: Sequence[str]) -> Tensor:
     for column, name in enumerate(names):
         middle = GAP + column * (size[1] + GAP) + size[1] / 2
         pen.text((middle, sheet.height - LABEL), name, fill=(30, 30, 36), font=font, anchor="ma")
-    return torch.from_numpy(np.asarray(sheet).copy()).float() / 255
+    return as_tensor(sheet)[0]
 
 
 def _coloured(heat: np.ndarray) -> np.ndarray:

@@ -21,40 +21,32 @@ from ..models.blocks import Layer, UNetLayout
 from ..models.errors import PersonalizeError, plural
 from ..models.ip_adapter import ImagePrompt, stack_prompts
 from ..models.pictures import same_aspect
-from .attention_capture import attend, below_of, wrapped
+from .attention_capture import attend, below_of, unet_of, unet_parts, wrapped
 
 KEY = "personalize_ip_adapter"
 SIGMA = "personalize_sigma"
 
 
-def unet_layout(model: ModelPatcher) -> tuple[UNetLayout, list[tuple[int, int]]]:
+def unet_layout(model: ModelPatcher, what: str) -> tuple[UNetLayout, list[tuple[int, int]]]:
     """The cross-attention layers of a MODEL: their layout, and (C, context width) of each in file order.
+
+    Args:
+        model: a MODEL.
+        what: is asked of it, for the message.
 
     Raises:
         PersonalizeError: the model is not a Stable Diffusion UNet.
     """
-    unet = model.get_model_object("diffusion_model")
-    if not hasattr(unet, "input_blocks"):
-        raise PersonalizeError(
-            f"IP-Adapter needs an SD1.5 or SDXL model, but this MODEL is {type(model.model).__name__}."
-        )
-
-    def transformers(blocks):
-        return [
-            (number, module.transformer_blocks)
-            for number, block in enumerate(blocks)
-            for module in block
-            if hasattr(module, "transformer_blocks")
-        ]
-
-    middle = transformers([unet.middle_block or []])
-    sections = transformers(unet.input_blocks), transformers(unet.output_blocks), middle
+    sections: dict[str, list[tuple[int, Any]]] = {"input": [], "output": [], "middle": []}
+    for name, number, module in unet_parts(unet_of(model, what)):
+        if hasattr(module, "transformer_blocks"):
+            sections[name].append((number, module.transformer_blocks))
     layout = UNetLayout(
-        input=tuple((number, len(blocks)) for number, blocks in sections[0]),
-        output=tuple((number, len(blocks)) for number, blocks in sections[1]),
-        middle=sum(len(blocks) for _, blocks in middle),
+        input=tuple((number, len(blocks)) for number, blocks in sections["input"]),
+        output=tuple((number, len(blocks)) for number, blocks in sections["output"]),
+        middle=sum(len(blocks) for _, blocks in sections["middle"]),
     )
-    layers = [block.attn2.to_k for section in sections for _, blocks in section for block in blocks]
+    layers = [block.attn2.to_k for section in sections.values() for _, blocks in section for block in blocks]
     return layout, [(layer.out_features, layer.in_features) for layer in layers]
 
 

@@ -11,21 +11,18 @@ from torch import Tensor
 
 from ..models.composable_diffusion import compose, parse_concepts, parse_scales
 from ..models.errors import PersonalizeError
-from .schema import Node, schema
+from .guiding import Guider
+from .pictures import number_of
+from .schema import CFG, Node, schema
 
 _LIMITS = {"area", "mask", "timestep_start", "timestep_end"}
 """What keeps a conditioning from a part of the picture or of the steps."""
-_CFG = {
-    "default": 7.5,
-    "min": 0.0,
-    "max": 100.0,
-    "step": 0.1,
-    "tooltip": "The guidance scale of a concept of weight 1.",
-}
+_CFG = {**CFG, "default": 7.5, "tooltip": "The guidance scale of a concept of weight 1."}
+_MODEL = "Any model that is guided by cfg."
 _AWAY = "What all concepts are guided away from, often an empty prompt."
 
 
-class ComposableGuider(comfy.samplers.CFGGuider):
+class ComposableGuider(Guider):
     """eps_u + sum_i cfg w_i (eps_i - eps_u), each concept where its areas, masks and steps let it."""
 
     weights: tuple[float, ...]
@@ -41,7 +38,7 @@ class ComposableGuider(comfy.samplers.CFGGuider):
         self.inner_set_conds({"positive": concepts[0], "negative": negative, **rest})
 
     def predict_noise(self, x, timestep, model_options: dict[str, Any] | None = None, seed=None):
-        """Denoised [B, C, H, W], by one call for all concepts; the host's pre- and post-CFG functions as in its own guider."""
+        """Denoised [B, C, H, W], by one call for all concepts."""
         options = model_options or {}
         scales = [self.cfg * weight for weight in self.weights]
         # The first concept is 0 and the negative prompt is 1, as in the host's own guider.
@@ -49,13 +46,7 @@ class ComposableGuider(comfy.samplers.CFGGuider):
         conds += [self.conds[f"positive {i + 2}"] for i in range(len(scales) - 1)]
         if len(scales) == 1 and math.isclose(scales[0], 1.0) and not options.get("disable_cfg1_optimization", False):
             conds[1] = None  # it would count for nothing
-        common = {"input": x, "sigma": timestep, "model": self.inner_model, "model_options": options}
-        if "sampler_calc_cond_batch_function" in options:
-            out = options["sampler_calc_cond_batch_function"]({"conds": conds, **common})
-        else:
-            out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        for function in options.get("sampler_pre_cfg_function", []):
-            out = function({"conds": conds, "conds_out": out, "cond_scale": self.cfg, "timestep": timestep, **common})
+        out, common = self.predictions(conds, x, timestep, options)
         u = out[1]
         sides = [out[0], *out[2:]]
         own = [conds[0], *conds[2:]]
@@ -68,9 +59,7 @@ class ComposableGuider(comfy.samplers.CFGGuider):
             done = x - options["sampler_cfg_function"](arguments | {"input_cond": conds[0], "input_uncond": conds[1]})
         else:
             done = compose(u, sides, scales)
-        for function in options.get("sampler_post_cfg_function", []):
-            done = function({"denoised": done, "cond": conds[0], "uncond": conds[1], **told})
-        return done
+        return self.finished(done, conds, told)
 
 
 def within(side: Tensor, negative: Tensor, conds: Sequence[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tensor:
@@ -107,7 +96,7 @@ class ComposeConcepts(Node):
             "et al. 2022).",
             search_aliases=["composable diffusion", "AND", "NOT", "conditioning combine"],
             inputs=[
-                io.Model.Input("model", tooltip="Any model that is guided."),
+                io.Model.Input("model", tooltip=_MODEL),
                 io.Autogrow.Input(
                     "concepts",
                     template=io.Autogrow.TemplatePrefix(concept, prefix="concept", min=0, max=20),
@@ -129,7 +118,7 @@ class ComposeConcepts(Node):
     @classmethod
     def execute(cls, model, negative, concepts=None, weights="", cfg=7.5) -> io.NodeOutput:
         given = {name: value for name, value in (concepts or {}).items() if value is not None}
-        ordered = sorted(given, key=lambda name: int(name.removeprefix("concept")))
+        ordered = sorted(given, key=number_of)
         if not ordered:
             raise PersonalizeError("There are no concepts: connect a conditioning to Compose Concepts.")
         scales = parse_scales(weights, len(ordered))
@@ -146,7 +135,7 @@ class ComposePrompt(Node):
             "2022).",
             search_aliases=["composable diffusion", "AND", "NOT", "prompt"],
             inputs=[
-                io.Model.Input("model", tooltip="Any model that is guided."),
+                io.Model.Input("model", tooltip=_MODEL),
                 io.Clip.Input("clip", tooltip="Reads the concepts, each by itself."),
                 io.String.Input(
                     "text",

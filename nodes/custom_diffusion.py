@@ -17,7 +17,7 @@ from ..models.merging import FRAMES, check_parts, merge_changes, prompts_of, rea
 from ..models.metadata import About
 from .folders import find_model, listed
 from .personalization import TRIGGER, check_words, strength_input
-from .prompt_words import tokens_of
+from .prompt_words import end_of, tokens_of
 from .schema import ADVANCED, Node, schema
 from .trained_files import apply_patches, as_loaded, check_base, read_trained
 
@@ -138,7 +138,7 @@ class MergeCustomDiffusion(Node):
         prompts = [[text for call in own for text in prompts_of(call)] for own in calls]
         layers = {layer for changes in concepts.values() for layer in changes}
         bar = comfy.utils.ProgressBar(len(texts) + sum(map(len, prompts)) + len(layers))
-        starts = [_end(clip, frame) for frame in FRAMES]
+        starts = [end_of(clip, tokens_of(clip.tokenize(frame))) for frame in FRAMES]
         everyday = features(clip, texts, bar)
         words = [features(clip, own, bar, starts * (len(own) // len(starts))) for own in prompts]
         merged = merge_changes(
@@ -169,16 +169,10 @@ def features(clip: Any, texts: Iterable[str], bar: Any, starts: Sequence[int] | 
     """What the UNet reads of texts, [R, width]: see `unique_rows`."""
     states, ends = [], []
     for text in _counted(texts, bar):
-        ends.append(_end(clip, text))
+        ends.append(end_of(clip, tokens_of(clip.tokenize(text))))
         states.append(clip.encode_from_tokens(clip.tokenize(text))[0].float().cpu())
     length = min(len(one) for one in states)
     return unique_rows(torch.stack([one[:length] for one in states]), [min(one, length - 1) for one in ends], starts)
-
-
-def _end(clip: Any, text: str) -> int:
-    """The place of the first token that ends a text."""
-    end = tokens_of(clip.tokenize(""))[1]
-    return next(i for i, token in enumerate(tokens_of(clip.tokenize(text))) if isinstance(token, int) and token == end)
 
 
 def _counted(things: Iterable[str], bar: Any) -> Iterator[str]:

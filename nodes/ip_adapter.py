@@ -15,9 +15,7 @@ from ..models.ip_adapter import BASE_MODELS, POOLING_STAGES, AdapterTensors, IPA
 from ..models.references import References
 from .attention_patch import DecoupledAttentionPatch, unet_layout
 from .folders import find_model, listed
-from .schema import ADVANCED, EmbedsType, IPAdapterType, Node, ReferencesType, schema
-
-_SHARE = {"min": 0.0, "max": 1.0, "step": 0.01}
+from .schema import ADVANCED, SHARE, EmbedsType, IPAdapterType, Node, ReferencesType, schema
 
 
 class LoadIPAdapter(Node):
@@ -88,13 +86,13 @@ class ApplyIPAdapter(Node):
                 io.Float.Input(
                     "start_percent",
                     default=0.0,
-                    **_SHARE,
+                    **SHARE,
                     tooltip="Where in the sampling the references begin to act: 0 is the first step.",
                 ),
                 io.Float.Input(
                     "end_percent",
                     default=1.0,
-                    **_SHARE,
+                    **SHARE,
                     tooltip="Where they stop: 1 is the last step. Ending at 0.6 leaves details to the prompt.",
                 ),
                 io.Combo.Input(
@@ -154,7 +152,7 @@ class ApplyIPAdapter(Node):
         negative: References | Tensor | None = None,
     ) -> io.NodeOutput:
         adapter = IPAdapter.from_state(tensors_of(ip_adapter))
-        layout, widths = unet_layout(model)
+        layout, widths = unet_layout(model, "IP-Adapter")
         _check_base_model(adapter, widths)
         factors = layer_weights(layout, layers, layer_list)
         device = comfy.model_management.get_torch_device()

@@ -27,12 +27,17 @@ def tokens_of(tokenized: Mapping[str, Sequence[Sequence[tuple]]]) -> list[Any]:
 
 def phrases_of(clip, phrases: Sequence[str]) -> dict[str, list[Any]]:
     """The tokens of each word or phrase alone, without those that begin, end and fill its window."""
-    end = tokens_of(clip.tokenize(""))[1]
     found = {}
     for phrase in phrases:
         tokens = tokens_of(clip.tokenize(phrase))
-        found[phrase] = tokens[1 : next(i for i, token in enumerate(tokens) if isinstance(token, int) and token == end)]
+        found[phrase] = tokens[1 : end_of(clip, tokens)]
     return found
+
+
+def end_of(clip, tokens: Sequence[Any]) -> int:
+    """The place of the first token that ends a prompt's text."""
+    end = tokens_of(clip.tokenize(""))[1]
+    return next(i for i, token in enumerate(tokens) if isinstance(token, int) and token == end)
 
 
 def words_of(prompt: str) -> list[str]:

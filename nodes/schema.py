@@ -11,6 +11,10 @@ from ..models.errors import PersonalizeError
 
 CATEGORY = "Personalize"
 ADVANCED = {"advanced": True}
+SHARE: dict[str, Any] = {"min": 0.0, "max": 1.0, "step": 0.01}
+"""Of an input that is a part of something."""
+CFG: dict[str, Any] = {"min": 0.0, "max": 100.0, "step": 0.1}
+"""Of a guidance scale."""
 
 # Wires of ComfyUI_IPAdapter_plus, which work with our nodes too: the file's tensors, {"image_proj": {...}, "ip_adapter": {...}}.
 IPAdapterType = io.Custom("IPADAPTER")
@@ -54,7 +58,8 @@ def _with_all_inputs(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.
         for name in needed:
             if name in there and there[name] is None:
                 raise PersonalizeError(
-                    f"{name} is connected to a node that gives none: its file may lack it, or its own input be left out."
+                    f"{name} is empty: the node that it comes from has none. Choose a file there that has it, or connect that "
+                    "node's own input."
                 )
         return execute(*given, **named)
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import comfy.samplers
-import comfy.utils
 import folder_paths
 import node_helpers
 import torch
@@ -32,8 +30,9 @@ from ..models.subject_diffusion import (
 from .attention_patch import unet_layout
 from .encoder import input_size
 from .folders import find_model
+from .guiding import Guider
 from .prompt_words import tokens_of
-from .schema import Node, SubjectDiffusionType, SubjectsType, schema
+from .schema import CFG, Node, SubjectDiffusionType, SubjectsType, schema
 from .subject_network import Told, has_subjects, located, patcher_of, with_weights
 from .subjects import OneSubject
 from .trained_files import check_base
@@ -152,7 +151,7 @@ class ApplySubjectDiffusion(Node):
 
 def layers_of(model: Any, parts: SubjectParts, name: str) -> list[Layer]:
     """The model's blocks in the order of the adapters. Raises PersonalizeError where it has others."""
-    layout, _ = unet_layout(model)
+    layout, _ = unet_layout(model, "Subject-Diffusion")
     layers = layout.file_order()
     if len(layers) != len(parts.adapters):
         raise PersonalizeError(
@@ -207,7 +206,7 @@ def encode(clip: Any, prompt: str, words: Tensor | None) -> Any:
     found = sum(entry[0] == number for window in tokens[name] for entry in window)
     if found != len(words):
         raise PersonalizeError(
-            f"The prompt has {found} of {len(words)} placeholders: its end, which names the subjects, is cut off."
+            f"The prompt has {found} of {len(words)} placeholders: its end, which names the subjects, is cut off: write a shorter one."
         )
     windows = [
         [(next(places) if entry[0] == number else entry[0], *entry[1:]) for entry in window] for window in tokens[name]
@@ -220,7 +219,7 @@ def placeholder_of(clip: Any) -> Any:
     return tokens_of(clip.tokenize(PLACEHOLDER))[1]
 
 
-class SubjectGuider(comfy.samplers.CFGGuider):
+class SubjectGuider(Guider):
     """e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img); the host's pre- and post-CFG functions as in its own guider."""
 
     scales: tuple[float, float] = (1.5, 7.5)
@@ -238,18 +237,11 @@ class SubjectGuider(comfy.samplers.CFGGuider):
 
     def predict_noise(self, x, timestep, model_options: dict[str, Any] | None = None, seed=None):
         """Denoised [B, C, H, W]."""
-        options = model_options or {}
         conds = [self.conds[name] for name in ("positive", "negative", "image")]
-        common = {"input": x, "sigma": timestep, "model": self.inner_model, "model_options": options}
-        out = comfy.samplers.calc_cond_batch(self.inner_model, conds, x, timestep, options)
-        for function in options.get("sampler_pre_cfg_function", []):
-            out = function({"conds": conds, "conds_out": out, "cond_scale": self.cfg, "timestep": timestep, **common})
-        text, nothing, image = out
+        (text, nothing, image), common = self.predictions(conds, x, timestep, model_options or {})
         done = three_way(nothing, image, text, *self.scales)
         told = {"cond_denoised": text, "uncond_denoised": nothing, "cond_scale": self.cfg, **common}
-        for function in options.get("sampler_post_cfg_function", []):
-            done = function({"denoised": done, "cond": conds[0], "uncond": conds[1], **told})
-        return done
+        return self.finished(done, conds, told)
 
 
 class GuideSubjects(Node):
@@ -267,18 +259,14 @@ class GuideSubjects(Node):
                 io.Conditioning.Input("subjects_only", tooltip="From Apply Subject-Diffusion."),
                 io.Float.Input(
                     "text_cfg",
+                    **CFG,
                     default=7.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
                     tooltip="How much the prompt guides: 7.5 for SD1.5.",
                 ),
                 io.Float.Input(
                     "subject_cfg",
+                    **CFG,
                     default=1.5,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
                     tooltip="How much the subjects guide: more holds closer to their pictures.",
                 ),
             ],
@@ -289,7 +277,8 @@ class GuideSubjects(Node):
     def execute(cls, model, positive, negative, subjects_only, text_cfg, subject_cfg) -> io.NodeOutput:
         if not has_subjects(model):
             raise PersonalizeError(
-                "The model does not come from Apply Subject-Diffusion: connect that node's, as its conditionings."
+                "The model does not come from Apply Subject-Diffusion: connect its MODEL, positive, negative and subjects only "
+                "here."
             )
         guider = SubjectGuider(model)
         guider.set_three(positive, subjects_only, negative, subject_cfg, text_cfg)

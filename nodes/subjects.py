@@ -11,12 +11,10 @@ from ..models.pictures import box_of, make_picture, read_picture
 from ..models.subject_diffusion import check_box
 from .folders import find_picture, state_of
 from .pictures import check_batch
-from .schema import Node, SubjectsType, schema
+from .schema import SHARE, Node, SubjectsType, schema
 
 _SHARE = {
-    "min": 0.0,
-    "max": 1.0,
-    "step": 0.01,
+    **SHARE,
     "tooltip": "Of the box where it shall be, as a share of the picture's sides: 0.5 is the middle.",
 }
 

@@ -9,10 +9,14 @@ from .folders import state_of
 from .personalization import TRIGGER
 from .pictures import folder_of_pictures, growing_pictures
 from .schema import ADVANCED, Node, schema
-from .training_run import train
+from .training_run import SAMPLE_STEPS, train
+
+SUBJECT = "'a photo of {trigger} {class}'", "a photo of {trigger} {class}"
+"""The caption of pictures that bring none, and the prompt of samples, where the subject is its trigger and class."""
 
 
-def _shared(class_name: str) -> list[Any]:
+def _shared(caption: str, sample: str, style: str = "") -> list[Any]:
+    """What all methods ask: `caption` is of pictures without one, `sample` and for a style `style` are drawn."""
     open_ = "0: what suits the base model and the method."
     return [
         io.Combo.Input(
@@ -23,7 +27,7 @@ def _shared(class_name: str) -> list[Any]:
         growing_pictures("images", "image", "Pictures of the subject, five to twenty"),
         folder_of_pictures("instead of connected ones. photo.txt beside photo.jpg is its caption"),
         io.String.Input(
-            "class_name", default=class_name, tooltip="What the subject is, as one noun: dog, backpack, woman, logo."
+            "class_name", default="person", tooltip="What the subject is, as one noun: dog, backpack, woman, logo."
         ),
         io.String.Input("trigger", default="ohwx", tooltip="The word that will call the subject."),
         io.String.Input(
@@ -72,17 +76,22 @@ def _shared(class_name: str) -> list[Any]:
             default="",
             multiline=True,
             tooltip="Of the connected pictures, one in each line; {trigger} and {class} are put in. Empty: "
-            "'a photo of {trigger} {class}'.",
+            f"{caption}.",
             extra_dict=ADVANCED,
         ),
         io.String.Input(
             "sample_prompt",
-            default="a photo of {trigger} {class}",
-            tooltip="Drawn while it trains, and shown on the node. Empty: nothing is.",
+            default=sample,
+            tooltip=f"Drawn while it trains, and shown on the node{style}. Empty: nothing is.",
             extra_dict=ADVANCED,
         ),
         io.Int.Input(
-            "sample_steps", default=100, min=1, max=1_000_000, tooltip="Steps between samples.", extra_dict=ADVANCED
+            "sample_steps",
+            default=SAMPLE_STEPS,
+            min=1,
+            max=1_000_000,
+            tooltip="Steps between samples.",
+            extra_dict=ADVANCED,
         ),
         io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Pictures in each step.", extra_dict=ADVANCED),
         io.Boolean.Input(
@@ -119,7 +128,7 @@ class TrainLora(Node):
             "lands in models/loras.",
             search_aliases=["train lora", "lora trainer", "fine-tune"],
             inputs=[
-                *_shared("person"),
+                *_shared(*SUBJECT),
                 io.Int.Input(
                     "rank",
                     default=16,
@@ -153,9 +162,13 @@ class TrainTextualInversion(Node):
             "than details. The file lands in models/embeddings.",
             search_aliases=["train embedding", "textual inversion trainer"],
             inputs=[
-                *_shared("person"),
+                *_shared(
+                    "'a photo of {trigger}' and others like it",
+                    "a picture of {trigger}",
+                    "; for a style, 'a cat in the style of {trigger}'",
+                ),
                 io.Int.Input(
-                    "num_vectors", default=1, min=1, max=74, tooltip="Tokens of the word: more hold more details."
+                    "num_vectors", default=4, min=1, max=74, tooltip="Tokens of the word: more hold more details."
                 ),
                 io.Combo.Input(
                     "learnable_property",
@@ -182,11 +195,11 @@ class TrainDreamBooth(Node):
         return schema(
             node_id="PersonalizeTrainDreamBooth",
             display_name="Train DreamBooth",
-            description="Trains the whole model on pictures of a subject (Ruiz et al. 2022): the best likeness, in a "
+            description="Trains the whole model on pictures of a subject (Ruiz et al. 2023): the best likeness, in a "
             "large file. A checkpoint lands in models/checkpoints, a difference in models/loras.",
             search_aliases=["dreambooth trainer", "fine-tune checkpoint"],
             inputs=[
-                *_shared("person"),
+                *_shared(*SUBJECT),
                 io.Combo.Input(
                     "save_as",
                     options=["full", "delta"],

@@ -18,12 +18,13 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..models.errors import PersonalizeError
+from ..models.errors import PersonalizeError, plural
 from ..models.metadata import FOLDERS, folder_of
 from .folders import POCKET, find_model, find_pictures, state_of
 from .personalization import LoadPersonalization, whole_checkpoint
 from .pictures import as_image, as_tensor, connected
 
+SAMPLE_STEPS = 100
 PREVIEW = 512
 """Pixels of the longer side of what is shown while it trains."""
 FINISHED = "result.json"
@@ -49,7 +50,7 @@ def train(method: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> io.N
         "seed": given["seed"],
     }
     if prompt:
-        values |= {"validation_prompt": [prompt], "validation_steps": given.get("sample_steps", 100)}
+        values |= {"validation_prompt": [prompt], "validation_steps": given.get("sample_steps", SAMPLE_STEPS)}
     asked = {"max_train_steps": "steps", "learning_rate": "learning_rate", "resolution": "resolution"}
     values |= {option: given[key] for option, key in asked.items() if given[key]}
     pictures = [as_image(picture.pixels) for picture in connected(given.get("images") or {})]
@@ -85,7 +86,7 @@ def _check_pictures(pictures: list[Image.Image], captions: list[str], folder: st
         raise PersonalizeError("The captions are for connected pictures: those of a folder are .txt files beside them.")
     if captions and len(captions) != len(pictures):
         raise PersonalizeError(
-            f"There are {len(captions)} captions but {len(pictures)} pictures: write a line for each."
+            f"{plural(len(captions), 'caption')} but {plural(len(pictures), 'picture')}: write a line for each."
         )
 
 

@@ -75,7 +75,7 @@ class Bench:
 
         path = checkpoints.full_checkpoint(arguments.family, base / "structural.ckpt")
         self.model = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=False, output_clip=False)[0]
-        self.layout, widths = host.module("nodes.attention_patch").unet_layout(self.model)
+        self.layout, widths = host.module("nodes.attention_patch").unet_layout(self.model, "IP-Adapter")
         self.widths, self.cross = [width for width, _ in widths], widths[0][1]
         self.random = partial(torch.randn, generator=torch.Generator().manual_seed(0))
         self.latent = torch.zeros(1, 4, arguments.size, arguments.size)

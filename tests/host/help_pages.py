@@ -23,7 +23,7 @@ def page_of(info: dict[str, Any], before: str = "") -> str:
     ]
     outputs = list(zip(info["output_name"], info["output_tooltips"] or [], strict=True))
     tables = [_table(kind, rows) for kind, rows in (("input", inputs), ("output", outputs)) if rows]
-    head = [f"# {title}", info["description"], f"![{title} in a workflow]({info['name']}.jpg)", *tables, LINE]
+    head = [f"# {title}", info["description"], f"![The node {title}]({info['name']}.jpg)", *tables, LINE]
     return "\n\n".join(head) + before.partition(LINE)[2]
 
 

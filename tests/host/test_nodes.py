@@ -325,7 +325,7 @@ def test_a_model_that_is_no_unet(host, models, photos):
             return torch.nn.Linear(1, 1)
 
     references = narrow.references(host.module("models.references"), 1)
-    with pytest.raises(ValueError, match=r"needs an SD1\.5 or SDXL model, but this MODEL is Flux"):
+    with pytest.raises(ValueError, match=r"needs an SD1\.5, SD2 or SDXL model, but this MODEL is Flux"):
         host.node("PersonalizeApplyIPAdapter").execute(Flux(), narrow.adapter(narrow.SD15, "plus"), references, 1.0)
 
 

@@ -29,7 +29,7 @@ def test_nothing_on_a_wire_that_is_needed(host):
             if name == "clip_vision":
                 continue  # which is told with what to do about it
             said = refused(host, one.GET_SCHEMA().node_id.removeprefix("Personalize"), **{name: None})
-            assert said.startswith(f"{name} is connected to a node that gives none: ")
+            assert said.startswith(f"{name} is empty: the node that it comes from has none. ")
             told += 1
     assert told > 50
 
@@ -38,7 +38,7 @@ def test_a_lora_s_own_empty_clip_goes_nowhere(host, loaded):
     _, clip, _ = node(host, "LoadLoRA")(loaded[0], "pocket_woman_lora.safetensors", 1.0, 0.0)
     assert clip is None
     assert refused(host, "ComposePrompt", loaded[0], clip, "a cat AND a dog", []).startswith(
-        "clip is connected to a node that gives none"
+        "clip is empty: the node that it comes from has none"
     )
 
 

@@ -239,7 +239,10 @@ def test_what_is_wired_wrongly_is_told(host, loaded, clip_vision, file, crops):
         ValueError, match=r"^The model comes from another Apply Subject-Diffusion: connect the plain one"
     ):
         applied(host, (model, *loaded[1:]), clip_vision, listed)
-    with pytest.raises(ValueError, match=r"^The model does not come from Apply Subject-Diffusion: connect that node's"):
+    with pytest.raises(
+        ValueError,
+        match=r"^The model does not come from Apply Subject-Diffusion: connect its MODEL, positive, negative and subjects only here\.$",
+    ):
         node(host, "SubjectGuider")(loaded[0], positive, negative, only, 4.0, 1.5)
     with pytest.raises(
         ValueError, match=r"connect that node's positive to conditioning, too, which brings the subjects"

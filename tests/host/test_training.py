@@ -187,7 +187,7 @@ def test_a_folder_and_captions(host, pictures):
     [
         ({"images": {}}, r"There are no pictures: connect some, or write a folder of them\."),
         ({"folder": "."}, r"There are both connected pictures and a folder: use one of them\."),
-        ({"captions": "one\ntwo"}, r"There are 2 captions but 3 pictures: write a line for each\."),
+        ({"captions": "one\ntwo"}, r"^2 captions but 3 pictures: write a line for each\."),
         (
             {"images": {}, "folder": "nowhere"},
             r'There is no folder "nowhere" \(looked for .*\): write a folder with pict.*',

@@ -80,7 +80,7 @@ def test_the_door_holds_nothing_else(root):
     assert names == {"WEB_DIRECTORY", "__all__"}
 
 
-@pytest.mark.parametrize("folder", ["models", "nodes", "training"])
+@pytest.mark.parametrize("folder", ["models", "nodes", "training", "tests"])
 def test_files_and_functions_are_read_in_a_sitting(root, folder):
     for path in files(root, folder):
         text = path.read_text()
