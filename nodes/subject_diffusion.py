@@ -256,7 +256,9 @@ class GuideSubjects(Node):
                 io.Model.Input("model", tooltip="From Apply Subject-Diffusion."),
                 io.Conditioning.Input("positive", tooltip="From Apply Subject-Diffusion."),
                 io.Conditioning.Input("negative", tooltip="From Apply Subject-Diffusion."),
-                io.Conditioning.Input("subjects_only", tooltip="From Apply Subject-Diffusion."),
+                io.Conditioning.Input(
+                    "subjects_only", display_name="subjects only", tooltip="From Apply Subject-Diffusion."
+                ),
                 io.Float.Input(
                     "text_cfg",
                     **CFG,
