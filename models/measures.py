@@ -18,6 +18,7 @@ from torch.nn.functional import normalize, one_hot
 Statistic = Callable[[Tensor], float]
 """A number of a set of pictures, from how often each of its groups counts, [groups] float64."""
 BLOCK = 1024  # rows of a kernel matrix at a time
+SEED = 2020  # torch-fidelity's, of what it draws
 MOST = 2**26  # numbers kept of products by group, half a gigabyte
 
 
@@ -156,7 +157,7 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
 
-def kernel_distance(a: Tensor, b: Tensor, subsets: int = 0, size: int = 1000, seed: int = 2020) -> float:
+def kernel_distance(a: Tensor, b: Tensor, subsets: int = 0, size: int = 1000) -> float:
     """KID when the features are Inception's (Bińkowski et al. 2018, section 4): the unbiased estimate of the squared
     maximum mean discrepancy with the kernel (x·y / d + 1)³.
 
@@ -166,7 +167,7 @@ def kernel_distance(a: Tensor, b: Tensor, subsets: int = 0, size: int = 1000, se
             that is: torch-fidelity draws them alike.
     """
     if subsets:
-        rng = np.random.RandomState(seed)
+        rng = np.random.RandomState(SEED)
         values = []
         for _ in range(subsets):
             one, two = (x[torch.from_numpy(rng.choice(len(x), size, replace=False))] for x in (a, b))
@@ -215,15 +216,15 @@ def _kernel_sums(x: Tensor, y: Tensor, groups_x: Tensor, groups_y: Tensor, count
     return sums
 
 
-def inception_score(logits: Tensor, splits: int = 1, seed: int = 2020) -> Tensor:
+def inception_score(logits: Tensor, splits: int = 1) -> Tensor:
     """IS, [splits]: exp E KL(p(y|x) || p(y)), where p(y) is the mean of p(y|x) (Salimans et al. 2016, section 4).
 
     Args:
         logits: [n, classes].
-        splits: into how many parts the pictures are cut, in an order that `seed` gives; reported is usually the mean of
+        splits: into how many parts the pictures are cut, in random order, as torch-fidelity does; reported is usually the mean of
             ten. A score is at most the number of pictures in its part, and at most that of classes.
     """
-    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))
+    order = torch.from_numpy(np.random.RandomState(SEED).permutation(len(logits)))
     bounds = [i * len(logits) // splits for i in range(splits + 1)]
     parts = [logits[order[start:end]] for start, end in itertools.pairwise(bounds)]
     scores = [score_by_group(part, torch.zeros(len(part), dtype=torch.int64))(_ONE) for part in parts]

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+HEAD_WIDTH = 64
+"""Of each head of a perceiver's attention, in all published files."""
+
 
 class LinearProjection(nn.Module):
     """Linear and LayerNorm: one pooled vector becomes a few tokens (base, light, ViT-G)."""
@@ -55,9 +58,9 @@ class FullFaceProjection(nn.Module):
 class PerceiverAttention(nn.Module):
     """Latents attend to the features and to themselves (Flamingo, Alayrac et al. 2022)."""
 
-    def __init__(self, dim: int, inner: int, dim_head: int = 64):
+    def __init__(self, dim: int, inner: int):
         super().__init__()
-        self.heads = inner // dim_head
+        self.heads = inner // HEAD_WIDTH
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
         self.to_q = nn.Linear(dim, inner, bias=False)

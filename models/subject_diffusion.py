@@ -37,9 +37,9 @@ LITTLE = 1e-5
 """Keeps an empty mask from a division by zero, as in the authors' code."""
 
 
-def fused_prompt(prompt: str, entities: Sequence[str], placeholder: str = PLACEHOLDER) -> str:
+def fused_prompt(prompt: str, entities: Sequence[str]) -> str:
     """`a dog on grass`, [`dog`] -> `a dog on grass, the dog is sks`: a placeholder for each subject, in their order."""
-    return prompt.strip() + "".join(f", the {entity} is {placeholder}" for entity in entities)
+    return prompt.strip() + "".join(f", the {entity} is {PLACEHOLDER}" for entity in entities)
 
 
 def check_subjects(prompt: str, placed: Sequence[tuple[str, Sequence[float]]], most: int, name: str) -> None:

@@ -33,7 +33,7 @@ HEADS = 16
 BATCH = 16
 KEPT = 4_000_000_000
 """Bytes of features in memory; what is more is read from the cache in each step."""
-_PATCH, _CLASS = "vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"
+_PATCH = "vision_model.embeddings.patch_embedding.weight"
 
 
 def load_image_encoder(where: str | Path) -> CLIPVisionModelWithProjection:

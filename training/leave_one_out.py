@@ -28,9 +28,9 @@ REFERENCES = 1  # which of a picture's generators in a step: `denoising.draw` ha
 class Dropout:
     """Shares of steps without the text, without the references, without both: for guidance."""
 
-    text: float = 0.05
-    references: float = 0.05
-    both: float = 0.05
+    text: float
+    references: float
+    both: float
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ class _Canvas:
         self.image.reduce(SUPERSAMPLING).save(path)
 
 
-def width_of(words: str, size: int = TEXT) -> float:
+def width_of(words: str) -> float:
     """Pixels."""
-    return ImageFont.load_default(size=size * SUPERSAMPLING).getlength(words) / SUPERSAMPLING
+    return ImageFont.load_default(size=TEXT * SUPERSAMPLING).getlength(words) / SUPERSAMPLING
 
 
 def shortened(words: str, most: float) -> str:

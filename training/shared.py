@@ -17,7 +17,6 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.attend_and_excite import step_size as step_size
     from models.attention import decoupled_attention as decoupled_attention
     from models.base_models import FAMILIES as FAMILIES
-    from models.base_models import TITLES as TITLES
     from models.base_models import family_of_widths as family_of_widths
     from models.base_models import fingerprint as fingerprint
     from models.base_models import same_model as same_model
@@ -174,7 +173,6 @@ else:
     from ..models.attend_and_excite import step_size as step_size
     from ..models.attention import decoupled_attention as decoupled_attention
     from ..models.base_models import FAMILIES as FAMILIES
-    from ..models.base_models import TITLES as TITLES
     from ..models.base_models import family_of_widths as family_of_widths
     from ..models.base_models import fingerprint as fingerprint
     from ..models.base_models import same_model as same_model

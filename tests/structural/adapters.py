@@ -111,14 +111,14 @@ def random_adapter(
     }
 
 
-def view_tensors(shapes: Shapes, seed: int = 0) -> dict[str, torch.Tensor]:
+def view_tensors(shapes: Shapes) -> dict[str, torch.Tensor]:
     """Tensors of any size as overlapping views of small buffers, which is all that torch.save stores of them."""
     buffers: dict[int, torch.Tensor] = {}  # one for each power of two that the weights are scaled by
     tensors = {}
     for name, shape in shapes.items():
         power = round(math.log2(math.prod(shape[1:])) / 2) if len(shape) > 1 else 3
         if power not in buffers:
-            generator = torch.Generator().manual_seed(seed + power)
+            generator = torch.Generator().manual_seed(power)
             buffers[power] = torch.randn(1 << 17, generator=generator) / 2**power
         room, strides = buffers[power].numel() - 1, []
         for size in shape:

@@ -19,10 +19,10 @@ VIT_H = {
 """CLIP-ViT-H-14-laion2B-s32B-b79K."""
 
 
-def random_encoder(config: dict = VIT_H, dtype: torch.dtype = torch.float16) -> CLIPVisionModelWithProjection:
-    """With random weights."""
+def random_encoder() -> CLIPVisionModelWithProjection:
+    """A ViT-H with random weights in half precision."""
     torch.manual_seed(0)
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**config)).to(dtype)
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_H)).half()
 
 
 def write_file(encoder: CLIPVisionModelWithProjection, path: Path) -> Path:

@@ -9,8 +9,8 @@ from pack.training.denoising import Weighting, draw, generator_of, timestep_weig
 from pack.training.encoding import Latent, TextStates
 
 
-def latents(count, channels=4):
-    return [Latent(torch.zeros(channels, 6, 5), None, None)] * count
+def latents(count):
+    return [Latent(torch.zeros(4, 6, 5), None, None)] * count
 
 
 def test_noise_offset_shifts_each_picture_and_channel():

@@ -61,14 +61,14 @@ def test_loss_and_gradients_equal_a_plain_computation(monkeypatch, root, people,
         parameter.grad = None
 
     # the same batch, drawn by the documented generators
-    settings = trainer.settings
+    settings, options = trainer.settings, trainer.settings.method
     examples = [trainer.examples[i] for i in trainer.order(number)]
     told = [
         draw_references(
             sorted(example.path.parent.glob("*.png")),
             example.path,
             None,
-            Dropout(),
+            Dropout(options.text_dropout, options.reference_dropout, options.both_dropout),
             generator_of(settings.training.seed, number, place, REFERENCES),
         )
         for place, example in enumerate(examples)

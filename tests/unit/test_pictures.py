@@ -23,10 +23,10 @@ from PIL import Image
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def halves(width=60, height=40):
+def halves():
     """Red above, blue below."""
-    image = Image.new("RGB", (width, height), RED)
-    image.paste(BLUE, (0, height // 2, width, height))
+    image = Image.new("RGB", (60, 40), RED)
+    image.paste(BLUE, (0, 20, 60, 40))
     return image
 
 

@@ -20,8 +20,8 @@ def made(width, gate=True, inner=32, heads=4, depth=2):
     return aggregator
 
 
-def features_of(n, tokens, width, seed=1):
-    return torch.randn(n, tokens, width, generator=torch.Generator().manual_seed(seed))
+def features_of(n, tokens, width):
+    return torch.randn(n, tokens, width, generator=torch.Generator().manual_seed(1))
 
 
 def references(n, pooled=1024, patches=1280, tokens=5):

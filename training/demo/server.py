@@ -42,16 +42,15 @@ class Server:
 
     Args:
         comfyui: the ComfyUI to run.
-        base: base directory; `custom_nodes`, `models`, `input` and `output` lie or are made in it.
-        packs: custom nodes to link into it, by name; this repository if nothing is given.
+        base: base directory; `custom_nodes`, with this repository among them, `models`, `input` and `output` lie or are made
+            in it.
     """
 
-    def __init__(self, comfyui: Path, base: Path, packs: Mapping[str, Path] | None = None):
+    def __init__(self, comfyui: Path, base: Path):
         self.comfyui, self.base = comfyui, base
         for folder in ("custom_nodes", "models", "input", "output", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
-        for name, pack in (packs or {"Personalize": ROOT}).items():
-            _link(pack, base / "custom_nodes" / name)
+        _link(ROOT, base / "custom_nodes" / "Personalize")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
