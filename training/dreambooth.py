@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from .base_model import BaseModel, read_checkpoint
 from .conditioning import Conditioning
-from .export import whole_checkpoint
+from .export import network_tensors, whole_checkpoint
 from .methods import PRECISIONS, groups_of, text_modules
 from .options import DreamBooth
 from .settings import Settings
 from .shared import (
-    PREFIXES,
     TEXT_MODELS,
     About,
     PersonalizeError,
@@ -36,7 +35,6 @@ from .shared import (
     plural,
     read_header,
     read_safetensors,
-    text_tensors,
     truncated_delta_tensors,
     write_safetensors,
 )
@@ -125,11 +123,7 @@ class DreamBoothMethod:
 
 def trained_tensors(base: BaseModel, text: Sequence[tuple[str, torch.nn.Module]]) -> dict[str, Tensor]:
     """The UNet's and some text encoders' weights under their single-file names."""
-    state, names = base.pipeline.unet.state_dict(), base.unet_names()
-    tensors = {names[name]: value for name, value in state.items()}
-    for (prefix, open_clip), (_, encoder) in zip(PREFIXES[base.layout], text, strict=False):
-        tensors |= text_tensors(encoder.state_dict(), prefix, open_clip)
-    return tensors
+    return network_tensors(base.pipeline.unet, [encoder for _, encoder in text], base.layout)
 
 
 def host_changes(base: BaseModel, changes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from pack.models.vae_keys import PREFIX, vae_tensors
 from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training import base_model
 from pack.training.base_model import load_base, load_pipeline
+from pack.training.export import checkpoint_tensors
 from pack.training.image_encoder import load_image_encoder
-from pack.training.pocket.export import checkpoint_tensors
 
 CHECKPOINT = "pocket_portraits.safetensors"
 
@@ -27,8 +27,7 @@ def test_the_pocket_model_comes_back_bit_for_bit(file):
     assert isinstance(pipeline, StableDiffusionPipeline)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     state, metadata = read_safetensors(file)
-    text = {f"text_model.{name}": value for name, value in pipeline.text_encoder.state_dict().items()}
-    again = checkpoint_tensors(pipeline.unet, type("Text", (), {"state_dict": lambda self: text})(), pipeline.vae)
+    again = checkpoint_tensors(pipeline.unet, [pipeline.text_encoder], pipeline.vae, "sd", v_prediction=True)
     assert set(state) - set(again) == {"cond_stage_model.transformer.text_projection.weight"}
     assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in again.items())
     assert metadata["modelspec.license"] == "Apache-2.0"

@@ -4,11 +4,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from diffusers import AutoencoderTiny, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..shared import POCKET, VISION_CONFIG, single_file_names, tiny_vae_tensors, write_safetensors
+from ..export import checkpoint_tensors
+from ..shared import POCKET, VISION_CONFIG, write_safetensors
 from .adapter import adapter_of
 from .encoders import Encoders
 from .files import ADAPTER, CHECKPOINT, IMAGE_ENCODER, JUDGE
@@ -31,19 +30,6 @@ def metadata(title: str, method: str) -> dict[str, str]:
     }
 
 
-def checkpoint_tensors(unet: UNet2DConditionModel, text: nn.Module, vae: AutoencoderTiny) -> dict[str, Tensor]:
-    """Tensors of a single-file checkpoint in the layout of Stable Diffusion 1.5, with a TAESD-shaped VAE."""
-    state = unet.state_dict()
-    names = single_file_names(list(state), unet.config["layers_per_block"])
-    tensors = {names[name]: value for name, value in state.items()}
-    for name, value in text.state_dict().items():
-        tensors[f"cond_stage_model.transformer.{name}"] = value
-    tensors |= tiny_vae_tensors(vae.state_dict())
-    tensors["first_stage_model.vae_scale"], tensors["first_stage_model.vae_shift"] = torch.ones(()), torch.zeros(())
-    tensors["v_pred"] = torch.zeros(0)
-    return tensors
-
-
 def save(path: Path, tensors: Mapping[str, Tensor], about: dict[str, str]) -> None:
     """In half precision."""
     write_safetensors(path, {name: value.detach().half().contiguous() for name, value in tensors.items()}, about)
@@ -62,7 +48,7 @@ def export(folder: Path, to: Path = POCKET) -> None:
     def about(title: str, method: str) -> dict[str, str]:
         return metadata(title, method) | {"personalize.training_steps": steps}
 
-    checkpoint = checkpoint_tensors(unet, encoders.text, vae)
+    checkpoint = checkpoint_tensors(unet, [encoders.text], vae, "sd", v_prediction=True)
     save(to / CHECKPOINT, checkpoint, about("Pocket portraits", "base_model") | {"modelspec.prediction_type": "v"})
     config = {VISION_CONFIG: json.dumps(encoders.image.config.to_dict())}
     save(
