@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -153,10 +154,16 @@ def square_of(digest: str, crop: int, sides: tuple[float, float]) -> list[float]
 
 
 @torch.no_grad()
-def encode(encoder: CLIPVisionModelWithProjection, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled embeddings [n, D] and penultimate hidden states [n, T, H] of [n, 3, size, size], on the CPU."""
+def encode(encoder: CLIPVisionModelWithProjection, inputs: Tensor, layer: int = -2) -> tuple[Tensor, Tensor]:
+    """Pooled embeddings [n, D] and a layer's hidden states [n, T, H] of [n, 3, size, size], on the CPU.
+
+    Args:
+        encoder: on its device.
+        inputs: normalised pictures.
+        layer: of the hidden states; the penultimate is what IP-Adapters take.
+    """
     output = encoder(inputs.to(encoder.device, encoder.dtype), output_hidden_states=True)
-    return output.image_embeds.float().cpu(), output.hidden_states[-2].float().cpu()
+    return output.image_embeds.float().cpu(), output.hidden_states[layer].float().cpu()
 
 
 def encode_zero(encoder: CLIPVisionModelWithProjection) -> Tensor:
@@ -173,8 +180,54 @@ def encode_references(encoder: CLIPVisionModelWithProjection, paths: Sequence[Pa
     return References(pooled, patches, encode_zero(encoder), torch.ones(len(paths)), tuple(p.name for p in paths))
 
 
-class Features:
-    """What an adapter takes of each view, [T, D] on the CPU: from memory, or from disk where that would be too much."""
+Key = TypeVar("Key", bound=Hashable)
+
+
+class CachedFeatures(Generic[Key]):
+    """Named tensors by key, on the CPU: from memory, or from disk where that would be too much."""
+
+    def __init__(self, cache: Cache, encoder: CLIPVisionModelWithProjection):
+        """Args:
+        cache: on disk.
+        encoder: on its device; it is not kept.
+        """
+        self.cache, self.digest = cache, digest_of(encoder)
+        self.keys: dict[Key, dict] = {}
+        """What each depends on, as the cache wants it."""
+        self.memory: dict[Key, dict[str, Tensor]] = {}
+
+    def find(self, key: Key) -> bool:
+        """Whether the cache has it; then it is kept."""
+        stored = self.cache.get(self.keys[key])
+        if stored is not None:
+            self._keep(key, stored)
+        return stored is not None
+
+    def store(self, key: Key, tensors: dict[str, Tensor]) -> None:
+        """Into the cache."""
+        self.cache.put(self.keys[key], tensors)
+        self._keep(key, tensors)
+
+    def _keep(self, key: Key, tensors: dict[str, Tensor]) -> None:
+        if (len(self.memory) + 1) * sum(value.nbytes for value in tensors.values()) <= KEPT:
+            self.memory[key] = tensors
+
+    def tensors(self, key: Key) -> dict[str, Tensor]:
+        """What was found or stored.
+
+        Raises:
+            PersonalizeError: it is no longer in the cache.
+        """
+        if key in self.memory:
+            return self.memory[key]
+        stored = self.cache.get(self.keys[key])
+        if stored is None:
+            raise PersonalizeError(f"The cache {self.cache.folder} was changed while it was in use: run it again.")
+        return stored
+
+
+class Features(CachedFeatures[View]):
+    """What an adapter takes of each view, [T, D]."""
 
     def __init__(
         self,
@@ -191,10 +244,8 @@ class Features:
         crops: random squares of every picture, beside the picture.
         sides: least and greatest side of these, as shares of the picture's shorter one.
         """
-        self.cache, self.pooled, self.digest = cache, pooled, digest_of(encoder)
-        self.crops, self.sides = crops, sides
-        self.keys: dict[View, dict] = {}
-        self.memory: dict[View, Tensor] = {}
+        super().__init__(cache, encoder)
+        self.pooled, self.crops, self.sides = pooled, crops, sides
         width = encoder.config.projection_dim
         self.empty = torch.zeros(1, width) if pooled else encode_zero(encoder)
         """Of no picture, [T, D]."""
@@ -214,11 +265,8 @@ class Features:
                 view = View(path, crop)
                 square = {"square": square_of(digest, crop, self.sides)} if crop else {}
                 self.keys[view] = whole | square
-                stored = self.cache.get(self.keys[view])
-                if stored is None:
+                if not self.find(view):
                     waiting.append(view)
-                else:
-                    self._keep(view, stored["features"])
                 if len(waiting) == BATCH:
                     self._encode(encoder, waiting)
                     waiting = []
@@ -230,19 +278,7 @@ class Features:
         seen = [as_seen(view.path, size, self.keys[view].get("square")) for view in views]
         pooled, patches = encode(encoder, torch.stack(seen))
         for i, view in enumerate(views):
-            features = (pooled[i : i + 1] if self.pooled else patches[i]).clone()
-            self.cache.put(self.keys[view], {"features": features})
-            self._keep(view, features)
-
-    def _keep(self, view: View, features: Tensor) -> None:
-        if (len(self.memory) + 1) * features.numel() * features.element_size() <= KEPT:
-            self.memory[view] = features
+            self.store(view, {"features": (pooled[i : i + 1] if self.pooled else patches[i]).clone()})
 
     def __getitem__(self, seen: Path | View) -> Tensor:
-        view = View(seen) if isinstance(seen, Path) else seen
-        if view in self.memory:
-            return self.memory[view]
-        stored = self.cache.get(self.keys[view])
-        if stored is None:
-            raise PersonalizeError(f"The cache {self.cache.folder} was changed while it was in use: run it again.")
-        return stored["features"]
+        return self.tensors(View(seen) if isinstance(seen, Path) else seen)["features"]

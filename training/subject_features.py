@@ -10,9 +10,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from transformers import CLIPVisionModelWithProjection
 
-from .encoding import Cache, digest_of, digest_of_path
-from .image_encoder import KEPT
-from .shared import CLIP_MEAN, CLIP_STD, PersonalizeError, on_ground
+from .encoding import Cache, digest_of_path
+from .image_encoder import CachedFeatures, encode
+from .shared import CLIP_MEAN, CLIP_STD, on_ground
 from .subject_data import SubjectPicture
 
 BATCH = 32
@@ -20,11 +20,12 @@ TURN, DISTORTION = 10, 0.5
 """Degrees, and the strength of a perspective, which half of the views have; half are mirrored (the authors' code)."""
 
 
-class SubjectFeatures:
-    """The CLS feature [D] and the patch tokens [T, H] of each view of each subject; view 0 is the plain crop.
+SubjectView = tuple[Path, int]
+"""A subject's crop, and which view of it; 0 is the plain crop."""
 
-    From memory, or from disk where that would be too much.
-    """
+
+class SubjectFeatures(CachedFeatures[SubjectView]):
+    """The CLS feature [D] and the patch tokens [T, H] of each view of each subject."""
 
     def __init__(self, cache: Cache, encoder: CLIPVisionModelWithProjection, views: int, backgrounds: float):
         """Args:
@@ -33,10 +34,8 @@ class SubjectFeatures:
         views: changed ones, beside the plain crop.
         backgrounds: share of these that stand on another picture instead of on white.
         """
-        self.cache, self.views, self.backgrounds = cache, views, backgrounds
-        self.digest, self.size = digest_of(encoder), encoder.config.image_size
-        self.keys: dict[tuple[Path, int], dict] = {}
-        self.memory: dict[tuple[Path, int], tuple[Tensor, Tensor]] = {}
+        super().__init__(cache, encoder)
+        self.views, self.backgrounds, self.size = views, backgrounds, encoder.config.image_size
 
     def add(
         self,
@@ -45,7 +44,7 @@ class SubjectFeatures:
         others: Sequence[SubjectPicture],
     ) -> None:
         """Encode what is not in the cache; `others` are what subjects may stand on."""
-        waiting: list[tuple[tuple[Path, int], Tensor]] = []
+        waiting: list[tuple[SubjectView, Tensor]] = []
         for picture in pictures:
             for one in picture.subjects:
                 crop = digest_of_path(one.crop)
@@ -57,9 +56,7 @@ class SubjectFeatures:
                     key = {"subject": crop, "view": view, "encoder": self.digest}
                     key["behind"] = "" if behind is None else digest_of_path(behind)
                     self.keys[one.crop, view] = key
-                    stored = self.cache.get(key)
-                    if stored is not None:
-                        self._keep((one.crop, view), stored["pooled"], stored["patches"])
+                    if self.find((one.crop, view)):
                         continue
                     waiting.append(((one.crop, view), look_of(one.crop, view, behind, rng, self.size)))
                     if len(waiting) == BATCH:
@@ -68,32 +65,20 @@ class SubjectFeatures:
         if waiting:
             self._encode(encoder, waiting)
 
-    def _encode(
-        self, encoder: CLIPVisionModelWithProjection, waiting: Sequence[tuple[tuple[Path, int], Tensor]]
-    ) -> None:
+    def _encode(self, encoder: CLIPVisionModelWithProjection, waiting: Sequence[tuple[SubjectView, Tensor]]) -> None:
         pooled, patches = encode_subjects(encoder, torch.stack([seen for _, seen in waiting]))
         for (where, _), one, tokens in zip(waiting, pooled, patches, strict=True):
-            self.cache.put(self.keys[where], {"pooled": one.clone(), "patches": tokens.clone()})
-            self._keep(where, one.clone(), tokens.clone())
+            self.store(where, {"pooled": one.clone(), "patches": tokens.clone()})
 
-    def _keep(self, where: tuple[Path, int], pooled: Tensor, patches: Tensor) -> None:
-        if (len(self.memory) + 1) * (pooled.nbytes + patches.nbytes) <= KEPT:
-            self.memory[where] = pooled, patches
-
-    def __getitem__(self, where: tuple[Path, int]) -> tuple[Tensor, Tensor]:
-        if where in self.memory:
-            return self.memory[where]
-        stored = self.cache.get(self.keys[where])
-        if stored is None:
-            raise PersonalizeError(f"The cache {self.cache.folder} was changed while it was in use: run it again.")
-        return stored["pooled"], stored["patches"]
+    def __getitem__(self, where: SubjectView) -> tuple[Tensor, Tensor]:
+        found = self.tensors(where)
+        return found["pooled"], found["patches"]
 
 
-@torch.no_grad()
 def encode_subjects(encoder: CLIPVisionModelWithProjection, seen: Tensor) -> tuple[Tensor, Tensor]:
     """The CLS features [n, D] and the last layer's patch tokens [n, T, H] of [n, 3, size, size], on the CPU."""
-    output = encoder(seen.to(encoder.device, encoder.dtype), output_hidden_states=True)
-    return output.image_embeds.float().cpu(), output.hidden_states[-1][:, 1:].float().cpu()
+    pooled, states = encode(encoder, seen, layer=-1)
+    return pooled, states[:, 1:]
 
 
 def look_of(crop: Path, view: int, behind: Path | None, rng: np.random.Generator, size: int) -> Tensor:
