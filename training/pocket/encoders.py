@@ -18,7 +18,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from ..clip_tokenizer import LENGTH
+from ..base_model import CONFIGS
 from ..shared import CLIP_MEAN, CLIP_STD
 from .data import TRAIN, Pictures
 from .device import tensor_of
@@ -26,19 +26,7 @@ from .labels import SCENE_SIZES, SUBJECT_SIZES, cached_labels
 from .loop import Run, autocast, train
 from .words import Captions, add_unknown_words
 
-TEXT = CLIPTextConfig(
-    vocab_size=49408,
-    hidden_size=64,
-    intermediate_size=256,
-    projection_dim=96,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    max_position_embeddings=LENGTH,
-    hidden_act="quick_gelu",
-    bos_token_id=49406,
-    eos_token_id=49407,
-    pad_token_id=49407,
-)
+TEXT = CLIPTextConfig.from_json_file(CONFIGS / "pocket" / "text_encoder" / "config.json")
 VISION = CLIPVisionConfig(
     hidden_size=128,
     intermediate_size=384,
