@@ -1,6 +1,7 @@
 """What a benchmark draws: held-out identities with their references, real pictures, prompts, and the base."""
 
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from .base_model import CONFIGS
 from .generate import Sampling
 from .identities import find_identities
 from .shared import POCKET, PersonalizeError
@@ -43,7 +45,10 @@ what each measure makes of it."""
 NEEDED = 10
 """Pictures of a person in the original experiment."""
 FIRST_OF_TRAINING, TRAIN_IDENTITIES, REAL_HATS = 1000, 2000, 0.35
-CROP, CROPS, WHOLE = (0.1, 0.3), 2, 1 / 3
+CONFIG = tomllib.loads((CONFIGS / "pocket_ip_adapter.toml").read_text(encoding="utf-8"))
+"""How the pocket's adapters are trained."""
+SHOWN = {name: CONFIG["ip_adapter"][name] for name in ("reference_crops", "smallest_crop", "largest_crop")}
+CROP, WHOLE = (SHOWN["smallest_crop"], SHOWN["largest_crop"]), 1 / 3
 """Of pocket references one in three is a whole portrait, the others are random squares, with a side between these shares
 of the portrait's: a face's corner, a hat, the clothes, as of a person's photographs some show the whole, most a part.
 Whole portraits alone, each in the same place, hide so little that the mean of ten is as good as anything. In training, so
@@ -140,6 +145,7 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         for where, salt in ((to, 2), (folder / "generated" / TRUTH / own.name, 4), (other, 4)):
             _draw_truth(where, number, wishes, options.seeds, salt)
         (to / ATTRIBUTES).write_text((own / ATTRIBUTES).read_text())
+    trained = CONFIG["training"]
     small = {} if options.max_train_steps is None else {"distil_steps": 1, "max_train_steps": options.max_train_steps}
     return Material(
         base=str(POCKET / CHECKPOINT),
@@ -151,18 +157,12 @@ def pocket_material(options: "Benchmark", folder: Path) -> Material:
         train=folder / "train",
         sampling=Sampling(options.resolution or 64, 10, 4.0, options.batch_size or 50, "dpm++"),
         training={
-            "max_train_steps": options.max_train_steps or 1500,
-            "train_batch_size": options.train_batch_size or 32,
-            "learning_rate": 5e-4,
-            "lr_scheduler": "cosine",
-            "lr_warmup_steps": min(100, options.max_train_steps or 100),
-            "snr_gamma": 5.0,
-            "use_ema": True,
-            "ema_decay": 0.999,
+            **trained,
+            **SHOWN,
+            "max_train_steps": options.max_train_steps or trained["max_train_steps"],
+            "train_batch_size": options.train_batch_size or trained["train_batch_size"],
+            "lr_warmup_steps": min(trained["lr_warmup_steps"], options.max_train_steps or trained["lr_warmup_steps"]),
             "validation_identities": min(8, (options.train_identities or TRAIN_IDENTITIES) // 2),
-            "reference_crops": CROPS,
-            "smallest_crop": CROP[0],
-            "largest_crop": CROP[1],
         },
         measures={"features": "judge", "clip": "pocket"},
         ships=not options.train,

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from .base_model import BaseModel, load_base
-from .benchmark_data import Material, Person, draw_training_set, subset, with_trigger
+from .benchmark_data import CONFIG, Material, Person, draw_training_set, subset, with_trigger
 from .encoding import Cache
 from .evaluate import Evaluation, evaluate
 from .features import clip, judge
@@ -58,10 +58,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "max": {"aggregation": "max"},
     "average": {"aggregation": "average"},
     "self_attention": {
-        "aggregation": SELF_ATTENTION,
-        "aggregation_stage": "tokens",
-        "aggregator_lr": 2e-3,
-        "warmup_loss_weight": 1.0,
+        name: CONFIG["ip_adapter"][name]
+        for name in ("aggregation", "aggregation_stage", "aggregator_lr", "warmup_loss_weight")
     },
 }
 """What differs between the four: pooling is over the image encoder's features, self-attention over the tokens."""
