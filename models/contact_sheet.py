@@ -108,6 +108,13 @@ def contact_sheet(
     return sheet
 
 
+def truncate_text(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """A text of one line within so many pixels: of a longer one the beginning, and an ellipsis."""
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text.removesuffix("…")[:-1] + "…"
+    return text
+
+
 def _label(texts: Sequence[str], cell: int) -> Iterator[tuple[str, bool]]:
     """The lines of a row's label, at most as many as its height holds, and whether each is of its title.
 

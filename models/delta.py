@@ -18,7 +18,9 @@ from .unet_keys import UNET_PREFIX
 TEXT_MODELS = {"sd": ("clip_l",), "sd2": ("clip_h",), "sdxl": ("clip_l", "clip_g")}
 """ComfyUI's names of each layout's text encoders."""
 BYTES = 2  # half precision
-PARTS = (".diff", ".diff_b", ".lora_up.weight", ".lora_down.weight", ".alpha")
+CHANGES = (".diff", ".diff_b", ".lora_up.weight")
+"""Endings of names in a file, one for each changed parameter; a whole checkpoint has none of them."""
+PARTS = (*CHANGES, ".lora_down.weight", ".alpha")
 """Of the names in a file, after the module's."""
 TINY = 1e-6
 """Of a matrix's largest squared singular value: what is below is lost in rounding."""

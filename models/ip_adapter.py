@@ -23,16 +23,17 @@ from .aggregation import (
     log_weights,
     select_references,
 )
+from .base_models import FAMILIES, title_of
 from .errors import PersonalizeError
 from .projection import FullFaceProjection, LinearProjection, Resampler
 from .references import ENCODER_NAMES, References
 from .weight_files import check_finite, read_weights
 
-BASE_MODELS = {64: "pocket portraits", 768: "SD1.5", 1024: "SD2", 2048: "SDXL"}
+BASE_MODELS = {context: title_of(family) for (_, context), family in FAMILIES.items()}
 """Base model by the width of its text features."""
 
-POOLING_STAGES = ("before projection", "after projection")
-AGGREGATOR_STAGES = {"features": POOLING_STAGES[0], "tokens": POOLING_STAGES[1]}
+BEFORE_PROJECTION, AFTER_PROJECTION = POOLING_STAGES = ("before projection", "after projection")
+AGGREGATOR_STAGES = {"features": BEFORE_PROJECTION, "tokens": AFTER_PROJECTION}
 """Where a trained aggregator stands, by its name in files."""
 
 
@@ -264,7 +265,7 @@ class IPAdapter:
         self,
         references: References,
         aggregation: str | Aggregation = "concatenate",
-        pooling: str = "before projection",
+        pooling: str = BEFORE_PROJECTION,
         device: torch.device | str = "cpu",
     ) -> ImagePrompt:
         """c_i = G(references), then K' = c_i W'_k and V' = c_i W'_v of every layer.
@@ -286,7 +287,7 @@ class IPAdapter:
         else:
             aggregate = AGGREGATIONS[aggregation] if isinstance(aggregation, str) else aggregation
         features, weights = select_references(self.features(references), references.weights)
-        if pooling == "before projection":
+        if pooling == BEFORE_PROJECTION:
             features, weights = aggregate(features.to(device).float(), weights.to(device))
             tokens = self.tokens(features, device)
         else:
@@ -315,7 +316,7 @@ class IPAdapter:
         """
         pooling, aggregator = self.self_attention()
         features, weights = select_references(self.features(references), references.weights)
-        elements = features.float() if pooling == "before projection" else self.tokens(features)
+        elements = features.float() if pooling == BEFORE_PROJECTION else self.tokens(features)
         shares = torch.zeros(aggregator.head_count, len(references))
         shares[:, references.weights > 0] = aggregator.cpu().attended(elements, weights).float()
         return shares

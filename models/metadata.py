@@ -17,6 +17,16 @@ FOLDERS = {
     "subject_diffusion": "subject_diffusion",
 }
 """Of ComfyUI's models, where each method's files are found."""
+METHOD_TITLES = {
+    "lora": "LoRA",
+    "textual_inversion": "Textual Inversion",
+    "dreambooth": "DreamBooth",
+    "custom_diffusion": "Custom Diffusion",
+    "ip_adapter": "IP-Adapter",
+    "subject_diffusion": "Subject-Diffusion",
+    "base_model": "base model",
+}
+"""What people call each method of a file."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,11 @@ class About:
             "settings": json.dumps(dict(self.settings), sort_keys=True) if self.settings else "",
         }
         return {f"personalize.{key}": value for key, value in own.items() if value} | dict(self.extra)
+
+
+def title_of_method(method: str) -> str:
+    """What people call it; one that this version does not know by its own name."""
+    return METHOD_TITLES.get(method, method)
 
 
 def folder_of(method: str, difference: bool = False) -> str:

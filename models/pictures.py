@@ -222,6 +222,16 @@ def box_of(inside: Tensor) -> tuple[int, int, int, int]:
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
+def subject_region(pixels: Tensor, mask: Tensor | None) -> Tensor:
+    """Where the subject of a picture is, [H, W] bool: where its mask is above one half, or without one everywhere.
+
+    Args:
+        pixels: [H, W, 3].
+        mask: [H, W], 0..1.
+    """
+    return torch.ones(pixels.shape[:2], dtype=torch.bool) if mask is None else mask > 0.5
+
+
 def cut_out(pixels: Tensor, inside: Tensor) -> Tensor:
     """What is inside, alone in the middle of a square as large as its box's longer side.
 

@@ -11,18 +11,20 @@ from .errors import PersonalizeError, plural
 from .weight_files import read_safetensors, write_safetensors
 from .words import parse_numbers
 
+VIT_H, VIT_BIGG = "CLIP-ViT-H-14-laion2B-s32B-b79K", "CLIP-ViT-bigG-14-laion2B-39B-b160k"
+"""The image encoders of nearly all adapters, and of the others, as they are published."""
 ENCODER_NAMES = {
     "pooled": {
         96: "the pocket model's (pocket_portraits_vision)",
         768: "CLIP ViT-L/14 (clip-vit-large-patch14)",
-        1024: "CLIP ViT-H (CLIP-ViT-H-14-laion2B-s32B-b79K)",
-        1280: "CLIP ViT-bigG (CLIP-ViT-bigG-14-laion2B-39B-b160k)",
+        1024: f"CLIP ViT-H ({VIT_H})",
+        1280: f"CLIP ViT-bigG ({VIT_BIGG})",
     },
     "patches": {
         128: "the pocket model's (pocket_portraits_vision)",
         1024: "CLIP ViT-L/14 (clip-vit-large-patch14)",
-        1280: "CLIP ViT-H (CLIP-ViT-H-14-laion2B-s32B-b79K)",
-        1664: "CLIP ViT-bigG (CLIP-ViT-bigG-14-laion2B-39B-b160k)",
+        1280: f"CLIP ViT-H ({VIT_H})",
+        1664: f"CLIP ViT-bigG ({VIT_BIGG})",
     },
 }
 """Image encoders by the width of their pooled embedding and of their patch tokens."""

@@ -8,6 +8,8 @@ import torch
 
 from .errors import PersonalizeError
 
+TRIGGER = "ohwx"
+"""What calls a subject where nobody chose a word: a rare one, of which the models know nothing."""
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”|([^\s,"“”]+)')
 
 

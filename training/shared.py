@@ -35,6 +35,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.concept_files import format_of as format_of
     from models.concept_files import read_concepts as read_concepts
     from models.contact_sheet import contact_sheet as contact_sheet
+    from models.contact_sheet import truncate_text as truncate_text
     from models.custom_diffusion import ALL as ALL
     from models.custom_diffusion import CALL as CALL
     from models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
@@ -45,6 +46,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.custom_diffusion import concept_tensors as concept_tensors
     from models.custom_diffusion import hold_first as hold_first
     from models.custom_diffusion import is_trained as is_trained
+    from models.delta import CHANGES as CHANGES
     from models.delta import TEXT_MODELS as TEXT_MODELS
     from models.delta import check_budget as check_budget
     from models.delta import check_delta as check_delta
@@ -55,9 +57,11 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.errors import PersonalizeError as PersonalizeError
     from models.errors import plural as plural
     from models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
+    from models.ip_adapter import BEFORE_PROJECTION as BEFORE_PROJECTION
     from models.ip_adapter import AdapterTensors as AdapterTensors
     from models.ip_adapter import ImagePrompt as ImagePrompt
     from models.ip_adapter import IPAdapter as IPAdapter
+    from models.ip_adapter import Variant as Variant
     from models.ip_adapter import nest as nest
     from models.ip_adapter import read_ip_adapter as read_ip_adapter
     from models.ip_adapter import stack_prompts as stack_prompts
@@ -94,9 +98,11 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.merging import prompts_of as prompts_of
     from models.merging import read_captions as read_captions
     from models.merging import unique_rows as unique_rows
+    from models.metadata import METHOD_TITLES as METHOD_TITLES
     from models.metadata import About as About
     from models.metadata import folder_of as folder_of
     from models.metadata import read_about as read_about
+    from models.metadata import title_of_method as title_of_method
     from models.pictures import CLIP_MEAN as CLIP_MEAN
     from models.pictures import CLIP_STD as CLIP_STD
     from models.pictures import MASK_ENDING as MASK_ENDING
@@ -111,8 +117,10 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import on_ground as on_ground
     from models.pictures import picture_paths as picture_paths
     from models.pictures import read_picture as read_picture
+    from models.pictures import subject_region as subject_region
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
+    from models.references import VIT_H as VIT_H
     from models.references import References as References
     from models.subject_diffusion import ADAPTER as ADAPTER
     from models.subject_diffusion import BALANCED as BALANCED
@@ -155,6 +163,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.whole_files import sweep as sweep
     from models.whole_files import whole as whole
     from models.whole_files import write_whole as write_whole
+    from models.words import TRIGGER as TRIGGER
     from models.words import call_of as call_of
     from models.words import find_words as find_words
     from models.words import parse_words as parse_words
@@ -191,6 +200,7 @@ else:
     from ..models.concept_files import format_of as format_of
     from ..models.concept_files import read_concepts as read_concepts
     from ..models.contact_sheet import contact_sheet as contact_sheet
+    from ..models.contact_sheet import truncate_text as truncate_text
     from ..models.custom_diffusion import ALL as ALL
     from ..models.custom_diffusion import CALL as CALL
     from ..models.custom_diffusion import KEYS_AND_VALUES as KEYS_AND_VALUES
@@ -201,6 +211,7 @@ else:
     from ..models.custom_diffusion import concept_tensors as concept_tensors
     from ..models.custom_diffusion import hold_first as hold_first
     from ..models.custom_diffusion import is_trained as is_trained
+    from ..models.delta import CHANGES as CHANGES
     from ..models.delta import TEXT_MODELS as TEXT_MODELS
     from ..models.delta import check_budget as check_budget
     from ..models.delta import check_delta as check_delta
@@ -211,9 +222,11 @@ else:
     from ..models.errors import PersonalizeError as PersonalizeError
     from ..models.errors import plural as plural
     from ..models.ip_adapter import AGGREGATOR_STAGES as AGGREGATOR_STAGES
+    from ..models.ip_adapter import BEFORE_PROJECTION as BEFORE_PROJECTION
     from ..models.ip_adapter import AdapterTensors as AdapterTensors
     from ..models.ip_adapter import ImagePrompt as ImagePrompt
     from ..models.ip_adapter import IPAdapter as IPAdapter
+    from ..models.ip_adapter import Variant as Variant
     from ..models.ip_adapter import nest as nest
     from ..models.ip_adapter import read_ip_adapter as read_ip_adapter
     from ..models.ip_adapter import stack_prompts as stack_prompts
@@ -250,9 +263,11 @@ else:
     from ..models.merging import prompts_of as prompts_of
     from ..models.merging import read_captions as read_captions
     from ..models.merging import unique_rows as unique_rows
+    from ..models.metadata import METHOD_TITLES as METHOD_TITLES
     from ..models.metadata import About as About
     from ..models.metadata import folder_of as folder_of
     from ..models.metadata import read_about as read_about
+    from ..models.metadata import title_of_method as title_of_method
     from ..models.pictures import CLIP_MEAN as CLIP_MEAN
     from ..models.pictures import CLIP_STD as CLIP_STD
     from ..models.pictures import MASK_ENDING as MASK_ENDING
@@ -267,8 +282,10 @@ else:
     from ..models.pictures import on_ground as on_ground
     from ..models.pictures import picture_paths as picture_paths
     from ..models.pictures import read_picture as read_picture
+    from ..models.pictures import subject_region as subject_region
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
+    from ..models.references import VIT_H as VIT_H
     from ..models.references import References as References
     from ..models.subject_diffusion import ADAPTER as ADAPTER
     from ..models.subject_diffusion import BALANCED as BALANCED
@@ -311,6 +328,7 @@ else:
     from ..models.whole_files import sweep as sweep
     from ..models.whole_files import whole as whole
     from ..models.whole_files import write_whole as write_whole
+    from ..models.words import TRIGGER as TRIGGER
     from ..models.words import call_of as call_of
     from ..models.words import find_words as find_words
     from ..models.words import parse_words as parse_words

@@ -151,7 +151,7 @@ def test_a_self_attention_in_the_file_stays_as_it_is(root, people, tmp_path):
 def test_an_adapter_for_another_base_is_told(root, people, tmp_path):
     base = narrow_folder("sd15", tmp_path / "sd15")
     with pytest.raises(
-        PersonalizeError, match=r"is made for pocket portraits \(\d+ cross-attention layers.*use an adapter"
+        PersonalizeError, match=r"is made for the pocket model \(\d+ cross-attention layers.*use an adapter"
     ):
         train(root, people, tmp_path / "out", pretrained_model_name_or_path=str(base), resolution=64)
 
