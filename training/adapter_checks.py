@@ -6,6 +6,7 @@ import torch
 
 from .adapter_module import AGGREGATOR_HEADS, stage_of
 from .image_encoder import widths_of_encoder
+from .look import tell
 from .options import IPAdapter as Options
 from .shared import (
     FAMILIES,
@@ -13,6 +14,7 @@ from .shared import (
     AdapterTensors,
     IPAdapter,
     PersonalizeError,
+    Variant,
     nest,
     read_header,
     read_ip_adapter,
@@ -146,14 +148,8 @@ def check_files(adapter: str | None, encoder: str | None, family: str | None) ->
         encoder: a file, folder or hub id.
         family: of the base; None for a hub id.
     """
-    problems, widths = [], None
-    if not encoder:
-        problems.append("--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision.")
-    else:
-        try:
-            widths = widths_of_encoder(encoder)
-        except PersonalizeError as error:
-            problems.append(str(error))
+    problems: list[str] = []
+    widths = tell(problems, widths_of_encoder, encoder)
     if adapter is not None:
         try:
             problems += _of_adapter(Path(adapter).expanduser(), Path(encoder or "").name, family, widths)
@@ -179,12 +175,18 @@ def _of_adapter(path: Path, encoder: str, family: str | None, widths: tuple[int,
             f"{path.name} is made for {variant.base_model}, but the base is {title_of(family or '')}: use an adapter made for "
             "it, or train one from scratch without --ip_adapter."
         )
-    if widths is not None and (width := widths[0 if variant.pooled else 1]) != variant.encoder_width:
-        problems.append(
-            f"{path.name} ({variant}) takes image features of width {variant.encoder_width}, but those of {encoder} have "
+    if widths is not None:
+        tell(problems, check_width, path.name, variant, widths[0 if variant.pooled else 1], encoder)
+    return problems
+
+
+def check_width(adapter: str, variant: Variant, width: int, encoder: str) -> None:
+    """Raises PersonalizeError where an image encoder's features have another width than the adapter takes."""
+    if width != variant.encoder_width:
+        raise PersonalizeError(
+            f"{adapter} ({variant}) takes image features of width {variant.encoder_width}, but those of {encoder} have "
             f"width {width}: use {variant.encoder}."
         )
-    return problems
 
 
 def bytes_of_adapter(options: Options, base: int) -> int:

@@ -32,6 +32,7 @@ from .methods import PRECISIONS
 from .options import option
 from .settings import exit_status, make_groups, read_values
 from .shared import (
+    CHANGES,
     UNET_PREFIX,
     PersonalizeError,
     format_of,
@@ -158,8 +159,7 @@ def kind_of(path: Path) -> str:
         return "ip_adapter"
     inner = weights.get("state_dict", weights)
     if any(str(key).startswith(UNET_PREFIX) for key in inner) or any(
-        key.startswith(("diffusion_model.", "text_encoders.")) and key.endswith((".diff", ".diff_b", ".lora_up.weight"))
-        for key in keys
+        key.startswith(("diffusion_model.", "text_encoders.")) and key.endswith(CHANGES) for key in keys
     ):
         return "dreambooth"
     named = [str(key) for key, value in weights.items() if isinstance(value, Tensor)]

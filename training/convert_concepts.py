@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .base_model import BaseModel
 from .look import name_problems
+from .methods import shapes_of
 from .shared import (
     CALL,
     UNET,
@@ -93,7 +94,7 @@ def read_any_concepts(path: Path, base: BaseModel, given: Sequence[Path]) -> Rea
         print(f"{path.name} was trained on {about.base_name}, {base.name} is another checkpoint.", file=sys.stderr)
     if format_of(weights) is None:
         names = {f"{file_name(UNET, key.rpartition('.')[0])}.{key.rpartition('.')[2]}": key for key in state}
-        layers = host_layers({key: tuple(value.shape) for key, value in state.items()}, [])
+        layers = host_layers(shapes_of(base.pipeline.unet), [])
         changes = {names[key]: value for key, value in concept_changes(weights, layers, path.name).items()}
         called = [call.word for call in calls_of(about.trigger) if call.word]
         for word, one in _files_of(path, called, given).items():

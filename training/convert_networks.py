@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .base_model import BaseModel, load_base
 from .convert_concepts import check_new
-from .dreambooth import host_changes, trained_tensors
-from .lora import shapes_of, tensors_of
-from .methods import text_modules
+from .dreambooth import difference, host_changes, trained_tensors
+from .lora import tensors_of
+from .methods import shapes_of, text_modules
 from .shared import (
     UNET,
     UNET_PREFIX,
@@ -96,7 +96,7 @@ def convert_dreambooth(path: Path, folder: Path, name: str, to: str, base: BaseM
                 f"{path.name} is {title_of(trained.family)}, but {base.name} is {title_of(base.family)}: give its own base."
             )
         after = dict([("unet", trained.pipeline.unet), *text_modules(trained)])
-        changes = {n: _difference(after[n].state_dict(), net.state_dict()) for n, net in networks}
+        changes = {n: difference(after[n].state_dict(), net.state_dict()) for n, net in networks}
         write_safetensors(target, delta_tensors(host_changes(base, changes)), about.as_metadata())
         return target
     if base.file is None or base.file.suffix != ".safetensors":
@@ -116,10 +116,6 @@ def convert_dreambooth(path: Path, folder: Path, name: str, to: str, base: BaseM
         raise PersonalizeError(f"{sorted(left)[0]} in {path.name} has no place in {base.name}: give its own base.")
     overwrite_tensors(base.file, target, trained_tensors(base, text_modules(base)), metadata)
     return target
-
-
-def _difference(after: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.float() - before[key].float() for key, value in after.items() if value.is_floating_point()}
 
 
 def _change(tensors: dict[str, Tensor], module: str, kind: str, left: set[str]) -> Tensor | None:

@@ -21,7 +21,7 @@ from .about import KINDS
 from .base_model import BaseModel
 from .concepts import Concept, check_start, concepts_of, starts_of
 from .conditioning import Conditioning
-from .methods import PRECISIONS, group_of, text_modules
+from .methods import PRECISIONS, group_of, shapes_of, text_modules
 from .options import CustomDiffusion
 from .settings import Settings
 from .shared import (
@@ -58,7 +58,7 @@ class CustomDiffusionMethod:
         self.concepts = concepts_of(settings)
         options: CustomDiffusion = settings.method
         unet, parts = base.pipeline.unet, ALL if options.train_layers == "all" else KEYS_AND_VALUES
-        self.shapes = {name: tuple(value.shape) for name, value in unet.state_dict().items()}
+        self.shapes = shapes_of(unet)
         unet.requires_grad_(False)
         for name, module in unet.named_modules():
             if is_trained(name, parts):

@@ -107,7 +107,9 @@ class DreamBoothMethod:
 
     def _write_delta(self, path: Path, about: About) -> Path:
         networks = {"unet": self.base.pipeline.unet, **dict(self.text)}
-        changes = host_changes(self.base, {k: _difference(net, self.before[k]) for k, net in networks.items()})
+        changes = host_changes(
+            self.base, {k: difference(net.state_dict(), self.before[k]) for k, net in networks.items()}
+        )
         megabytes = self.settings.method.delta_megabytes
         if megabytes is None:
             tensors = delta_tensors(changes)
@@ -144,8 +146,13 @@ def _copy(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 
-def _difference(module: torch.nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().float() - before[name].float() for name, value in module.state_dict().items()}
+def difference(after: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """W - W0 of a network's weights in fp32, on the CPU.
+
+    Args:
+        after, before: its tensors; `before` on the CPU.
+    """
+    return {k: v.detach().cpu().float() - before[k].float() for k, v in after.items() if v.is_floating_point()}
 
 
 def _bar(names):

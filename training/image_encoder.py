@@ -20,6 +20,7 @@ from .shared import (
     CLIP_MEAN,
     CLIP_STD,
     VISION_CONFIG,
+    VIT_H,
     PersonalizeError,
     References,
     crop_square,
@@ -80,7 +81,7 @@ def config_of_file(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, s
     if _PATCH not in shapes or "visual_projection.weight" not in shapes:
         raise PersonalizeError(
             f"{name} is no image encoder that is supported: it has no vision_model and visual_projection (take "
-            "CLIP-ViT-H-14-laion2B-s32B-b79K for nearly all adapters)."
+            f"{VIT_H} for nearly all adapters)."
         )
     layers = [int(m[1]) for key in shapes if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key))]
     width, _, patch, _ = shapes[_PATCH]
@@ -97,12 +98,19 @@ def config_of_file(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, s
     )
 
 
-def widths_of_encoder(where: str | Path) -> tuple[int, int] | None:
+def widths_of_encoder(where: str | None) -> tuple[int, int] | None:
     """Width of the pooled embedding and of the patch tokens, from headers only; None for a hub id.
 
+    Args:
+        where: as --image_encoder gives it.
+
     Raises:
-        PersonalizeError: there is none.
+        PersonalizeError: nothing is given, or there is none.
     """
+    if not where:
+        raise PersonalizeError(
+            "--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision."
+        )
     path = Path(where).expanduser()
     if path.is_file():
         header, metadata, _ = read_header(path)
@@ -114,7 +122,7 @@ def widths_of_encoder(where: str | Path) -> tuple[int, int] | None:
         except (OSError, ValueError):
             raise PersonalizeError(f"The folder {path} is no image encoder: it has no config.json of one.") from None
         return config.projection_dim, config.hidden_size
-    if not is_hub_id(str(where)):
+    if not is_hub_id(where):
         raise PersonalizeError(f"The image encoder {where} does not exist: it is no file, no folder, and no hub id.")
     return None
 

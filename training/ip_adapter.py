@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
+from .adapter_checks import check_width
 from .adapter_module import RESAMPLER_DEPTH, TrainableAdapter, build, fresh_adapter
 from .base_model import BaseModel
 from .conditioning import Conditioning
@@ -62,7 +63,7 @@ class IPAdapterMethod:
             state = read_ip_adapter(Path(options.ip_adapter).expanduser())
         started = IPAdapter.from_state(state)
         width = encoder.config.projection_dim if started.variant.pooled else encoder.config.hidden_size
-        check_encoder(started, width, options.image_encoder or "")
+        check_width(started.name, started.variant, width, Path(options.image_encoder or "").name)
         self.adapter = build(
             started,
             options.aggregation,
@@ -149,15 +150,6 @@ def trains_adapter(options: Options) -> bool:
     if options.train_adapter is not None:
         return options.train_adapter
     return options.ip_adapter is None or options.aggregation != SELF_ATTENTION
-
-
-def check_encoder(adapter: IPAdapter, width: int, encoder: str) -> None:
-    """Raises PersonalizeError where an image encoder's features have another width than the adapter takes."""
-    if width != adapter.variant.encoder_width:
-        raise PersonalizeError(
-            f"{adapter.name} ({adapter.variant}) takes image features of width {adapter.variant.encoder_width}, but those "
-            f"of {Path(encoder).name} have width {width}: use {adapter.variant.encoder}."
-        )
 
 
 def check_written(path: Path, tensors: dict[str, Tensor], adapter: TrainableAdapter) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .base_model import BaseModel
 from .conditioning import Conditioning
-from .methods import PRECISIONS, groups_of, text_modules
+from .methods import PRECISIONS, groups_of, shapes_of, text_modules
 from .options import Lora
 from .settings import Settings
 from .shared import (
@@ -99,10 +99,6 @@ def tensors_of(networks: Sequence[tuple[str, nn.Module]], adapter: str = "defaul
         state = get_peft_model_state_dict(network, adapter_name=adapter)
         tensors |= lora_tensors(prefix, state, alphas, weights)
     return tensors
-
-
-def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
 
 def unet_config(options: Lora) -> LoraConfig:

@@ -18,10 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .base_model import BaseModel, load_base
-from .convert_concepts import word_of
+from .convert_concepts import check_new, word_of
 from .encoding import read_text
 from .look import check_writable, name_problems
-from .methods import PRECISIONS
+from .methods import PRECISIONS, shapes_of
 from .options import option
 from .settings import exit_status, make_groups, read_values
 from .shared import (
@@ -45,6 +45,7 @@ from .shared import (
     read_word,
     same_model,
     title_of,
+    title_of_method,
     unique_rows,
     write_safetensors,
 )
@@ -113,8 +114,7 @@ def merge(options: MergeConcepts) -> Path:
         raise PersonalizeError("\n".join(problems))
     folder = Path(options.output_dir or "").expanduser()
     target = folder / f"{options.output_name}.safetensors"
-    if target.exists():
-        raise PersonalizeError(f"{target} is there already: name another --output_dir or --output_name.")
+    check_new([target])
     captions = read_captions(EVERYDAY if options.captions is None else Path(options.captions).expanduser())
     parts = [_read(Path(one).expanduser()) for one in options.file]
     skips = {int(part.about.settings.get("clip_skip", 1)) for part in parts}
@@ -128,7 +128,7 @@ def merge(options: MergeConcepts) -> Path:
     check_writable(folder, "--output_dir")
     base = load_base(options.pretrained_model_name_or_path or "", torch.float32)
     state = base.pipeline.unet.state_dict()
-    layers = host_layers({name: tuple(value.shape) for name, value in state.items()}, [])
+    layers = host_layers(shapes_of(base.pipeline.unet), [])
     for part in parts:
         _check_base(part, base)
     concepts = {
@@ -165,7 +165,7 @@ def _read(path: Path) -> Part:
     tensors, metadata = read_safetensors(path)
     about = read_about(metadata, path.name)
     if about is None or about.method != "custom_diffusion":
-        what = f"a {about.method}" if about else "of another program"
+        what = f"of {title_of_method(about.method)}" if about else "of another program"
         raise PersonalizeError(f"{path.name} is {what}: --file is what Custom Diffusion wrote for models/loras.")
     return Part(path, about, calls_of(about.trigger), tensors)
 

@@ -24,7 +24,7 @@ class Method(Protocol):
     """
 
     name: str
-    """As in models.metadata.METHODS."""
+    """One of models.metadata.FOLDERS."""
 
     groups: list[dict[str, Any]]
     """The optimiser's: `params`, `lr`, and `names` of the parameters."""
@@ -99,3 +99,8 @@ def groups_of(base: BaseModel, text: Sequence[tuple[str, nn.Module]], settings: 
 def text_modules(base: BaseModel) -> list[tuple[str, Any]]:
     """The text encoders, named."""
     return [("text_encoder" if i == 0 else f"text_encoder_{i + 1}", te) for i, te in enumerate(base.text_encoders)]
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of each of a network's tensors, by name."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}

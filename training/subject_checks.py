@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from .dataset import upright_size
 from .image_encoder import widths_of_encoder
+from .look import tell
 from .options import SubjectDiffusion as Options
 from .settings import Settings
 from .shared import PLACEHOLDER, PersonalizeError, call_of, plural, read_subject_diffusion
@@ -27,14 +28,8 @@ def check_subject_options(options: Options, family: str | None) -> None:
         options: as the user gave them.
         family: of the base; None for a hub id.
     """
-    problems = []
-    if not options.image_encoder:
-        problems.append("--image_encoder is missing: the CLIP image encoder, as in ComfyUI's models/clip_vision.")
-    else:
-        try:
-            widths_of_encoder(options.image_encoder)
-        except PersonalizeError as error:
-            problems.append(str(error))
+    problems: list[str] = []
+    tell(problems, widths_of_encoder, options.image_encoder)
     if options.subject_diffusion is not None:
         try:
             read_subject_diffusion(Path(options.subject_diffusion).expanduser())
