@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .benchmark_data import Material, Person
 from .benchmark_stages import ROWS, TUNED, Measured, folder_of
 from .plots import line_plot
-from .shared import cover_picture, read_picture
+from .shared import cover_picture, read_picture, truncate_text
 
 if TYPE_CHECKING:
     from .benchmark import Benchmark
@@ -124,9 +124,7 @@ def _block(person: Person, methods: Sequence[str], columns: int, folder: Path) -
     pen = ImageDraw.Draw(image)
     for i, prompt in enumerate(person.prompts[:columns]):
         text = ", ".join(prompt.wishes.values()) or prompt.text.replace("{subject}", "…")
-        while font.getlength(text) > SIDE and len(text) > 1:
-            text = text.removesuffix("…")[:-1] + "…"
-        pen.text((LABEL + i * (SIDE + GAP), 4), text, fill=(60, 60, 60), font=font)
+        pen.text((LABEL + i * (SIDE + GAP), 4), truncate_text(text, SIDE, font), fill=(60, 60, 60), font=font)
     for row, (title, paths) in enumerate(rows.items()):
         y = HEAD + row * (SIDE + GAP)
         pen.text((2, y + SIDE / 2 - 7), title, fill=(30, 30, 30), font=font)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..features import JudgeEye
 from ..pocket.measure import VALUES, read
-from ..shared import read_picture
+from ..shared import likeness, likeness_among, read_picture
 from .methods import PROMPTS
 
 
@@ -33,7 +33,7 @@ def score(rows: Sequence[Sequence[Sequence[Image.Image]]], references: Sequence[
         return eye.pictures(pictures)["who"]
 
     own = who([read_picture(path).pixels for path in references])
-    scores = []
+    whose, scores = torch.zeros(len(own), dtype=torch.int64), []
     for row in rows:
         pictures = np.stack([np.asarray(one.convert("RGB")) for some in row for one in some])
         drawn = who([torch.from_numpy(picture) / 255 for picture in pictures])
@@ -42,6 +42,6 @@ def score(rows: Sequence[Sequence[Sequence[Image.Image]]], references: Sequence[
         right = [
             VALUES[name][seen[name][i]] == value for i, wished in enumerate(wishes) for name, value in wished.items()
         ]
-        scores.append(Score(float((drawn @ own.T).mean()), float(np.mean(right))))
-    n, among = len(own), own @ own.T
-    return scores, float((among.sum() - among.trace()) / max(n * (n - 1), 1))
+        alike = likeness(drawn, own, whose.new_zeros(len(drawn)), whose)
+        scores.append(Score(float(alike.mean()), float(np.mean(right))))
+    return scores, float(likeness_among(own, whose).nan_to_num(0).mean())  # a single photograph has no other
