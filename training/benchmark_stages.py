@@ -17,14 +17,17 @@ from .benchmark_data import CONFIG, Material, Person, draw_training_set, subset,
 from .encoding import Cache
 from .evaluate import Evaluation, evaluate
 from .features import clip, judge
-from .generate import Job, ReferencePrompts, Sampling, draw_pictures
+from .generate import Job, ReferencePrompts, Sampling, draw_pictures, noise_seed
 from .image_encoder import load_image_encoder
 from .personalization import put_on
 from .plots import Mark
 from .run import METHODS, personalize
 from .settings import make_groups, make_settings
 from .shared import (
+    BEFORE_PROJECTION,
+    METHOD_TITLES,
     SELF_ATTENTION,
+    TRIGGER,
     IPAdapter,
     bootstrap,
     likeness,
@@ -71,15 +74,9 @@ ROWS = (
     Row("IP-Adapter, all side by side", "single", "concatenate"),
 )
 """The last needs no training for several references: every token of every reference beside the others."""
-TUNED = {
-    "dreambooth": "DreamBooth",
-    "lora": "LoRA",
-    "textual_inversion": "Textual Inversion",
-    "custom_diffusion": "Custom Diffusion",
-}
+TUNED = {name: METHOD_TITLES[name] for name in ("dreambooth", "lora", "textual_inversion", "custom_diffusion")}
 NUMBERS, OF_PROMPTS = (1, 2, 3, 5, 7, 10), 2
 """How many references are tried for the plot, and with how many of the prompts."""
-TRIGGER = "ohwx"
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def jobs_of(person: Person, to: Path, seeds: int, references: int | None, subjec
         Job(
             to / f"p{i:02}-s{seed}.png",
             prompt.text.replace("{subject}", subject or person.class_name),
-            seed * 1_000_003 + i,
+            noise_seed(seed, i),
             shown,
             prompt.wishes,
         )
@@ -245,7 +242,7 @@ def _draw_rows(
     encoder = load_image_encoder(material.image_encoder).to(accelerator.device)
     for row, (title, jobs) in todo.items():
         adapter = IPAdapter.from_state(read_ip_adapter(adapters[row.trained]))
-        showing = ReferencePrompts(base, adapter, encoder, row.aggregation, "before projection", options.weight)
+        showing = ReferencePrompts(base, adapter, encoder, row.aggregation, BEFORE_PROJECTION, options.weight)
         draw_pictures(accelerator, base, jobs, material.sampling, title, showing)
     del base, encoder, showing
     gc.collect()

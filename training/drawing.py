@@ -14,14 +14,16 @@ from .base_model import OFFLINE, load_base, size_step_of
 from .dataset import fill_in
 from .defaults import RESOLUTIONS
 from .following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN, PROMPT_METHODS, excited_places
-from .generate import Job, ReferencePrompts, Sampling, draw_pictures
+from .generate import Job, ReferencePrompts, Sampling, draw_pictures, noise_seed
 from .image_encoder import load_image_encoder
 from .look import check_same, remember, tell
-from .options import option
+from .options import AGGREGATION_CHOICES, option
 from .personalization import FILES, check_file, put_on
 from .picture_sets import find_set
 from .shared import (
+    BEFORE_PROJECTION,
     SELF_ATTENTION,
+    TRIGGER,
     IPAdapter,
     PersonalizeError,
     parse_concepts,
@@ -45,9 +47,7 @@ class Drawing:
         None, "the adapter's reference pictures, by identity if the real ones are; the real ones by default"
     )
     max_references: int | None = option(None, "references of each identity at most", least=1)
-    aggregation: str = option(
-        SELF_ATTENTION, "how several become one", (SELF_ATTENTION, "average", "max", "concatenate")
-    )
+    aggregation: str = option(SELF_ATTENTION, "how several become one", AGGREGATION_CHOICES)
     weight: float = option(1.0, "λ of the adapter")
     lora: str | None = option(None, "with this LoRA")
     textual_inversion: str | None = option(None, "with this learned word, which prompts call by {trigger}")
@@ -56,7 +56,7 @@ class Drawing:
         "with this Custom Diffusion, whose words lie beside it: prompts call a single concept by {trigger}; of several the "
         "one whose trigger --word is, the others by embedding:NAME as in ComfyUI",
     )
-    word: str = option("ohwx", "what {trigger} in the prompts is")
+    word: str = option(TRIGGER, "what {trigger} in the prompts is")
     class_name: str = option("person", "what {class} in the prompts is")
     prompt: list[str] = option(  # noqa: RUF009 - a list of its own for each
         [], "draw this; may be given several times, with {trigger} and {class}"
@@ -203,13 +203,13 @@ def draw_first(drawing: Drawing, real: Path, output: Path, seed: int) -> Path:
     if drawing.ip_adapter is not None:
         adapter = IPAdapter.from_state(read_ip_adapter(Path(drawing.ip_adapter).expanduser()))
         encoder = load_image_encoder(drawing.image_encoder or "").to(accelerator.device)
-        showing = ReferencePrompts(base, adapter, encoder, drawing.aggregation, "before projection", drawing.weight)
+        showing = ReferencePrompts(base, adapter, encoder, drawing.aggregation, BEFORE_PROJECTION, drawing.weight)
     excite = drawing.excite if len(drawing.excite) > 1 else (drawing.excite or [""]) * len(drawing.prompt)
     jobs = [
         Job(
             folder / name / f"p{i:02}-s{number}.png",
             fill_in(prompt, drawing.word, drawing.class_name),
-            (seed + number) * 1_000_003 + i,
+            noise_seed(seed + number, i),
             given.get(name, ())[: drawing.max_references],
             excite=fill_in(excite[i], drawing.word, drawing.class_name),
         )

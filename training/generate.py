@@ -34,6 +34,11 @@ SOLVERS = {"euler": EulerDiscreteScheduler, "dpm++": DPMSolverMultistepScheduler
 """Of the sampling's differential equation; the second needs half the steps."""
 
 
+def noise_seed(seed: int, number: int) -> int:
+    """Of the noise of a picture: the run's seed, and the number of its prompt. The same for all methods."""
+    return seed * 1_000_003 + number
+
+
 @dataclass(frozen=True)
 class Job:
     """One picture to draw."""

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from .shared import BALANCED, L1, PARTS
+from .shared import AGGREGATIONS, BALANCED, L1, PARTS, SELF_ATTENTION, TRIGGER
+
+AGGREGATION_CHOICES = (SELF_ATTENTION, *AGGREGATIONS)
 
 
 def option(
@@ -65,7 +67,7 @@ class Data:
     instance_data_dir: str | None = option(
         None, "folder with pictures of your subject: five to twenty are enough", also=("train_data_dir",)
     )
-    trigger: str = option("ohwx", "the word that will call your subject", also=("placeholder_token",))
+    trigger: str = option(TRIGGER, "the word that will call your subject", also=("placeholder_token",))
     class_name: str = option("person", "what it is, as one noun: dog, backpack, woman, logo")
     instance_prompt: str | None = option(
         None,
@@ -304,11 +306,7 @@ class IPAdapter:
         "from scratch: a trained base adapter whose tokens the new projection learns first, and whose W'_k and W'_v",
     )
     distil_steps: int = option(0, "of the steps, so many first ones do that, which is fast", least=0)
-    aggregation: str = option(
-        "self-attention",
-        "how several references become one",
-        ("self-attention", "average", "max", "concatenate"),
-    )
+    aggregation: str = option(SELF_ATTENTION, "how several references become one", AGGREGATION_CHOICES)
     aggregation_stage: str | None = option(
         None,
         "over the image encoder's features, or over the projected tokens; by default where the self-attention in the file "

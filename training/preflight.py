@@ -36,6 +36,7 @@ from .options import CustomDiffusion, Data, DreamBooth, IPAdapter, Lora, Subject
 from .settings import Settings
 from .shared import (
     SELF_ATTENTION,
+    TRIGGER,
     PersonalizeError,
     plural,
     read_about,
@@ -174,7 +175,7 @@ def _options(settings: Settings) -> None:
         except PersonalizeError as error:
             problems.append(str(error))
     if not settings.data.trigger.strip() and method.name not in UNCALLED:
-        problems.append("--trigger is empty: use a word that the model does not know, such as ohwx.")
+        problems.append(f"--trigger is empty: use a word that the model does not know, such as {TRIGGER}.")
     if problems:
         raise PersonalizeError("\n".join(problems))
 

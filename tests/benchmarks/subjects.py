@@ -40,7 +40,7 @@ from pack.models.bootstrap import bootstrap, bootstrap_difference
 from pack.models.measures import mean_by_group
 from pack.models.pictures import box_of
 from pack.training.base_model import load_base
-from pack.training.generate import Job, Sampling, draw_pictures
+from pack.training.generate import Job, Sampling, draw_pictures, noise_seed
 from pack.training.image_encoder import load_image_encoder
 from pack.training.pocket.attributes import Scene
 from pack.training.pocket.draw import draw
@@ -107,7 +107,7 @@ def jobs_of(folder, some, seeds):
         placed = tuple(Placed(*one) for one in zip(case.crops, kinds, case.boxes, strict=True))
         for seed in range(seeds):
             path = folder / f"{case.number}-s{seed}.png"
-            jobs.append(SubjectJob(path, case.text, case.number + 1_000_003 * seed, placed))
+            jobs.append(SubjectJob(path, case.text, noise_seed(seed, case.number), placed))
     return jobs
 
 

@@ -33,7 +33,7 @@ from pack.models.bootstrap import bootstrap, bootstrap_difference
 from pack.models.measures import mean_by_group
 from pack.training.base_model import load_base
 from pack.training.following import ATTEND_AND_EXCITE, COMPOSABLE_DIFFUSION, PLAIN
-from pack.training.generate import Job, Sampling, draw_pictures
+from pack.training.generate import Job, Sampling, draw_pictures, noise_seed
 from pack.training.pocket.attributes import FURS, HAT_COLOURS, HATS, METALS, NECKWEAR, PETS
 from pack.training.pocket.captions import article
 from pack.training.pocket.files import CHECKPOINT
@@ -84,7 +84,7 @@ def jobs_of(folder, method, prompts, seeds, composition):
         prompt = composition.format(whole=text, thing=thing, animal=animal) if method == COMPOSABLE_DIFFUSION else text
         for seed in range(seeds):
             path = folder / method / f"p{i:03}-s{seed}.png"
-            jobs.append(Job(path, prompt, seed * 1_000_003 + i, excite=f'{pair.kind}, "{pair.thing}"'))
+            jobs.append(Job(path, prompt, noise_seed(seed, i), excite=f'{pair.kind}, "{pair.thing}"'))
     return jobs
 
 

@@ -11,12 +11,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
-from ..shared import list_pictures
+from ..pocket.shipped import GUIDANCE, SIZE, STEPS
+from ..shared import BEFORE_PROJECTION, SELF_ATTENTION, list_pictures
 from ..subject_drawing import IMAGE_SCALE
 from .methods import ADAPTER, BOX, PLAIN, PROMPTS, Made, prompt_of
 from .server import Server
 
-STEPS, GUIDANCE, SIZE, SEED = 20, 4.0, 64, 7
+SEED = 7
 SAMPLERS = "KSampler", "SamplerCustomAdvanced"
 
 
@@ -47,8 +48,8 @@ def graph_of(rows: Sequence[Made], photos: Path, count: int) -> tuple[Graph, lis
             adapter = graph.add("PersonalizeLoadIPAdapter", file=ADAPTER.name)
             given = {"clip_vision": [encoder, 0], "folder": str(photos), "weights": "", "framing": "crop"}
             references = graph.add("PersonalizeEncodeReferences", **given)
-            how = {"weight": 1.0, "aggregation": "self-attention", "start_percent": 0.0, "end_percent": 1.0}
-            how |= {"pooling": "before projection", "layers": "all", "layer_list": ""}
+            how = {"weight": 1.0, "aggregation": SELF_ATTENTION, "start_percent": 0.0, "end_percent": 1.0}
+            how |= {"pooling": BEFORE_PROJECTION, "layers": "all", "layer_list": ""}
             wires = {"model": model, "ip_adapter": [adapter, 0], "references": [references, 0]}
             model = [graph.add("PersonalizeApplyIPAdapter", **wires, **how), 0]
         elif row.method == "subject_diffusion":

@@ -5,20 +5,31 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from PIL import Image
 
 from ..base_model import BaseModel, load_base
-from ..generate import Job, ReferencePrompts, Sampling, draw_pictures
+from ..generate import Job, ReferencePrompts, Sampling, draw_pictures, noise_seed
 from ..image_encoder import load_image_encoder
 from ..personalization import put_on
 from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
-from ..shared import POCKET, SELF_ATTENTION, IPAdapter, cut_out, list_pictures, read_ip_adapter, read_picture
+from ..pocket.shipped import GUIDANCE, SIZE, STEPS
+from ..shared import (
+    BEFORE_PROJECTION,
+    POCKET,
+    SELF_ATTENTION,
+    TRIGGER,
+    IPAdapter,
+    cut_out,
+    list_pictures,
+    read_ip_adapter,
+    read_picture,
+    subject_region,
+)
 from ..subject_drawing import Placed, SubjectArtist, SubjectJob
-from .methods import ADAPTER, BOX, PROMPTS, TRIGGER, Made, prompt_of
+from .methods import ADAPTER, BOX, PROMPTS, Made, prompt_of
 
-SAMPLING = Sampling(64, 20, 4.0)
+SAMPLING = Sampling(SIZE, STEPS, GUIDANCE)
 
 
 def in_diffusers(rows: Sequence[Made], photos: Path, count: int, folder: Path) -> list[list[list[Image.Image]]]:
@@ -41,7 +52,7 @@ def in_diffusers(rows: Sequence[Made], photos: Path, count: int, folder: Path) -
 def _paths(row: Made, count: int, folder: Path) -> list[list[tuple[Path, int]]]:
     """By prompt where each picture goes, and its seed."""
     return [
-        [(folder / row.title / f"p{i}-s{seed}.png", seed * 1_000_003 + i) for seed in range(count)]
+        [(folder / row.title / f"p{i}-s{seed}.png", noise_seed(seed, i)) for seed in range(count)]
         for i in range(len(PROMPTS))
     ]
 
@@ -52,7 +63,7 @@ def _by_others(base: BaseModel, row: Made, photos: Path, count: int, folder: Pat
     if row.method == "ip_adapter":
         adapter = IPAdapter.from_state(read_ip_adapter(ADAPTER))
         encoder = load_image_encoder(POCKET / IMAGE_ENCODER)
-        showing = ReferencePrompts(base, adapter, encoder, SELF_ATTENTION, "before projection", 1.0)
+        showing = ReferencePrompts(base, adapter, encoder, SELF_ATTENTION, BEFORE_PROJECTION, 1.0)
         references = tuple(list_pictures(photos))
     elif row.method and row.method != "dreambooth":
         put_on(base, row.method, row.files[0], TRIGGER)
@@ -69,7 +80,7 @@ def _by_others(base: BaseModel, row: Made, photos: Path, count: int, folder: Pat
 
 def _by_subject_diffusion(base: BaseModel, row: Made, photos: Path, count: int, folder: Path) -> list[list[Path]]:
     photo = read_picture(list_pictures(photos)[0])
-    inside = torch.ones(photo.pixels.shape[:2], dtype=torch.bool) if photo.mask is None else photo.mask > 0.5
+    inside = subject_region(photo.pixels, photo.mask)
     crop = folder / row.title / "subject.png"
     crop.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray((cut_out(photo.pixels, inside) * 255).round().byte().numpy()).save(crop)

@@ -10,19 +10,25 @@ from ..pocket.captions import EXPRESSION_WORDS, PLACE_WORDS, POSE_WORDS, article
 from ..pocket.files import CHECKPOINT, SUBJECTS
 from ..run import METHODS, train
 from ..settings import make_settings
-from ..shared import POCKET, PersonalizeError, folder_of, list_pictures, read_about, read_header, read_picture
+from ..shared import (
+    METHOD_TITLES,
+    POCKET,
+    SELF_ATTENTION,
+    TRIGGER,
+    PersonalizeError,
+    folder_of,
+    list_pictures,
+    read_about,
+    read_header,
+    read_picture,
+)
 
-TITLES = {
-    "textual_inversion": "Textual Inversion",
-    "lora": "LoRA",
-    "custom_diffusion": "Custom Diffusion",
-    "dreambooth": "DreamBooth",
-}
-PLAIN, REFERENCES, SUBJECT = "without", "IP-Adapter, self-attention", "Subject-Diffusion"
+TITLES = {name: METHOD_TITLES[name] for name in ("textual_inversion", "lora", "custom_diffusion", "dreambooth")}
+PLAIN, REFERENCES = "without", f"{METHOD_TITLES['ip_adapter']}, {SELF_ATTENTION}"
+SUBJECT = METHOD_TITLES["subject_diffusion"]
 ADAPTER = POCKET / "ipadapter" / "pocket_self_attention.safetensors"
 BOX = (0.05, 0.05, 0.95, 1.0)
 """Where Subject-Diffusion draws the subject of the first photograph, which fills it: left, top, right, bottom."""
-TRIGGER = "ohwx"
 STEPS: int | None = None
 """Of each training; None: each method's own."""
 PROMPTS = (

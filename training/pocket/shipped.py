@@ -12,13 +12,15 @@ from tqdm import tqdm
 from transformers import CLIPVisionModelWithProjection
 
 from ..base_model import load_pipeline
+from ..generate import noise_seed
 from ..image_encoder import load_image_encoder
 from ..shared import POCKET, read_safetensors
 from .encoders import prepare
 from .files import CHECKPOINT, IMAGE_ENCODER, JUDGE
 from .judge import Judge
 
-STEPS, GUIDANCE, BATCH = 20, 4.0, 50
+STEPS, GUIDANCE, SIZE, BATCH = 20, 4.0, 64, 50
+"""Of the sampling by Euler's method; pixels of the height; pictures at once."""
 
 
 @dataclass
@@ -31,18 +33,18 @@ class Pocket:
     judge: Judge
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], width: int = 64, seed: int = 0) -> np.ndarray:
+    def generate(self, prompts: Sequence[str], width: int = SIZE, seed: int = 0) -> np.ndarray:
         """[n, 64, width, 3] uint8 pictures, one a prompt, by Euler's method; each from its own noise."""
         channels = self.pipeline.unet.config["in_channels"]
-        generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(len(prompts))]
-        noise = torch.stack([torch.randn(channels, 8, width // 8, generator=g) for g in generators])
+        generators = [torch.Generator().manual_seed(noise_seed(seed, i)) for i in range(len(prompts))]
+        noise = torch.stack([torch.randn(channels, SIZE // 8, width // 8, generator=g) for g in generators])
         pictures = []
         for start in tqdm(range(0, len(prompts), BATCH), desc="Sampling", unit=f" x {BATCH}"):
             output = self.pipeline(
                 list(prompts[start : start + BATCH]),
                 latents=noise[start : start + BATCH],
                 width=width,
-                height=64,
+                height=SIZE,
                 num_inference_steps=STEPS,
                 guidance_scale=GUIDANCE,
                 output_type="np",
