@@ -1,7 +1,9 @@
 """ComfyUI in this process, and as a server."""
 
 import pytest
+import torch
 from inprocess import BASE, Host
+from pack.training.demo.server import Server
 from structural.adapters import random_adapter, save_adapter
 
 
@@ -30,3 +32,16 @@ def clip_vision(host):
 def loaded(host):
     """The pocket model: MODEL, CLIP and VAE."""
     return host.nodes.CheckpointLoaderSimple().load_checkpoint(BASE)
+
+
+@pytest.fixture
+def noise():
+    """Two latents of the pocket model, 64 x 96 pixels."""
+    return torch.randn(2, 32, 8, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def server(comfyui, tmp_path_factory):
+    """ComfyUI in a process of its own."""
+    with Server(comfyui, tmp_path_factory.mktemp("comfyui")) as running:
+        yield running

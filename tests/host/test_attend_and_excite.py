@@ -16,11 +16,6 @@ MOVED = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "ddim", "lcm", 
 REFUSED = ("uni_pc", "dpm_adaptive", "dpm_fast")
 
 
-@pytest.fixture
-def noise():
-    return torch.randn(2, 32, 8, 12, generator=torch.Generator().manual_seed(0))
-
-
 def run(model, positive, negative, noise, sampler="euler", latent=None, mask=None, steps=STEPS, cfg=4.0):
     import comfy.samplers
 

@@ -9,11 +9,6 @@ STEPS = 4
 
 
 @pytest.fixture
-def noise():
-    return torch.randn(2, 32, 8, 12, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
 def conds(host, loaded):
     """CONDITIONING of a cat, of a dog, and of nothing."""
     return [encode(host, loaded[1], text) for text in ("a cat, on the beach", "a sad dog", "")]

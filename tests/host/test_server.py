@@ -8,7 +8,7 @@ import pytest
 import torch
 from pack.training.base_model import load_base
 from pack.training.demo.find import ROOT
-from pack.training.demo.server import Server, WorkflowError
+from pack.training.demo.server import WorkflowError
 from pack.training.pocket.attributes import SUBJECT_VALUES
 from pack.training.pocket.files import CHECKPOINT
 from pack.training.pocket.measure import read
@@ -26,12 +26,6 @@ NODES += ["LoadCustomDiffusion", "MergeCustomDiffusion"]
 NODES += ["TrainLoRA", "TrainTextualInversion", "TrainDreamBooth"]
 NODES += ["LoadSubjectDiffusion", "Subject", "ApplySubjectDiffusion", "SubjectGuider"]
 NODES += ["ScoreImages", "ContactSheet"]
-
-
-@pytest.fixture(scope="module")
-def server(comfyui, tmp_path_factory):
-    with Server(comfyui, tmp_path_factory.mktemp("comfyui")) as running:
-        yield running
 
 
 def prompt_of(server, name):

@@ -4,7 +4,7 @@ Four pictures at once, 96 x 64 pixels, a prompt of 150 tokens. What the table sa
 """
 
 import pytest
-from pack.training.demo.server import Server, WorkflowError
+from pack.training.demo.server import WorkflowError
 
 SAMPLERS = {  # whether Attend-and-Excite works with it, or what is said; Composable Diffusion works with all
     "euler": None,
@@ -17,12 +17,6 @@ SAMPLERS = {  # whether Attend-and-Excite works with it, or what is said; Compos
 }
 LONG = "a cat and a dog on the beach, " + "smiling, facing left, in sunshine, " * 17
 METHODS = ("plain", "excited", "composed")
-
-
-@pytest.fixture(scope="module")
-def server(comfyui, tmp_path_factory):
-    with Server(comfyui, tmp_path_factory.mktemp("comfyui")) as running:
-        yield running
 
 
 def graph(method, sampler, seed):

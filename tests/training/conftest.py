@@ -2,6 +2,7 @@
 
 import pytest
 from finetuning import CHECKPOINT, photos
+from identity_sets import identities
 from known_models import fakes, given
 from measured_sets import copies, no_network, nothing_loads, sets
 from narrow_models import narrow_folder
@@ -13,6 +14,12 @@ __all__ = ["copies", "fakes", "given", "no_network", "nothing_loads", "sets"]
 def folder(tmp_path):
     """Pictures to train on."""
     return photos(tmp_path / "photos")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    """Identities to train an adapter on."""
+    return identities(tmp_path_factory.mktemp("people") / "people")
 
 
 @pytest.fixture(scope="module", params=["pocket", "sd15", "sdxl"])

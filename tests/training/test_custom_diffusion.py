@@ -15,7 +15,7 @@ from pack.training.custom_diffusion import CustomDiffusionMethod
 from pack.training.preflight import preflight
 from PIL import Image
 from safetensors.torch import load_file
-from test_finetuning_parity import STEPS, batches, read, reference, tokenizers
+from test_finetuning_parity import STEPS, batches, read, reference
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_five_steps_are_those_of_a_plain_loop_with_diffusers_processors(root, wh
     unet.requires_grad_(False)
     unet.set_attn_processor(processors(unet, KEYS_AND_VALUES))
     tables, began = [], []
-    for tokenizer, encoder in zip(tokenizers(base), base.text_encoders, strict=True):
+    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
         encoder.requires_grad_(False)
         tokenizer.add_tokens(["<a>"])
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)

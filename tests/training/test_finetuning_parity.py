@@ -5,7 +5,7 @@ On the pocket model, which predicts v, and on narrow models of SD1.5's and SDXL'
 
 import pytest
 import torch
-from finetuning import photos, settings_of, train
+from finetuning import settings_of, train
 from pack.models.lora import text_prefixes
 from pack.training import run
 from pack.training.base_model import load_base
@@ -20,11 +20,6 @@ from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
 
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
 
 
 def batches(base, settings, folder):
@@ -69,15 +64,10 @@ def reference(base, groups, batches, read, words="ohwx", masked=None):
         optimizer.zero_grad()
 
 
-def tokenizers(base):
-    """One or two."""
-    return [base.pipeline.tokenizer, *([base.pipeline.tokenizer_2] if base.layout == "sdxl" else [])]
-
-
 def read(base, captions):
     """Text states by transformers, and what SDXL is told besides: the pooled text, and sizes and crop."""
     outputs = []
-    for tokenizer, encoder in zip(tokenizers(base), base.text_encoders, strict=True):
+    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
         ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         outputs.append(encoder(ids, output_hidden_states=True))
     if base.layout != "sdxl":
@@ -200,7 +190,7 @@ def test_textual_inversion(root, where, folder, tmp_path):
     base.pipeline.unet.requires_grad_(False)
     # As diffusers' example does it: the whole table trains, and the other rows are put back.
     tables = []
-    for tokenizer, encoder, vectors in zip(tokenizers(base), base.text_encoders, began, strict=True):
+    for tokenizer, encoder, vectors in zip(base.tokenizers, base.text_encoders, began, strict=True):
         encoder.requires_grad_(False)
         tokenizer.add_tokens(["<a>", "<b>"])
         encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -20,11 +20,6 @@ from PIL import Image
 SIZES = Sizes(64, 8, True)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
-
-
 def examples(folder, word, count, captions=None, size=(64, 64)):
     texts = captions or (f"a photo of a {word}, smiling",)
     return [Example(Path(folder) / f"{i}.png", texts, size) for i in range(count)]

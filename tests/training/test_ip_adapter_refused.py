@@ -1,6 +1,7 @@
 """Training an IP-Adapter: bad input is told before anything loads, and what is left out is said."""
 
 import shutil
+from functools import partial
 
 import pytest
 from identity_sets import ADAPTER, ENCODER, POCKET, identities, settings_of, train
@@ -12,15 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 
-@pytest.fixture(scope="module")
-def people(tmp_path_factory):
-    return identities(tmp_path_factory.mktemp("people") / "people")
-
-
 def refused(root, folder, output, **values):
     with pytest.raises(PersonalizeError) as caught:
         preflight(settings_of(root, folder, output, **values), quiet=True)
     return str(caught.value)
+
+
+def warnings_of(root, folder, output, **values):
+    return preflight(settings_of(root, folder, output, **values), quiet=True).warnings
 
 
 def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
@@ -214,9 +214,7 @@ def test_what_is_validated_is_said_where_it_is_not_what_was_asked_for(root, peop
     for picture in held.glob("*/*.png"):
         Image.open(picture).rotate(180).save(picture)
 
-    def warned(**values):
-        return preflight(settings_of(root, people, tmp_path / "out", **values), quiet=True).warnings
-
+    warned = partial(warnings_of, root, people, tmp_path / "out")
     idle = "--validation_steps 7 says only how often loss.png is drawn, because nothing is validated: set "
     assert warned(validation_steps=7) == [idle + "--validation_identities."]
     assert idle + "--validation_identities." in warned(
@@ -232,9 +230,7 @@ def test_what_is_validated_is_said_where_it_is_not_what_was_asked_for(root, peop
 
 
 def test_one_reference_teaches_a_self_attention_nothing_of_several(root, people, tmp_path):
-    def warned(**values):
-        return preflight(settings_of(root, people, tmp_path / "out", **values), quiet=True).warnings
-
+    warned = partial(warnings_of, root, people, tmp_path / "out")
     (said,) = warned(max_references=1)
     assert said.startswith("--max_references 1 shows the self-attention one reference in every step")
     assert warned(max_references=2) == warned(max_references=1, aggregation="average") == []

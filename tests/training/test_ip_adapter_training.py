@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from identity_sets import ADAPTER, ENCODER, identities, train
+from identity_sets import ADAPTER, ENCODER, train
 from narrow_models import narrow_folder
 from pack.models.ip_adapter import IPAdapter, read_ip_adapter
 from pack.models.pictures import CLIP_MEAN
@@ -23,11 +23,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.nn.functional import mse_loss
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-
-@pytest.fixture(scope="module")
-def people(tmp_path_factory):
-    return identities(tmp_path_factory.mktemp("people") / "people")
 
 
 def prepared(monkeypatch, root, people, output, **values):

@@ -4,17 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from finetuning import CHECKPOINT, photos, train
+from finetuning import CHECKPOINT, train
 from pack.models.errors import PersonalizeError
 from pack.models.metadata import read_about
 from pack.models.weight_files import read_safetensors, write_safetensors
 from pack.training.merge_concepts import MergeConcepts, merge
 from safetensors.torch import load_file
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return photos(tmp_path_factory.mktemp("photos"))
 
 
 def test_a_file_with_numbers_that_are_not_finite_is_not_merged(root, folder, tmp_path):
