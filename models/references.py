@@ -13,6 +13,8 @@ from .words import parse_numbers
 
 VIT_H, VIT_BIGG = "CLIP-ViT-H-14-laion2B-s32B-b79K", "CLIP-ViT-bigG-14-laion2B-39B-b160k"
 """The image encoders of nearly all adapters, and of the others, as they are published."""
+ENCODER_ADVICE = f"use {VIT_H} (most adapters) or {VIT_BIGG}"
+"""For who has none that is known, within a sentence."""
 ENCODER_NAMES = {
     "pooled": {
         96: "the pocket model's (pocket_portraits_vision)",

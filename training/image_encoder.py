@@ -19,8 +19,8 @@ from .encoding import Cache, digest_of, digest_of_path
 from .shared import (
     CLIP_MEAN,
     CLIP_STD,
+    ENCODER_ADVICE,
     VISION_CONFIG,
-    VIT_H,
     PersonalizeError,
     References,
     crop_square,
@@ -80,8 +80,8 @@ def config_of_file(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, s
         return CLIPVisionConfig(**json.loads(metadata[VISION_CONFIG]))
     if _PATCH not in shapes or "visual_projection.weight" not in shapes:
         raise PersonalizeError(
-            f"{name} is no image encoder that is supported: it has no vision_model and visual_projection (take "
-            f"{VIT_H} for nearly all adapters)."
+            f"{name} is no image encoder that is supported: it has no vision_model and visual_projection; "
+            f"{ENCODER_ADVICE}."
         )
     layers = [int(m[1]) for key in shapes if (m := re.match(r"vision_model\.encoder\.layers\.(\d+)\.", key))]
     width, _, patch, _ = shapes[_PATCH]

@@ -120,7 +120,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.pictures import subject_region as subject_region
     from models.projection import LinearProjection as LinearProjection
     from models.projection import Resampler as Resampler
-    from models.references import VIT_H as VIT_H
+    from models.references import ENCODER_ADVICE as ENCODER_ADVICE
     from models.references import References as References
     from models.subject_diffusion import ADAPTER as ADAPTER
     from models.subject_diffusion import BALANCED as BALANCED
@@ -285,7 +285,7 @@ else:
     from ..models.pictures import subject_region as subject_region
     from ..models.projection import LinearProjection as LinearProjection
     from ..models.projection import Resampler as Resampler
-    from ..models.references import VIT_H as VIT_H
+    from ..models.references import ENCODER_ADVICE as ENCODER_ADVICE
     from ..models.references import References as References
     from ..models.subject_diffusion import ADAPTER as ADAPTER
     from ..models.subject_diffusion import BALANCED as BALANCED
