@@ -221,8 +221,8 @@ def inception_score(logits: Tensor, splits: int = 1) -> Tensor:
 
     Args:
         logits: [n, classes].
-        splits: into how many parts the pictures are cut, in random order, as torch-fidelity does; reported is usually the mean of
-            ten. A score is at most the number of pictures in its part, and at most that of classes.
+        splits: into how many parts the pictures are cut, in random order, as torch-fidelity does; reported is usually the
+            mean of ten. A score is at most the number of pictures in its part, and at most that of classes.
     """
     order = torch.from_numpy(np.random.RandomState(SEED).permutation(len(logits)))
     bounds = [i * len(logits) // splits for i in range(splits + 1)]
