@@ -25,6 +25,7 @@ from .aggregation import (
 )
 from .base_models import FAMILIES, title_of
 from .errors import PersonalizeError
+from .file_kinds import taken_for
 from .projection import FullFaceProjection, LinearProjection, Resampler
 from .references import ENCODER_NAMES, References
 from .weight_files import check_finite, read_weights
@@ -111,7 +112,8 @@ def recognise(state: Mapping[str, Mapping[str, Tensor]], name: str) -> Variant:
     """
     image_proj, ip_adapter = state.get("image_proj"), state.get("ip_adapter")
     if not image_proj or not ip_adapter:
-        raise PersonalizeError(f"{name} is {_what_else(state)}")
+        names = [f"{part}.{rest}" if rest else part for part, inner in state.items() for rest in inner]
+        raise taken_for("an IP-Adapter", name, names or list(state), None)
     if not all(isinstance(value, Tensor) for part in (image_proj, ip_adapter) for value in part.values()):
         raise PersonalizeError(
             f"{name} holds other things than tensors where its weights should be: download it again."
@@ -154,21 +156,6 @@ def _layers(ip_adapter: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor] | No
         return []
     pairs = ((ip_adapter.get(f"{n}.to_k_ip.weight"), ip_adapter.get(f"{n}.to_v_ip.weight")) for n in numbers)
     return [None if k is None or v is None else (k, v) for k, v in pairs]
-
-
-def _what_else(state: Mapping[str, Any]) -> str:
-    """What a file that is no IP-Adapter seems to be, and where it belongs."""
-    keys = [f"{part}.{rest}" for part, inner in state.items() for rest in inner] or list(state)
-    if any("lora" in key.lower() for key in keys):
-        return "a LoRA, not an IP-Adapter: move it to models/loras and load it with a LoRA loader."
-    if any(key.startswith(("model.diffusion_model.", "first_stage_model.")) for key in keys):
-        return "a checkpoint, not an IP-Adapter: move it to models/checkpoints."
-    if any("vision_model." in key or key.startswith("visual.") for key in keys):
-        return "an image encoder, not an IP-Adapter: move it to models/clip_vision."
-    if any("control" in key for key in keys):
-        return "a ControlNet, not an IP-Adapter: move it to models/controlnet."
-    shown = f" (it begins with {keys[0]})" if keys else ""
-    return f"not an IP-Adapter: it has no image_proj and ip_adapter tensors{shown}."
 
 
 @dataclass(frozen=True)

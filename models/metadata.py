@@ -24,7 +24,6 @@ METHOD_TITLES = {
     "custom_diffusion": "Custom Diffusion",
     "ip_adapter": "IP-Adapter",
     "subject_diffusion": "Subject-Diffusion",
-    "base_model": "base model",
 }
 """What people call each method of a file."""
 
@@ -52,11 +51,11 @@ class About:
 
     @property
     def call(self) -> str:
-        """What prompts in ComfyUI call the subject by: the trigger and its class, unless the trigger says that, too; a
-        learned word is alone, as it was in its captions.
+        """What prompts in ComfyUI call the subject by: the trigger and its class, as its captions did; learned words have
+        in their trigger all that they need.
         """
-        alone = self.method == "textual_inversion" or " " in self.trigger or self.trigger == self.class_name
-        return self.trigger if alone else f"{self.trigger} {self.class_name}".strip()
+        whole = self.method in ("textual_inversion", "custom_diffusion") or self.trigger == self.class_name
+        return self.trigger if whole else f"{self.trigger} {self.class_name}".strip()
 
     def as_metadata(self) -> dict[str, str]:
         """Strings, as safetensors keeps them; what is empty is left out."""

@@ -85,7 +85,7 @@ def parse_weights(text: str, names: Sequence[str]) -> list[float]:
     """
     weights = parse_numbers(text, "1, 1, 0.5")
     if any(not 0 <= weight < float("inf") for weight in weights):
-        raise PersonalizeError(f'The weights "{text.strip()}" must be 0 or more.')
+        raise PersonalizeError(f'The weights "{text.strip()}" must be finite and 0 or more.')
     if len(weights) in (0, 1):
         return (weights or [1.0]) * len(names)
     if len(weights) != len(names):

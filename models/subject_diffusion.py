@@ -260,6 +260,10 @@ def localisation_loss(maps: Tensor, masks: Tensor, words: Tensor, there: Tensor,
     return ((loss * here).sum(-1) / (here.sum(-1) + LITTLE)).mean()
 
 
+TEXT_SCALE, IMAGE_SCALE = 7.5, 1.5
+"""s_t, of Stable Diffusion, and s_i, of the authors' code."""
+
+
 def three_way(nothing: Tensor, image: Tensor, text: Tensor, image_scale: float, text_scale: float) -> Tensor:
     """e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img): of no condition, of the subjects, and of them and the prompt."""
     return nothing + image_scale * (image - nothing) + text_scale * (text - image)

@@ -79,7 +79,7 @@ class ContactSheet(Node):
             raise PersonalizeError("There are no pictures: connect a batch to row0.")
         for slot in slots:
             check_batch(rows[slot], slot)
-        said = labels.splitlines()
+        said = labels.rstrip().splitlines()
         if len(said) > len(slots):
             raise PersonalizeError(
                 f"There are {plural(len(said), 'label')} but {plural(len(slots), 'row')}: write a line for each."
@@ -95,7 +95,7 @@ class ContactSheet(Node):
         if references is not None:
             check_batch(references, "references")
         counts = [len(rows[slot]) for slot in slots]
-        above = headings.splitlines()
+        above = headings.rstrip().splitlines()
         whole = layout(counts, lines, above, 0 if references is None else len(references), note, cell)
         if max(whole.width, whole.height) > LARGEST:
             raise PersonalizeError(

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..models.custom_diffusion import calls_of, concept_changes
-from ..models.errors import PersonalizeError
+from ..models.file_kinds import taken_for
 from ..models.merging import FRAMES, check_parts, merge_changes, prompts_of, read_captions, unique_rows
 from ..models.metadata import About
 from .folders import find_model, listed
@@ -36,8 +36,7 @@ def concept_file(model: Any, file: str) -> tuple[Path, dict[str, Tensor], About]
     path = find_model("loras", file)
     tensors, about = read_trained(path)
     if about is None or about.method != "custom_diffusion":
-        what = f"is a {about.method}" if about else "does not say that it is Custom Diffusion's"
-        raise PersonalizeError(f"{path.name} {what}: use the loader of its method.")
+        raise taken_for("a file of Custom Diffusion", path.name, tensors, about)
     check_base(model, about, path.name, exactly=False)
     check_words(model, about, path.name)
     return path, tensors, about

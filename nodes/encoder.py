@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import PersonalizeError
+from ..models.references import ENCODER_ADVICE
 
 BATCH = 8
 REMEMBERED = 128
@@ -26,8 +27,7 @@ def input_size(clip_vision) -> int:
     """Side of the encoder's input in pixels. Raises PersonalizeError where it is not a CLIP vision encoder."""
     if clip_vision is None:
         raise PersonalizeError(
-            "The image encoder is empty: ComfyUI did not recognise its file; use CLIP-ViT-H-14-laion2B-s32B-b79K "
-            "(most adapters) or CLIP-ViT-bigG-14-laion2B-39B-b160k in models/clip_vision."
+            f"The image encoder is empty: ComfyUI did not recognise its file; {ENCODER_ADVICE} in models/clip_vision."
         )
     return int(clip_vision.image_size)
 

@@ -9,6 +9,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..models.errors import PersonalizeError, plural
+from ..models.references import ENCODER_ADVICE
 from ..models.weight_files import VISION_CONFIG, check_finite, read_safetensors
 from .folders import POCKET, find_model
 from .schema import Node, schema
@@ -51,8 +52,7 @@ class LoadImageEncoder(Node):
             encoder = with_config(json.loads(config), tensors, path.name)
         if encoder is None:
             raise PersonalizeError(
-                f"{path.name} in {path.parent} is not an image encoder that ComfyUI knows: use "
-                "CLIP-ViT-H-14-laion2B-s32B-b79K (most adapters) or CLIP-ViT-bigG-14-laion2B-39B-b160k."
+                f"{path.name} in {path.parent} is not an image encoder that ComfyUI knows: {ENCODER_ADVICE}."
             )
         return io.NodeOutput(encoder)
 

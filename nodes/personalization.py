@@ -9,9 +9,11 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..models.base_models import TEXT_WIDTHS, title_of
+from ..models.checkpoints import read_header
 from ..models.custom_diffusion import calls_of
 from ..models.errors import PersonalizeError
-from ..models.metadata import About, folder_of
+from ..models.file_kinds import OURS, kind_of, taken_for
+from ..models.metadata import About
 from ..models.textual_inversion import read_word
 from .folders import LORA, find_model, listed
 from .schema import Node, schema
@@ -94,6 +96,8 @@ class LoadLora(Node):
     def execute(cls, model, file: str, strength_model: float, strength_clip: float, clip=None) -> io.NodeOutput:
         path = find_model("loras", file)
         tensors, about = read_trained(path)
+        if about is not None and (kind_of(tensors, about) or ("", ""))[1] != "loras":
+            raise taken_for("a LoRA", path.name, tensors, about)
         check_base(model, about, path.name, exactly=about is not None and about.method == "dreambooth")
         if clip is None and strength_clip != 0 and any(key.startswith(TEXT) for key in tensors):
             raise PersonalizeError(
@@ -156,11 +160,10 @@ def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
             f'A prompt cannot call "{file}", as a name in it ends at a space or a bracket: rename it, to "{better}" say.'
         )
     tensors, about = read_trained(path)
-    if (about is not None and about.method != "textual_inversion") or any(".lora_" in key for key in tensors):
-        method = about.method if about else "lora"
-        raise PersonalizeError(
-            f"{path.name} is no learned word, but of the method {method}: move it to models/{folder_of(method)}."
-        )
+    if about is not None and about.method != "textual_inversion":
+        raise taken_for("a learned word", path.name, tensors, about)
+    if kind_of(tensors, about) not in (None, OURS["textual_inversion"]):
+        raise taken_for("a learned word", path.name, tensors, about)
     check_base(model, about, path.name, exactly=False)
     family = family_of_model(model)
     if family in TEXT_WIDTHS:
@@ -235,7 +238,7 @@ def load_dreambooth(path: Path, strength: float, model: Any, clip: Any, vae: Any
     """MODEL, CLIP, VAE and trigger of a whole checkpoint, or of a base with a difference."""
     about = read_about_file(path)
     if about is not None and about.method != "dreambooth":
-        raise PersonalizeError(f"{path.name} is a {about.method}: use the loader of its method.")
+        raise taken_for("a DreamBooth checkpoint", path.name, read_header(path)[0], about)
     trigger = about.call if about else ""
     if is_difference(path):
         return *with_difference(path, strength, model, clip), vae, trigger
@@ -306,17 +309,15 @@ class LoadPersonalization(Node):
         if about is None:
             raise PersonalizeError(f"{name} does not say how it was trained: use the loader of its method.")
         if about.method not in ("dreambooth", "textual_inversion", "lora", "custom_diffusion"):
-            raise PersonalizeError(f"{name} is no personalisation but a {about.method}, which has nodes of its own.")
-        if about.method == "textual_inversion" and kind != "embeddings":
-            raise PersonalizeError(
-                f"{name} is a learned word, which ComfyUI finds in models/embeddings only: move it there."
-            )
+            raise taken_for("a personalisation", name, read_header(path)[0], about)
+        names = read_header(path)[0]
+        what, place = kind_of(names, about) or ("", kind)
+        if kind != place:
+            raise PersonalizeError(f"{name} is {what}, which is looked for in models/{place} only: move it there.")
         if about.method == "dreambooth":
             return io.NodeOutput(*load_dreambooth(path, strength, model, clip, vae))
         if model is None:
-            raise PersonalizeError(
-                f"{name} is a {about.method} for {about.base_name}: connect that checkpoint's MODEL and CLIP."
-            )
+            raise PersonalizeError(f"{name} is {what} for {about.base_name}: connect that checkpoint's MODEL and CLIP.")
         if about.method == "textual_inversion":
             return io.NodeOutput(model, clip, vae, checked_word(model, path, name, strength))
         if about.method == "custom_diffusion":

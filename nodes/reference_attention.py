@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..models.contact_sheet import truncate_text
 from ..models.ip_adapter import IPAdapter
 from ..models.references import References
 from .ip_adapter import references_of, tensors_of
@@ -79,7 +80,7 @@ def draw_bars(names: list[str], shares: Tensor) -> Tensor:
     image, pen, font = _paper(LABEL + BAR + 60, 24 * len(names) + 12)
     for i, (name, share) in enumerate(zip(names, shares.tolist(), strict=True)):
         y = 6 + 24 * i
-        pen.text((8, y + 4), _fitting(name, font), fill=INK, font=font)
+        pen.text((8, y + 4), truncate_text(name, LABEL - 16, font), fill=INK, font=font)
         length = BAR * share / max(float(shares.max()), 1e-9)
         pen.rectangle((LABEL, y + 3, LABEL + length, y + 20), fill=SHADE)
         pen.text((LABEL + length + 6, y + 4), f"{share:.2f}", fill=INK, font=font)
@@ -93,7 +94,7 @@ def draw_table(names: list[str], shares: Tensor) -> Tensor:
         pen.text((LABEL + CELL * (head + 0.5), 8), str(head + 1), fill=INK, font=font, anchor="ma")
     for i, (name, row) in enumerate(zip(names, shares.tolist(), strict=True)):
         y = 30 + 24 * i
-        pen.text((8, y + 4), _fitting(name, font), fill=INK, font=font)
+        pen.text((8, y + 4), truncate_text(name, LABEL - 16, font), fill=INK, font=font)
         for head, share in enumerate(row):
             x = LABEL + CELL * head
             colour = tuple(round(255 + (to - 255) * min(share, 1)) for to in SHADE)
@@ -109,9 +110,3 @@ def _paper(
 ) -> tuple[Image.Image, ImageDraw.ImageDraw, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
     image = Image.new("RGB", (width, height), "white")
     return image, ImageDraw.Draw(image), ImageFont.load_default(size=12)
-
-
-def _fitting(name: str, font) -> str:
-    while len(name) > 1 and font.getlength(name) > LABEL - 16:
-        name = name.removesuffix("…")[:-1] + "…"
-    return name

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ..models.blocks import Layer
 from ..models.errors import PersonalizeError
-from ..models.pictures import cut_out, on_ground
+from ..models.pictures import cut_out, on_ground, subject_region
 from ..models.subject_diffusion import (
     BOXES,
     CLS,
+    IMAGE_SCALE,
     PLACEHOLDER,
+    TEXT_SCALE,
     SubjectParts,
     SubjectTensors,
     check_subjects,
@@ -175,8 +177,7 @@ def with_subjects(cond: Any, patcher: ModelPatcher, told: Told) -> Any:
 
 def look_of(one: OneSubject, size: int) -> Tensor:
     """A subject as the trainer shows it to the encoder: alone on white, [size, size, 3]."""
-    inside = torch.ones(one.image.shape[:2], dtype=torch.bool) if one.mask is None else one.mask > 0.5
-    return on_ground(cut_out(one.image, inside), size)
+    return on_ground(cut_out(one.image, subject_region(one.image, one.mask)), size)
 
 
 def look_at(clip_vision: Any, subjects: Sequence[OneSubject], parts: SubjectParts, name: str) -> tuple[Tensor, Tensor]:
@@ -222,7 +223,7 @@ def placeholder_of(clip: Any) -> Any:
 class SubjectGuider(Guider):
     """e_0 + s_i (e_img - e_0) + s_t (e_txt - e_img); the host's pre- and post-CFG functions as in its own guider."""
 
-    scales: tuple[float, float] = (1.5, 7.5)
+    scales: tuple[float, float] = (IMAGE_SCALE, TEXT_SCALE)
 
     def set_three(self, positive: Any, image: Any, negative: Any, image_cfg: float, text_cfg: float) -> None:
         """Args:
@@ -262,13 +263,13 @@ class GuideSubjects(Node):
                 io.Float.Input(
                     "text_cfg",
                     **CFG,
-                    default=7.5,
+                    default=TEXT_SCALE,
                     tooltip="How much the prompt guides: 7.5 for SD1.5.",
                 ),
                 io.Float.Input(
                     "subject_cfg",
                     **CFG,
-                    default=1.5,
+                    default=IMAGE_SCALE,
                     tooltip="How much the subjects guide: more holds closer to their pictures.",
                 ),
             ],

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from ..models.base_models import FINGERPRINTED, family_of_widths, fingerprint, same_model, title_of
 from ..models.checkpoints import read_header
+from ..models.delta import CHANGES
 from ..models.errors import PersonalizeError
+from ..models.file_kinds import kind_of, taken_for
 from ..models.metadata import About, read_about
 from ..models.weight_files import check_finite, read_safetensors, read_weights
 
 OURS = re.compile(rb'"personalize\.method"\s*:\s*"dreambooth"')
 HEAD = 1 << 16
 """Bytes of a file in which our metadata tells the method."""
-DIFFERENCE = (".diff", ".diff_b", ".lora_up.weight")
-"""Endings of a difference's tensors; a whole checkpoint has none of them."""
 
 
 def read_trained(path: Path) -> tuple[dict[str, Tensor], About | None]:
@@ -50,7 +50,7 @@ def read_about_file(path: Path) -> About | None:
 
 def is_difference(path: Path) -> bool:
     """Whether a file holds a trained model's difference from its base, rather than a whole checkpoint."""
-    return path.suffix == ".safetensors" and any(key.endswith(DIFFERENCE) for key in read_header(path)[0])
+    return path.suffix == ".safetensors" and any(key.endswith(CHANGES) for key in read_header(path)[0])
 
 
 def is_dreambooth(path: Path) -> bool:
@@ -157,6 +157,9 @@ def apply_patches(
     except KeyError as error:
         raise PersonalizeError(f"{name} is not whole: it lacks {error.args[0]}.") from None
     if not ours and not theirs:
+        kind = kind_of(file, None)
+        if kind is not None and kind[1] != "loras":
+            raise taken_for("a LoRA", name, file, None)
         raise PersonalizeError(
             f"None of the {len(file)} tensors in {name} is for this model: it was made for another base model."
         )

@@ -5,17 +5,22 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..models.words import TRIGGER as TRIGGER_WORD
 from .folders import state_of
 from .personalization import TRIGGER
 from .pictures import folder_of_pictures, growing_pictures
 from .schema import ADVANCED, Node, schema
-from .training_run import SAMPLE_STEPS, train
+from .training_run import SAMPLE_STEPS, lost, train
 
-SUBJECT = "'a photo of {trigger} {class}'", "a photo of {trigger} {class}"
-"""The caption of pictures that bring none, and the prompt of samples, where the subject is its trigger and class."""
+SUBJECT = (
+    "The word that will call the subject, followed by its class.",
+    "'a photo of {trigger} {class}'",
+    "a photo of {trigger} {class}",
+)
+"""Of trigger, captions and samples, where a subject is called by its trigger and class."""
 
 
-def _shared(caption: str, sample: str, style: str = "") -> list[Any]:
+def _shared(trigger: str, caption: str, sample: str, style: str = "") -> list[Any]:
     """What all methods ask: `caption` is of pictures without one, `sample` and for a style `style` are drawn."""
     open_ = "0: what suits the base model and the method."
     return [
@@ -29,7 +34,7 @@ def _shared(caption: str, sample: str, style: str = "") -> list[Any]:
         io.String.Input(
             "class_name", default="person", tooltip="What the subject is, as one noun: dog, backpack, woman, logo."
         ),
-        io.String.Input("trigger", default="ohwx", tooltip="The word that will call the subject."),
+        io.String.Input("trigger", default=TRIGGER_WORD, tooltip=trigger),
         io.String.Input(
             "name",
             default="my_subject",
@@ -144,8 +149,8 @@ class TrainLora(Node):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder="", **_) -> str:
-        return state_of(folder)
+    def fingerprint_inputs(cls, folder="", name="", **_) -> str:
+        return state_of(folder) + lost(name)
 
     @classmethod
     def execute(cls, rank: int, train_text_encoder: bool = False, **shared) -> io.NodeOutput:
@@ -163,6 +168,8 @@ class TrainTextualInversion(Node):
             search_aliases=["train embedding", "textual inversion trainer"],
             inputs=[
                 *_shared(
+                    "Stands for the learned word in captions and sample prompts; prompts in ComfyUI call it by the file's "
+                    "name, embedding:my_subject.",
                     "'a photo of {trigger}' and others like it",
                     "a picture of {trigger}",
                     "; for a style, 'a cat in the style of {trigger}'",
@@ -180,8 +187,8 @@ class TrainTextualInversion(Node):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder="", **_) -> str:
-        return state_of(folder)
+    def fingerprint_inputs(cls, folder="", name="", **_) -> str:
+        return state_of(folder) + lost(name)
 
     @classmethod
     def execute(cls, num_vectors: int, learnable_property: str, **shared) -> io.NodeOutput:
@@ -218,8 +225,8 @@ class TrainDreamBooth(Node):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, folder="", **_) -> str:
-        return state_of(folder)
+    def fingerprint_inputs(cls, folder="", name="", **_) -> str:
+        return state_of(folder) + lost(name)
 
     @classmethod
     def execute(cls, save_as: str, class_pictures: int, **shared) -> io.NodeOutput:

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,28 @@ PREVIEW = 512
 FINISHED = "result.json"
 """In the folder of a training that came to its end: its files."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}"
+NAMED = {
+    "trigger": "trigger",
+    "class_name": "class_name",
+    "seed": "seed",
+    "learning_rate": "learning_rate",
+    "resolution": "resolution",
+    "rank": "rank",
+    "num_vectors": "num_vectors",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "max_train_steps": "steps",
+    "train_batch_size": "batch_size",
+    "validation_prompt": "sample_prompt",
+    "validation_steps": "sample_steps",
+    "num_class_images": "class_pictures",
+    "instance_data_dir": "folder",
+    "pretrained_model_name_or_path": "checkpoint",
+    "output_name": "name",
+}
+"""Options of the trainer, and what the nodes call them."""
+
+_made: dict[str, list[Path]] = {}
+"""By a node's name the files that it made last."""
 
 
 def train(method: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> io.NodeOutput:
@@ -46,11 +69,8 @@ def train(method: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> io.N
         "class_name": given["class_name"],
         "trigger": given["trigger"],
         "train_batch_size": given.get("batch_size", 1),
-        "gradient_checkpointing": given.get("gradient_checkpointing", False),
         "seed": given["seed"],
     }
-    if prompt:
-        values |= {"validation_prompt": [prompt], "validation_steps": given.get("sample_steps", SAMPLE_STEPS)}
     asked = {"max_train_steps": "steps", "learning_rate": "learning_rate", "resolution": "resolution"}
     values |= {option: given[key] for option, key in asked.items() if given[key]}
     pictures = [as_image(picture.pixels) for picture in connected(given.get("images") or {})]
@@ -60,8 +80,11 @@ def train(method: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> io.N
     place = (
         Path(folder_paths.get_output_directory())
         / "personalize"
-        / f"{name}-{_digest(base, values, pictures, captions, folder)}"
+        / f"{name}-{_digest(method, base, values, pictures, captions, folder)}"
     )
+    values["gradient_checkpointing"] = given.get("gradient_checkpointing", False)
+    if prompt:
+        values |= {"validation_prompt": [prompt], "validation_steps": given.get("sample_steps", SAMPLE_STEPS)}
     if values.get("with_prior_preservation"):
         values["class_data_dir"] = str(place / "class")
     if folder:
@@ -71,6 +94,7 @@ def train(method: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> io.N
     files = _finished(place)
     if not files:
         files = _run(method, values | {"output_dir": str(place)}, place, name)
+    _made[given["name"]] = files
     return io.NodeOutput(*_loaded(base, files[0]), str(files[0]), _shown(place))
 
 
@@ -90,11 +114,17 @@ def _check_pictures(pictures: list[Image.Image], captions: list[str], folder: st
         )
 
 
+def lost(name: str) -> str:
+    """Another text each time as long as a file that a node of this name made is gone, so that the host asks it again."""
+    return "" if all(path.exists() for path in _made.get(name, ())) else uuid.uuid4().hex
+
+
 def _digest(
-    base: Path, values: Mapping[str, Any], pictures: list[Image.Image], captions: list[str], folder: str
+    method: str, base: Path, values: Mapping[str, Any], pictures: list[Image.Image], captions: list[str], folder: str
 ) -> str:
-    """Of everything that a training depends on: another one has a folder of its own."""
-    digest = hashlib.sha256(json.dumps([_state(base), values, captions, folder], sort_keys=True).encode())
+    """Of everything that a training's result depends on: another one has a folder of its own."""
+    where = str(find_pictures(folder)) if folder else ""
+    digest = hashlib.sha256(json.dumps([method, _state(base), values, captions, where], sort_keys=True).encode())
     for picture in pictures:
         digest.update(repr(picture.size).encode() + picture.tobytes())
     if folder:
@@ -146,13 +176,19 @@ def _run(method: str, values: dict[str, Any], place: Path, name: str) -> list[Pa
     kind = folder_of(method, values.get("save_as") == "delta")
     target = next(Path(path) for path in folder_paths.get_folder_paths(kind) if Path(path) != POCKET / kind)
     values["output_name"] = free = _free(target, name)
-    made = settings.make_settings(run.METHODS[method][0], values)
+    try:
+        made = settings.make_settings(run.METHODS[method][0], values)
+    except PersonalizeError as error:
+        raise PersonalizeError(_as_inputs(str(error))) from None
     comfy.model_management.unload_all_models()
     comfy.model_management.soft_empty_cache()
     progress = _Progress(place)
     stop = Stop(asked=comfy.model_management.processing_interrupted, told=progress.before)
-    with _as_before(), torch.inference_mode(False), torch.enable_grad():
-        paths = run.train(method, made, stop, progress)
+    try:
+        with _as_before(), torch.inference_mode(False), torch.enable_grad():
+            paths = run.train(method, made, stop, progress)
+    except PersonalizeError as error:
+        raise PersonalizeError(_as_inputs(str(error))) from None
     if not paths:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException
@@ -160,6 +196,12 @@ def _run(method: str, values: dict[str, Any], place: Path, name: str) -> list[Pa
     files = [Path(shutil.move(path, target / path.name)) for path in paths if path.name.startswith(free)]
     (place / FINISHED).write_text(json.dumps({str(path): _state(path) for path in files}), encoding="utf-8")
     return files
+
+
+def _as_inputs(message: str) -> str:
+    """A message of the trainer, with its options by the names of the node's inputs."""
+    message = re.sub(r"go on with --resume_from_checkpoint \S+?(?=\.?$)", "start again", message)
+    return re.sub(r"--(\w+)", lambda option: NAMED.get(option[1], option[0]), message)
 
 
 def _free(folder: Path, name: str) -> str:

@@ -258,9 +258,10 @@ class Trainer:
     def diverged(self, what: str, kept: int) -> str:
         """What to do about it."""
         where = f"go on with --resume_from_checkpoint step-{kept:07}" if kept else "start again"
+        half = " or use --mixed_precision bf16 or no" if self.settings.training.mixed_precision == "fp16" else ""
         return (
-            f"{what}: the training has diverged. Lower --learning_rate (now {self.settings.training.learning_rate:g}) "
-            f"or use --mixed_precision bf16 or no, and {where}."
+            f"{what}: the training has diverged. Lower --learning_rate (now {self.settings.training.learning_rate:g})"
+            f"{half}, and {where}."
         )
 
     def read(self, waiting: list[Tensor], done: int, kept: int) -> bool:

@@ -127,6 +127,7 @@ if not TYPE_CHECKING and __package__ == "training":
     from models.subject_diffusion import BOXES as BOXES
     from models.subject_diffusion import CLS as CLS
     from models.subject_diffusion import CONTROL as CONTROL
+    from models.subject_diffusion import IMAGE_SCALE as IMAGE_SCALE
     from models.subject_diffusion import L1 as L1
     from models.subject_diffusion import LOCATION as LOCATION
     from models.subject_diffusion import PARTS as PARTS
@@ -292,6 +293,7 @@ else:
     from ..models.subject_diffusion import BOXES as BOXES
     from ..models.subject_diffusion import CLS as CLS
     from ..models.subject_diffusion import CONTROL as CONTROL
+    from ..models.subject_diffusion import IMAGE_SCALE as IMAGE_SCALE
     from ..models.subject_diffusion import L1 as L1
     from ..models.subject_diffusion import LOCATION as LOCATION
     from ..models.subject_diffusion import PARTS as PARTS

@@ -18,14 +18,11 @@ from .base_model import BaseModel
 from .encoding import read_text
 from .following import forwarding
 from .generate import SOLVERS, Job, Sampling, denoised, noise_of, save_drawn
-from .shared import BOXES, CLS, check_subjects, fused_prompt, three_way
+from .shared import BOXES, CLS, IMAGE_SCALE, check_subjects, fused_prompt, three_way
 from .subject_diffusion import placeholder_of
 from .subject_features import encode_subjects, look_of
 from .subject_network import Placeholders, SubjectNetwork, load_subject_file
 from .watch import decode, resting, solving
-
-IMAGE_SCALE = 1.5
-"""s_i of the authors' code; s_t is the sampling's guidance."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ from finder import find, find_with
 from pack.models.bootstrap import bootstrap, bootstrap_difference
 from pack.models.measures import mean_by_group
 from pack.models.pictures import box_of
+from pack.models.subject_diffusion import IMAGE_SCALE
 from pack.training.base_model import load_base
 from pack.training.generate import Job, Sampling, draw_pictures, noise_seed
 from pack.training.image_encoder import load_image_encoder
@@ -50,7 +51,7 @@ from pack.training.pocket.measure import VALUES
 from pack.training.pocket.shipped import load_judge
 from pack.training.pocket.subject_set import SEEN, reference, subject_caption, subject_scene
 from pack.training.pocket.vae import to_tensor
-from pack.training.subject_drawing import IMAGE_SCALE, Placed, SubjectArtist, SubjectJob
+from pack.training.subject_drawing import Placed, SubjectArtist, SubjectJob
 from shown import own_values, own_vectors
 from torchvision.ops import box_iou
 

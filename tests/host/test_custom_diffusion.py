@@ -127,7 +127,10 @@ def test_what_is_wrong_is_said(host, files, loaded):
     merging, loras = node(host, "MergeCustomDiffusion"), host.base / "models" / "loras"
     tensors = {"lora_unet_other.diff": torch.ones(2, 2)}
     save_file(tensors, loras / "foreign.safetensors")
-    with pytest.raises(ValueError, match=r"^foreign\.safetensors does not say that it is Custom Diffusion's: use the"):
+    with pytest.raises(
+        ValueError,
+        match=r"^foreign\.safetensors is a LoRA, not a file of Custom Diffusion: its place is models/loras, for its own",
+    ):
         merging(*loaded[:2], "rex.safetensors", "foreign.safetensors", 1.0)
     with pytest.raises(ValueError, match=r"are both called by 'embedding:rex_ohwx woman': train one with another"):
         merging(*loaded[:2], "rex.safetensors", "rex.safetensors", 1.0)

@@ -115,6 +115,7 @@ def test_a_lora_is_no_dreambooth(host, root):
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(root / "models" / "pocket" / "loras" / "pocket_woman_lora.safetensors")
     assert (
-        refused(host, "LoadDreamBooth", path.name, 1.0) == "a_lora.safetensors is a lora: use the loader of its method."
+        refused(host, "LoadDreamBooth", path.name, 1.0)
+        == "a_lora.safetensors is a LoRA, not a DreamBooth checkpoint: its place is models/loras, for its own loader."
     )
     path.unlink()

@@ -344,7 +344,7 @@ def test_files_of_others_and_wrong_ones(host, files, loaded):
         node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0)
     with pytest.raises(ValueError, match=r"changes the text encoders, too: connect the checkpoint's CLIP\.$"):
         node(host, "LoadDreamBooth")("my_full.delta.safetensors", 1.0, loaded[0])
-    with pytest.raises(ValueError, match=r"^my_word\.safetensors is a textual_inversion for pocket_portraits.*connect"):
+    with pytest.raises(ValueError, match=r"^my_word\.safetensors is a learned word for pocket_portraits.*connect"):
         node(host, "LoadPersonalization")("embeddings/my_word.safetensors", 1.0)
     save_file({"emb_params": torch.zeros(1, 768)}, host.base / "models" / "embeddings" / "wide.safetensors")
     with pytest.raises(ValueError, match=r"^wide\.safetensors has vectors of width 768, but the pocket model needs 64"):
@@ -359,15 +359,20 @@ def test_files_of_others_and_wrong_ones(host, files, loaded):
         node(host, "LoadLoRA")(*loaded[:1], "half.safetensors", 1.0, 1.0, loaded[1])
     shutil.copy(host.base / "models" / "embeddings" / "my_word.safetensors", loras / "a_word.safetensors")
     with pytest.raises(
-        ValueError, match=r"^a_word\.safetensors is a learned word, which ComfyUI finds in models/embedd"
+        ValueError,
+        match=r"^a_word\.safetensors is a learned word, which is looked for in models/embeddings only: move it there\.$",
     ):
         node(host, "LoadPersonalization")("loras/a_word.safetensors", 1.0, *loaded[:2])
     shutil.copy(loras / "my_lora.safetensors", host.base / "models" / "embeddings" / "a_lora.safetensors")
     with pytest.raises(
-        ValueError, match=r"^a_lora\.safetensors is no learned word, but of the method lora: move it to models/loras\.$"
+        ValueError,
+        match=r"^a_lora\.safetensors is a LoRA, not a learned word: its place is models/loras, for its own loader\.$",
     ):
         node(host, "LoadTextualInversion")(loaded[0], "a_lora.safetensors", 1.0)
-    with pytest.raises(ValueError, match=r"is no personalisation but a .*, which has nodes of its own\.$"):
+    with pytest.raises(
+        ValueError,
+        match=r"is a checkpoint, not a personalisation: its place is models/checkpoints, for its own loader\.$",
+    ):
         node(host, "LoadPersonalization")(f"checkpoints/{BASE}", 1.0)
     (loras / "cut.safetensors").write_bytes((loras / "my_lora.safetensors").read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"^cut\.safetensors in .*"):

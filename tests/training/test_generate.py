@@ -264,7 +264,7 @@ def test_what_cannot_be_drawn_is_told_at_once(root, people, tmp_path, capsys):
         "is not a checkpoint",
         "--prompt is missing: what to draw.",
         "--image_encoder is missing",
-        "is a checkpoint, not an IP-Adapter: move it to models/checkpoints",
+        "is a checkpoint, not an IP-Adapter: its place is models/checkpoints, for its own loader.",
         "gone.safetensors does not exist",
         "'a/b' is no name for a folder",
         "nobody does not exist",

@@ -57,7 +57,7 @@ def test_what_is_wrong_is_told_before_anything_loads(root, people, tmp_path):
 def test_files_in_the_wrong_place_are_named(root, people, tmp_path):
     told = refused(root, people, tmp_path / "out", image_encoder=str(root / ADAPTER), ip_adapter=str(root / ENCODER))
     assert "pocket_portraits_ip_adapter.safetensors is no image encoder that is supported" in told
-    assert "is an image encoder, not an IP-Adapter: move it to models/clip_vision" in told
+    assert "is an image encoder, not an IP-Adapter: its place is models/clip_vision, for its own loader." in told
     told = refused(root, people, tmp_path / "out", aggregation="max", train_adapter=False)
     assert told == "--no-train_adapter with --aggregation max leaves nothing to train."
     state = load_file(root / ADAPTER)
@@ -75,7 +75,7 @@ def test_files_in_the_wrong_place_are_named(root, people, tmp_path):
         ({"distil_from": ADAPTER, "ip_adapter": None}, "--distil_from needs --adapter_kind plus and --distil_steps."),
         (
             {"distil_from": ENCODER, "ip_adapter": None, "adapter_kind": "plus", "distil_steps": 5},
-            "is an image encoder, not an IP-Adapter: move it to models/clip_vision.",
+            "is an image encoder, not an IP-Adapter: its place is models/clip_vision, for its own loader.",
         ),
     ],
 )

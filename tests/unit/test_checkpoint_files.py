@@ -238,6 +238,7 @@ def test_metadata_comes_back():
     ("method", "trigger", "class_name", "settings", "called"),
     [
         ("lora", "ohwx", "dog", {}, "ohwx dog"),
+        ("lora", "mr whiskers", "cat", {}, "mr whiskers cat"),
         ("dreambooth", "", "dog", {}, "dog"),
         ("dreambooth", "person", "person", {}, "person"),
         ("textual_inversion", "embedding:rex", "dog", {"learnable_property": "object"}, "embedding:rex"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..about import told
 from ..pocket.photos import write_photos
 from ..shared import PersonalizeError, contact_sheet, list_pictures, plural, read_picture
 from .find import ROOT, comfyui_version, find_comfyui
@@ -60,10 +61,7 @@ def main() -> int:
         ]
         shown = [[some[0] for some in row] for row in pictures]
         prompts = [prompt_of(wishes, class_name) for wishes in PROMPTS]
-        photographs = [
-            Image.fromarray((read_picture(path).pixels * 255).round().byte().numpy())
-            for path in references[: len(prompts)]
-        ]
+        photographs = [Image.fromarray((read_picture(path).pixels * 255).round().byte().numpy()) for path in references]
         note = f"Pocket portraits, drawn by {where}"
         sheet = contact_sheet(shown, labels, prompts, photographs, note)
         sheet.save(output / "contact_sheet.png")
@@ -76,7 +74,8 @@ def main() -> int:
     )
     for row in rows:
         if row.minutes:
-            print(f"{row.title}: {', '.join(map(str, row.files))}, for models/{row.kind} of ComfyUI")
+            for file in row.files:
+                print(f"{row.title}: {told(file)}")
     return 0
 
 

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from ..pocket.files import CHECKPOINT, IMAGE_ENCODER
 from ..pocket.shipped import GUIDANCE, SIZE, STEPS
-from ..shared import BEFORE_PROJECTION, SELF_ATTENTION, list_pictures
-from ..subject_drawing import IMAGE_SCALE
+from ..shared import BEFORE_PROJECTION, IMAGE_SCALE, SELF_ATTENTION, list_pictures
 from .methods import ADAPTER, BOX, PLAIN, PROMPTS, Made, prompt_of
 from .server import Server
 
