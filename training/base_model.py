@@ -144,7 +144,10 @@ def load_base(
         _predict(pipeline, prediction_type)
     unet = pipeline.unet.config
     family = family_of_widths(unet.block_out_channels[0], unet.cross_attention_dim)
-    return BaseModel(pipeline, path.name if file or path.is_dir() else where, family, file)
+    base = BaseModel(pipeline, path.name if file or path.is_dir() else where, family, file)
+    for tokenizer in base.tokenizers:  # `run.too_long` says which captions are too long, and what comes of it
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return base
 
 
 def hush() -> None:
