@@ -111,6 +111,10 @@ def recognise(state: Mapping[str, Mapping[str, Tensor]], name: str) -> Variant:
         PersonalizeError: not an IP-Adapter, or one that is not supported.
     """
     image_proj, ip_adapter = state.get("image_proj"), state.get("ip_adapter")
+    if bool(image_proj) != bool(ip_adapter):
+        raise PersonalizeError(
+            f"{name} is not a whole IP-Adapter: it has no {'ip_adapter' if image_proj else 'image_proj'} tensors."
+        )
     if not image_proj or not ip_adapter:
         names = [f"{part}.{rest}" if rest else part for part, inner in state.items() for rest in inner]
         raise taken_for("an IP-Adapter", name, names or list(state), None)

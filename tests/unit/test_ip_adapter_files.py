@@ -158,6 +158,8 @@ def test_a_pickle_bomb_is_not_executed(tmp_path):
         ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2)}, "checkpoint.*models/checkpoints"),
         ({"vision_model.embeddings.class_embedding": torch.ones(2)}, "image encoder.*models/clip_vision"),
         ({"control_model.input_hint_block.0.weight": torch.ones(2)}, "ControlNet.*models/controlnet"),
+        ({"image_proj.proj.weight": torch.ones(2)}, r"is not a whole IP-Adapter: it has no ip_adapter tensors\.$"),
+        ({"ip_adapter.1.to_k_ip.weight": torch.ones(2)}, r"is not a whole IP-Adapter: it has no image_proj tensors\.$"),
         (
             {"emb_params": torch.ones(2)},
             r"is a learned word, not an IP-Adapter: its place is models/embeddings, for its own loader\.$",
