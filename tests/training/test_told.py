@@ -73,7 +73,8 @@ def test_a_word_to_excite_that_is_not_in_the_prompt(base):
 
 @pytest.mark.parametrize(("kind", "key"), [(Features, View(None)), (SubjectFeatures, (None, 0))])
 def test_a_cache_that_was_emptied_meanwhile(kind, key, tmp_path):
-    own = SimpleNamespace(memory={}, keys={key: {}}, cache=Cache(tmp_path))
+    own = object.__new__(kind)  # an encoder is not needed to look
+    own.memory, own.keys, own.cache = {}, {key: {}}, Cache(tmp_path)
     told(f"^The cache {re.escape(str(tmp_path))} was changed while it was in use", kind.__getitem__, own, key)
 
 
