@@ -4,30 +4,37 @@ from collections.abc import Collection
 
 from .delta import CHANGES
 from .errors import PersonalizeError
-from .metadata import About
+from .metadata import About, folder_of
 
-OURS = {
-    "lora": ("a LoRA", "loras"),
-    "textual_inversion": ("a learned word", "embeddings"),
-    "dreambooth": ("a DreamBooth checkpoint", "checkpoints"),
-    "custom_diffusion": ("a file of Custom Diffusion", "loras"),
-    "ip_adapter": ("an IP-Adapter", "ipadapter"),
-    "subject_diffusion": ("a file of Subject-Diffusion", "subject_diffusion"),
-    "base_model": ("a checkpoint", "checkpoints"),
-    "image_encoder": ("an image encoder", "clip_vision"),
-    "references": ("saved references", "references"),
+KINDS = {
+    "lora": "a LoRA",
+    "textual_inversion": "a learned word",
+    "dreambooth": "a DreamBooth checkpoint",
+    "custom_diffusion": "a file of Custom Diffusion",
+    "ip_adapter": "an IP-Adapter",
+    "subject_diffusion": "a file of Subject-Diffusion",
+    "base_model": "a checkpoint",
+    "image_encoder": "an image encoder",
+    "references": "saved references",
+    "controlnet": "a ControlNet",
 }
-"""By what a file of ours says of itself: its kind, and the folder of ComfyUI's models."""
-DIFFERENCE = ("a difference of DreamBooth", "loras")
-THEIRS = (
-    (("lora_", ".lora"), ("a LoRA", "loras")),
-    (("model.diffusion_model.", "first_stage_model."), ("a checkpoint", "checkpoints")),
-    (("image_proj.", "ip_adapter."), ("an IP-Adapter", "ipadapter")),
-    (("vision_model.", "visual."), ("an image encoder", "clip_vision")),
-    (("emb_params", "string_to_param", "clip_l", "clip_g"), ("a learned word", "embeddings")),
-    (("control",), ("a ControlNet", "controlnet")),
+"""By the method that a file of ours names, and for others' files by what they would name."""
+PLACES = {
+    "base_model": "checkpoints",
+    "image_encoder": "clip_vision",
+    "references": "references",
+    "controlnet": "controlnet",
+}
+"""Of ComfyUI's models, where those are found that no method makes; the others' are in `metadata.FOLDERS`."""
+MARKS = (
+    (("lora_", ".lora"), "lora"),
+    (("model.diffusion_model.", "first_stage_model."), "base_model"),
+    (("image_proj.", "ip_adapter."), "ip_adapter"),
+    (("vision_model.", "visual."), "image_encoder"),
+    (("emb_params", "string_to_param", "clip_l", "clip_g"), "textual_inversion"),
+    (("control",), "controlnet"),
 )
-"""Of others' files, by what a tensor's name has in it."""
+"""What the names of tensors have in them, in files that say nothing of themselves."""
 
 
 def kind_of(names: Collection[str], about: About | None) -> tuple[str, str] | None:
@@ -37,12 +44,11 @@ def kind_of(names: Collection[str], about: About | None) -> tuple[str, str] | No
         names: of its tensors.
         about: what it says of itself.
     """
-    if about is not None:
-        if about.method == "dreambooth" and any(name.endswith(CHANGES) for name in names):
-            return DIFFERENCE
-        return OURS.get(about.method)
-    found = (kind for marks, kind in THEIRS if any(mark in name for name in names for mark in marks))
-    return next(found, None)
+    found = (method for marks, method in MARKS if any(mark in name for name in names for mark in marks))
+    method = about.method if about else next(found, "")
+    if method == "dreambooth" and any(name.endswith(CHANGES) for name in names):
+        return "a difference of DreamBooth", folder_of(method, difference=True)
+    return (KINDS[method], PLACES.get(method) or folder_of(method)) if method in KINDS else None
 
 
 def taken_for(wanted: str, name: str, names: Collection[str], about: About | None) -> PersonalizeError:

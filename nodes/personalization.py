@@ -12,8 +12,8 @@ from ..models.base_models import TEXT_WIDTHS, title_of
 from ..models.checkpoints import read_header
 from ..models.custom_diffusion import calls_of
 from ..models.errors import PersonalizeError
-from ..models.file_kinds import OURS, kind_of, taken_for
-from ..models.metadata import About
+from ..models.file_kinds import kind_of, taken_for
+from ..models.metadata import About, folder_of
 from ..models.textual_inversion import read_word
 from .folders import LORA, find_model, listed
 from .schema import Node, schema
@@ -160,9 +160,8 @@ def checked_word(model: Any, path: Path, file: str, strength: float) -> str:
             f'A prompt cannot call "{file}", as a name in it ends at a space or a bracket: rename it, to "{better}" say.'
         )
     tensors, about = read_trained(path)
-    if about is not None and about.method != "textual_inversion":
-        raise taken_for("a learned word", path.name, tensors, about)
-    if kind_of(tensors, about) not in (None, OURS["textual_inversion"]):
+    kind = kind_of(tensors, about)
+    if about.method != "textual_inversion" if about else kind is not None and kind[1] != folder_of("textual_inversion"):
         raise taken_for("a learned word", path.name, tensors, about)
     check_base(model, about, path.name, exactly=False)
     family = family_of_model(model)

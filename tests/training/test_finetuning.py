@@ -1,6 +1,7 @@
 """What each option changes in a training, and what it leaves alone."""
 
 import io
+import logging
 import shutil
 import weakref
 from dataclasses import replace
@@ -41,10 +42,13 @@ def test_a_difference_cut_to_a_size(root, folder, tmp_path, capsys):
     assert not (tmp_path / "small" / "log.jsonl").exists()  # before the first step
 
 
-def test_captions_that_are_too_long_are_told(root, tmp_path, capsys):
+def test_captions_that_are_too_long_are_told(root, tmp_path, capsys, monkeypatch):
     pictures = photos(tmp_path / "photos", 2)
     sorted(pictures.iterdir())[0].with_suffix(".txt").write_text("ohwx " + "very " * 80 + "tall")
+    logged = []
+    monkeypatch.setattr(logging.getLogger("transformers.tokenization_utils_base"), "handle", logged.append)
     train("lora", root, pictures, tmp_path / "out", max_train_steps=1)
+    assert [record.getMessage() for record in logged if "sequence length" in record.getMessage()] == []
     name = sorted(pictures.glob("*.png"))[0].name
     assert f"1 caption is longer than the 77 tokens that are read ({name}): their end" in capsys.readouterr().err
 
